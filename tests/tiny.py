@@ -1,4 +1,4 @@
-"""Tiny random models on disk, so that the tests need no download: a Llama, LoRA adapters of it, a byte tokenizer."""
+"""Tiny random models on disk, so that tests need no download: a Llama, its LoRA adapters."""
 
 from pathlib import Path
 
@@ -46,13 +46,20 @@ def save_base(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overri
     return folder
 
 
-def save_adapter(folder: Path, base: Path, seed: int, rank: int = 4, size: float = 0.1, **options) -> Path:
+def save_adapter(
+    folder: Path, base: Path, seed: int, rank: int = 4, size: float = 0.1, **options
+) -> Path:
     """A LoRA adapter of `base` with random A and B (PEFT's own start has B = 0)."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     config = LoraConfig(
-        **{"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        **{
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "target_modules": "all-linear",
+            "task_type": "CAUSAL_LM",
+        }
         | options
     )
     model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
