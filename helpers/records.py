@@ -1,0 +1,179 @@
+"""Records: has this been computed already, and what exactly was it computed from?
+
+A costly step is a folder named by a key: the digest of everything that determines its content.
+A folder is filled under a temporary name and renamed when it is whole, so that what can be seen is
+finished: a run killed at any moment leaves nothing that a later run could take for a result.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+"""Root of the repository; `helpers` is installed editable."""
+
+
+def canonical(obj: Any) -> str:
+    """The one JSON text of `obj`: keys sorted, no spaces, tuples as lists.
+
+    Raises ValueError for NaN and infinities, for keys that are not text, and for types that JSON
+    has no word for: two different objects must never share a text.
+    """
+    _check_json(obj, "value")
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _check_json(obj: Any, where: str) -> None:
+    if obj is None or isinstance(obj, str | bool | int):
+        return
+    if isinstance(obj, float):
+        if not math.isfinite(obj):
+            raise ValueError(f"{where} is {obj}, which JSON cannot hold; write None for undefined")
+    elif isinstance(obj, dict):
+        for name, value in obj.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{where} has the key {name!r}; JSON keys are text")
+            _check_json(value, f"{where}[{name!r}]")
+    elif isinstance(obj, list | tuple):
+        for i, value in enumerate(obj):
+            _check_json(value, f"{where}[{i}]")
+    else:
+        raise ValueError(
+            f"{where} is a {type(obj).__module__}.{type(obj).__qualname__}; use plain numbers, "
+            "text, lists and dicts, or a digest of it"
+        )
+
+
+def digest(obj: Any) -> str:
+    """sha256 (64 hex digits) of the content of `obj`.
+
+    bytes: themselves. Path: the content of the file, or of every file below the folder with its
+    relative name. Tensor or array: dtype, shape and bytes. Anything else: its `canonical` JSON.
+    """
+    if isinstance(obj, bytes):
+        return hashlib.sha256(obj).hexdigest()
+    if isinstance(obj, Path):
+        if obj.is_dir():
+            files = sorted(path for path in obj.rglob("*") if path.is_file())
+            return digest([[path.relative_to(obj).as_posix(), digest(path)] for path in files])
+        with obj.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if hasattr(obj, "dtype") and hasattr(obj, "shape"):
+        return hashlib.sha256(
+            f"{obj.dtype}{list(obj.shape)}".removeprefix("torch.").encode() + _raw(obj)
+        ).hexdigest()
+    return digest(canonical(obj).encode())
+
+
+def _raw(array: Any) -> bytes:
+    """The bytes of a tensor or array in row-major order."""
+    if hasattr(array, "detach"):  # a torch tensor; bfloat16 has no NumPy type, its bytes do
+        import torch
+
+        flat = array.detach().cpu().contiguous().reshape(-1)
+        return flat.view(torch.uint8).numpy().tobytes()
+    return array.tobytes()
+
+
+def key(step: str, version: int, determinants: dict) -> str:
+    """Name (16 hex digits) of the result of a step: same step, version, determinants, same key.
+
+    `version` is raised by hand when the step's code changes what it computes.
+    """
+    return digest({"step": step, "version": version, "determinants": determinants})[:16]
+
+
+def store() -> Path:
+    """Folder of all computed steps: $MERGING_COLLAPSE_STORE, else data/runs/store."""
+    return Path(os.environ.get("MERGING_COLLAPSE_STORE") or ROOT / "data" / "runs" / "store")
+
+
+def cached(step: str, version: int, determinants: dict, compute: Callable[[Path], None]) -> Path:
+    """Folder of the step's result, computed only if no earlier run has finished it.
+
+    `compute(folder)` fills an empty folder; `determinants.json` is added and the folder renamed to
+    store()/step/key. Two processes that want the same result do not both compute it: the second
+    waits for the first. A lock dies with its process: after `kill -9` the next call starts over.
+    """
+    name = key(step, version, determinants)
+    done = store() / step / name
+    if done.exists():
+        return done
+    done.parent.mkdir(parents=True, exist_ok=True)
+    lock_path = done.with_name(f".{name}.lock")
+    with lock_path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if done.exists():
+            return done
+        part = done.with_name(f".{name}.part")
+        if part.exists():  # left by a killed run: we hold the lock, so nobody is filling it
+            shutil.rmtree(part)
+        part.mkdir()
+        compute(part)
+        made_from = {"step": step, "version": version, "determinants": determinants}
+        (part / "determinants.json").write_text(json.dumps(made_from, indent=1, sort_keys=True))
+        part.rename(done)
+        lock_path.unlink()  # whoever waits on it finds the result
+    return done
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` (same suffix), renamed to it if the body succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def append_jsonl(path: Path, row: dict) -> None:
+    """Append one row as one line of canonical JSON, in one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (canonical(row) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        file.write(line)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """All rows of a JSON-lines file, oldest first; none where there is no file yet."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
+
+
+RESULT_FIELDS = ("name", "value", "unit", "n", "low", "high", "interval")
+
+
+def write_record(path: Path, results: list[dict]) -> list[dict]:
+    """Write a notebook's named results (record_NN.json) and return them with all fields.
+
+    Each result has `name`, `value`, `unit` and `n` (number of independent units), and, where it has
+    an interval, `low`, `high` and `interval` in words ("95 %, bootstrap over pairs"). An undefined
+    value is None. Raises ValueError for missing or unknown fields and for a name used twice.
+    """
+    rows = []
+    for result in results:
+        missing = [field for field in RESULT_FIELDS[:4] if field not in result]
+        unknown = sorted(set(result) - set(RESULT_FIELDS))
+        if missing or unknown:
+            raise ValueError(f"result {result.get('name')!r}: {missing=}, {unknown=} fields")
+        rows.append({field: result.get(field) for field in RESULT_FIELDS})
+    names = [row["name"] for row in rows]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a result name is used twice in {path.name}: {names}")
+    _check_json(rows, path.name)
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return rows

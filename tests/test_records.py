@@ -1,0 +1,191 @@
+"""Records: content keys, and that nothing unfinished ever counts as finished."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import records
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda child: st.lists(child, max_size=3) | st.dictionaries(st.text(), child, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "store"))
+
+
+@given(JSON)
+def test_canonical_is_json_and_keeps_the_value(obj):
+    assert json.loads(records.canonical(obj)) == obj
+
+
+def test_canonical_ignores_the_order_of_keys_and_the_kind_of_sequence():
+    assert records.canonical({"b": 1, "a": (1, 2)}) == records.canonical({"a": [1, 2], "b": 1})
+    assert records.canonical({"a": 1}) != records.canonical({"a": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("obj", "words"),
+    [
+        ({"loss": [0.1, math.nan]}, r"value\['loss'\]\[1\] is nan"),
+        ({"loss": -math.inf}, "is -inf"),
+        ({"seed": np.int64(3)}, r"value\['seed'\] is a numpy.int64"),
+        ({"path": Path("a")}, "use plain numbers"),
+        ({1: "a"}, "has the key 1"),
+    ],
+)
+def test_canonical_refuses_what_json_cannot_hold(obj, words):
+    with pytest.raises(ValueError, match=words):
+        records.canonical(obj)
+
+
+def test_digest_follows_the_content(tmp_path):
+    file = tmp_path / "a.bin"
+    file.write_bytes(b"abc")
+    assert records.digest(file) == records.digest(b"abc")
+    # the published test vector of SHA-256
+    assert records.digest(b"abc").startswith("ba7816bf8f01cfea414140de5dae2223")
+    before = records.digest(tmp_path)
+    file.rename(tmp_path / "b.bin")
+    assert records.digest(tmp_path) != before
+
+
+def test_digest_of_tensors_counts_dtype_and_shape_and_sees_views():
+    x = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    assert records.digest(x) == records.digest(x.numpy()) == records.digest(x.T.contiguous().T)
+    others = [x.T, x.reshape(-1), x.to(torch.float64), x.to(torch.bfloat16), x + 1, x.sum()]
+    assert len({records.digest(y) for y in [x, *others]}) == 7
+
+
+def test_key_depends_on_step_version_and_determinants():
+    keys = {
+        records.key("train", 1, {"seed": 0}),
+        records.key("train", 2, {"seed": 0}),
+        records.key("merge", 1, {"seed": 0}),
+        records.key("train", 1, {"seed": 1}),
+    }
+    assert len(keys) == 4 and all(len(k) == 16 for k in keys)
+
+
+def test_cached_computes_once_and_says_from_what():
+    calls = []
+
+    def compute(folder):
+        calls.append(folder)
+        (folder / "x.txt").write_text("1")
+
+    first = records.cached("step", 1, {"a": 1}, compute)
+    assert records.cached("step", 1, {"a": 1}, compute) == first
+    assert records.cached("step", 1, {"a": 2}, compute) != first
+    assert len(calls) == 2
+    made_from = json.loads((first / "determinants.json").read_text())
+    assert made_from == {"step": "step", "version": 1, "determinants": {"a": 1}}
+    assert {p.name for p in first.parent.iterdir()} == {
+        first.name,
+        records.key("step", 1, {"a": 2}),
+    }
+
+
+def test_a_failed_computation_is_not_a_result():
+    def fail(folder):
+        (folder / "x.txt").write_text("half")
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        records.cached("step", 1, {}, fail)
+    done = records.cached("step", 1, {}, lambda folder: (folder / "y.txt").touch())
+    assert {p.name for p in done.iterdir()} == {"y.txt", "determinants.json"}
+
+
+HALF_WAY = """
+import os, signal, time
+from helpers import records
+def compute(folder):
+    (folder / "x.txt").write_text("half")
+    {death}
+records.cached("step", 1, {{}}, compute)
+"""
+
+
+@pytest.mark.parametrize("death", ["os._exit(3)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_killed_computation_is_not_a_result_and_the_next_run_makes_it_whole(death):
+    killed = subprocess.run([sys.executable, "-c", HALF_WAY.format(death=death)], timeout=60)
+    assert killed.returncode in (3, -signal.SIGKILL)
+    done = records.store() / "step" / records.key("step", 1, {})
+    assert not done.exists() and done.with_name(f".{done.name}.part").exists()
+    assert records.cached("step", 1, {}, lambda folder: (folder / "y.txt").touch()) == done
+    assert {p.name for p in done.iterdir()} == {"y.txt", "determinants.json"}
+    assert list(done.parent.iterdir()) == [done]
+
+
+def _slow(folder):
+    (folder / "pid.txt").write_text(str(os.getpid()))
+    time.sleep(0.2)
+
+
+def test_two_processes_make_one_result():
+    context = multiprocessing.get_context("fork")
+    workers = [
+        context.Process(target=records.cached, args=("step", 1, {}, _slow)) for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    folder = records.cached("step", 1, {}, _slow)
+    assert int((folder / "pid.txt").read_text()) in [worker.pid for worker in workers]
+
+
+def test_atomic_write_leaves_the_old_file_when_the_body_fails(tmp_path):
+    path = tmp_path / "new" / "table.csv.gz"
+    with records.atomic_write(path) as part:
+        assert part.suffixes == path.suffixes  # writers choose the format by the suffix
+        part.write_text("old")
+    with pytest.raises(RuntimeError), records.atomic_write(path) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_jsonl_round_trip(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert records.read_jsonl(path) == []
+    rows = [{"b": 1, "a": "ä\u2028"}, {"a": None}]
+    for row in rows:
+        records.append_jsonl(path, row)
+    assert records.read_jsonl(path) == rows
+
+
+def test_record_holds_every_field_and_refuses_what_is_incomplete(tmp_path):
+    path = tmp_path / "record_04.json"
+    given = {"name": "radius", "value": 0.5, "unit": "squared distance", "n": 15}
+    rows = records.write_record(path, [given])
+    assert json.loads(path.read_text()) == rows
+    assert rows == [given | {"low": None, "high": None, "interval": None}]
+    with pytest.raises(ValueError, match=r"missing=\['unit', 'n'\]"):
+        records.write_record(path, [{"name": "x", "value": 1}])
+    with pytest.raises(ValueError, match="used twice"):
+        records.write_record(path, [given, given])
+    with pytest.raises(ValueError, match="is nan"):
+        records.write_record(path, [given | {"value": math.nan}])
