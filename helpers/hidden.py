@@ -1,10 +1,25 @@
 """How do representations differ? Pooled hidden states, and measures between two models.
 
 A state array is (n_probes, d): one row per probe input, for both models the same inputs in the same
-order. The measures are NumPy in float64; only `pool` and `layer_names` see a model.
+order. The measures are NumPy in float64; only `pool` and `layer_names` see a model. They differ in
+what they overlook (rotation, scale, shift: tests/test_hidden.py asserts the whole table), and
+MEASURES says of each which way it points and what it needs.
+
+    distances:    0 for equal states, larger is further apart
+    similarities: 1 for equal states, smaller is further apart
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
 import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy import linalg, special, stats
+from scipy.spatial.distance import pdist
 from torch import Tensor, nn
 
 HOW = ("last", "mean", "first_decoder")
@@ -67,3 +82,280 @@ def layer_names(model: nn.Module) -> list[str]:
     raw = seen[0] if isinstance(seen[0], Tensor) else seen[0][0]
     final = f"block {len(blocks)}" if torch.equal(raw, states[-1]) else "final norm"
     return ["embeddings", *(f"block {i}" for i in range(1, len(blocks))), final]
+
+
+# --- two state arrays -----------------------------------------------------------------------
+
+
+def _pair(a: ArrayLike, b: ArrayLike, same_width: bool = True) -> tuple[NDArray, NDArray]:
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.ndim != 2 or b.ndim != 2 or len(a) != len(b) or len(a) == 0:
+        raise ValueError(
+            f"two arrays (n_probes, d) over the same probes are needed, got {a.shape} and {b.shape}"
+        )
+    if same_width and a.shape != b.shape:
+        raise ValueError(
+            f"states of {a.shape[1]} and {b.shape[1]} dimensions have no coordinatewise distance: "
+            "use CKA, Procrustes, RSA or mutual k-NN"
+        )
+    return a, b
+
+
+def _unit(a: NDArray) -> NDArray:
+    """Rows of unit length; a zero row has no direction and becomes NaN."""
+    with np.errstate(invalid="ignore"):
+        return a / np.linalg.norm(a, axis=1, keepdims=True)
+
+
+def probe_distances(a: ArrayLike, b: ArrayLike, normalise: str = "unit") -> NDArray:
+    """L2 distance between two models' states on each probe, (n_probes,); its mean is HiddenSim.
+
+    normalise: "unit": |a/|a| - b/|b|| in [0, 2]; "norms": |a - b| / (|a| + |b|) in [0, 1];
+    "sqrt_d": |a - b| / sqrt(d), the root mean square over features; "raw": |a - b|.
+    """
+    a, b = _pair(a, b)
+    if normalise == "unit":
+        return np.linalg.norm(_unit(a) - _unit(b), axis=1)
+    distance = np.linalg.norm(a - b, axis=1)
+    if normalise == "norms":
+        return distance / (np.linalg.norm(a, axis=1) + np.linalg.norm(b, axis=1))
+    if normalise == "sqrt_d":
+        return distance / np.sqrt(a.shape[1])
+    if normalise == "raw":
+        return distance
+    raise ValueError(f"unknown normalisation {normalise!r}: choose unit, norms, sqrt_d or raw")
+
+
+def hidden_sim(a: ArrayLike, b: ArrayLike, normalise: str = "unit") -> float:
+    """HiddenSim, as a distance: mean over probes of the normalised L2 distance (arXiv:2603.09463).
+
+    The paper gives it in words only; "unit" is this study's primary reading, the other
+    normalisations of `probe_distances` belong to its sensitivity family.
+    """
+    return float(probe_distances(a, b, normalise).mean())
+
+
+def cosine(a: ArrayLike, b: ArrayLike) -> float:
+    """Mean over probes of the cosine between the two states, in [-1, 1]."""
+    a, b = _pair(a, b)
+    return float((_unit(a) * _unit(b)).sum(axis=1).mean())
+
+
+def change_cosine(a: ArrayLike, b: ArrayLike, base: ArrayLike) -> float:
+    """Mean over probes of the cosine between the changes a - base and b - base, in [-1, 1].
+
+    NaN where a state did not change at all (the embeddings under LoRA): no change, no direction.
+    """
+    base = np.asarray(base, dtype=np.float64)
+    return cosine(np.asarray(a, dtype=np.float64) - base, np.asarray(b, dtype=np.float64) - base)
+
+
+def _u_centred_gram(a: NDArray) -> NDArray:
+    """Linear Gram matrix, U-centred (Szekely and Rizzo 2014): off-diagonal rows sum to zero."""
+    n = len(a)
+    a = a - a.mean(axis=0)  # changes nothing but the rounding
+    gram = a @ a.T
+    np.fill_diagonal(gram, 0)
+    rows = gram.sum(axis=1)
+    gram -= (rows[:, None] + rows) / (n - 2) - rows.sum() / ((n - 1) * (n - 2))
+    np.fill_diagonal(gram, 0)
+    return gram
+
+
+def debiased_cka(a: ArrayLike, b: ArrayLike) -> float:
+    """Debiased linear CKA, HSIC_u(a, b) / sqrt(HSIC_u(a, a) HSIC_u(b, b)), at most 1.
+
+    HSIC_u is the unbiased estimate (Song et al. 2012); it is an inner product of U-centred Gram
+    matrices, so the ratio is their cosine. About 0 for unrelated states at any n and d, where plain
+    CKA (Kornblith et al. 2019) grows with d / n. Needs at least four probes.
+    """
+    a, b = _pair(a, b, same_width=False)
+    if len(a) < 4:
+        raise ValueError(f"debiased CKA needs at least 4 probes, got {len(a)}")
+    gram_a, gram_b = _u_centred_gram(a), _u_centred_gram(b)
+    return float((gram_a * gram_b).sum() / (linalg.norm(gram_a) * linalg.norm(gram_b)))
+
+
+def procrustes(a: ArrayLike, b: ArrayLike) -> float:
+    """Orthogonal Procrustes distance of the centred arrays at unit norm, in [0, sqrt(2)].
+
+    min over orthogonal Q of |A Q - B|_F = sqrt(2 - 2 |A'B|_*), nuclear norm (Williams et al. 2021;
+    Ding et al. 2021 report its square). Below about 1e-8 it is rounding.
+    """
+    a, b = _pair(a, b, same_width=False)
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    if len(a) < min(a.shape[1], b.shape[1]):
+        # A' = Q R: A'B has the singular values of the small matrix R_a R_b'.
+        a = linalg.qr(a.T, mode="r")[0][: len(a)].T
+        b = linalg.qr(b.T, mode="r")[0][: len(b)].T
+    nuclear = linalg.svdvals(a.T @ b).sum()
+    return float(np.sqrt(max(0.0, 2 - 2 * nuclear)))  # at A = B rounding leaves 1 + 1e-16
+
+
+def rsa(a: ArrayLike, b: ArrayLike) -> float:
+    """Representational similarity: Spearman correlation of the two probe distance matrices.
+
+    Euclidean distances between the states of all probe pairs (Kriegeskorte et al. 2008 leave the
+    dissimilarity open), in [-1, 1]. Needs at least three probes.
+    """
+    a, b = _pair(a, b, same_width=False)
+    if len(a) < 3:
+        raise ValueError(f"RSA needs at least 3 probes, got {len(a)}")
+    return float(stats.spearmanr(pdist(a), pdist(b)).statistic)
+
+
+def mutual_knn(a: ArrayLike, b: ArrayLike, k: int = 10) -> float:
+    """Mean share of the k nearest probes, by cosine, that both models agree on, in [0, 1].
+
+    Huh et al. 2024, arXiv:2405.07987. Chance level k / (n_probes - 1); ties go to the lower index.
+    """
+    a, b = _pair(a, b, same_width=False)
+    n = len(a)
+    if not 1 <= k < n:
+        raise ValueError(f"mutual k-NN needs 1 <= k < n_probes, got k = {k} and {n} probes")
+
+    def neighbours(states: NDArray) -> NDArray:
+        unit = _unit(states)
+        similarity = unit @ unit.T
+        np.fill_diagonal(similarity, -np.inf)
+        nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+        member = np.zeros((n, n), dtype=bool)
+        np.put_along_axis(member, nearest, True, axis=1)
+        return member
+
+    return float((neighbours(a) & neighbours(b)).sum() / (n * k))
+
+
+def logit_kl(a: ArrayLike, b: ArrayLike) -> float:
+    """Mean over probes of the symmetric KL divergence (KL(p|q) + KL(q|p)) / 2, in nats."""
+    a, b = _pair(a, b)
+    log_p, log_q = special.log_softmax(a, axis=1), special.log_softmax(b, axis=1)
+    return float(((np.exp(log_p) - np.exp(log_q)) * (log_p - log_q)).sum(axis=1).mean() / 2)
+
+
+class Measure(NamedTuple):
+    """A measure as data: the function of two arrays, its direction and what the arrays are."""
+
+    function: Callable[..., float]
+    distance: bool  # True: larger is further apart; False: a similarity
+    needs: str = "states"  # or "base": states of the base too; "logits": logits, not states
+
+
+# The first is the study's primary one; the rest is its sensitivity family and its rivals.
+MEASURES = {
+    "hidden_sim": Measure(hidden_sim, True),
+    "hidden_sim_norms": Measure(partial(hidden_sim, normalise="norms"), True),
+    "hidden_sim_sqrt_d": Measure(partial(hidden_sim, normalise="sqrt_d"), True),
+    "hidden_sim_raw": Measure(partial(hidden_sim, normalise="raw"), True),
+    "cka": Measure(debiased_cka, False),
+    "procrustes": Measure(procrustes, True),
+    "rsa": Measure(rsa, False),
+    "cosine": Measure(cosine, False),
+    "change_cosine": Measure(change_cosine, False, "base"),
+    "mutual_knn": Measure(mutual_knn, False),
+    "logit_kl": Measure(logit_kl, True, "logits"),
+}
+
+
+# --- layers, pairs and groups ---------------------------------------------------------------
+
+
+def layer_curve(function: Callable[..., float], *states: NDArray) -> NDArray:
+    """A measure at every layer, (layers,): `states` are (n_probes, layers, d), one per argument."""
+    layers = states[0].shape[1]
+    return np.array([function(*(s[:, layer] for s in states)) for layer in range(layers)])
+
+
+def pair_table(
+    states: NDArray,
+    labels: Sequence[str],
+    probe_task: Sequence[str] | None = None,
+    base: NDArray | None = None,
+    readout: NDArray | None = None,
+    layer: int = -1,
+    measures: Sequence[str] = tuple(MEASURES),
+) -> pd.DataFrame:
+    """All measures of all pairs of models: columns task_a, task_b and one per measure.
+
+    Args:
+        states: (models, n_probes, layers, d); `labels` their tasks.
+        probe_task: the task that each probe belongs to: a pair is then judged on the probes of its
+            own two tasks (the primary reading). None: on all probes.
+        base: (n_probes, layers, d) states of the base; without it `change_cosine` is left out.
+        readout: (vocabulary, d) matrix that turns final-normed states into logits, the same for all
+            models (true of adapters that leave the embeddings alone); without it no `logit_kl`.
+        layer: which layer; the readout belongs to the last.
+
+    Raises:
+        ValueError: as many labels as models; a task without probes; an unknown measure.
+    """
+    if len(states) != len(labels):
+        raise ValueError(f"{len(labels)} labels for the states of {len(states)} models")
+    unknown = set(measures) - set(MEASURES)
+    if unknown:
+        raise ValueError(f"unknown measures {sorted(unknown)}: choose from {list(MEASURES)}")
+    lonely = set() if probe_task is None else set(labels) - set(probe_task)
+    if lonely:
+        raise ValueError(f"no probe belongs to {sorted(lonely)}")
+    given = {"states": True, "base": base is not None, "logits": readout is not None}
+    chosen = [name for name in measures if given[MEASURES[name].needs]]
+
+    rows = []
+    for (i, task_a), (j, task_b) in combinations(enumerate(labels), 2):
+        probes = slice(None) if probe_task is None else np.isin(probe_task, (task_a, task_b))
+        a, b = states[i, probes, layer], states[j, probes, layer]
+        arguments = {"states": (a, b)}
+        if base is not None:
+            arguments["base"] = (a, b, base[probes, layer])
+        if "logit_kl" in chosen:
+            arguments["logits"] = (a @ readout.T, b @ readout.T)
+        values = {m: MEASURES[m].function(*arguments[MEASURES[m].needs]) for m in chosen}
+        rows.append({"task_a": task_a, "task_b": task_b, **values})
+    return pd.DataFrame(rows)
+
+
+# Readings of the Merging Difficulty Score: several pair distances in one number. The paper calls it
+# reciprocal and leaves the formula open; the first is primary here.
+MDS_READINGS = {
+    "mean": np.mean,
+    "max": np.max,  # the diameter
+    "rms": lambda d: np.sqrt(np.mean(np.square(d))),  # the bound's mean squared distance
+    "reciprocal": lambda d: 1 / np.mean(1 / (1 + d)),  # of the mean similarity 1 / (1 + d)
+    "harmonic": lambda d: 1 / np.mean(1 / d),  # ruled by the closest pair
+}
+
+
+def _among(pairs: pd.DataFrame, members: Sequence[str]) -> pd.DataFrame:
+    inside = pairs[pairs.task_a.isin(members) & pairs.task_b.isin(members)]
+    needed = len(members) * (len(members) - 1) // 2
+    if needed == 0 or len(inside) != needed:
+        raise ValueError(f"{len(members)} members have {needed} pairs, but {len(inside)} are given")
+    return inside
+
+
+def mds(
+    pairs: pd.DataFrame,
+    members: Sequence[str],
+    column: str = "hidden_sim",
+    reading: str = "mean",
+) -> float:
+    """Merging Difficulty Score of a group: all distances among its members in one number.
+
+    `pairs` has columns task_a, task_b and `column`, a distance; `reading` is one of MDS_READINGS.
+    High means hard to merge (arXiv:2603.09463). ValueError unless every pair is there once.
+    """
+    return float(MDS_READINGS[reading](_among(pairs, members)[column].to_numpy()))
+
+
+def mds_tasks(
+    pairs: pd.DataFrame,
+    members: Sequence[str],
+    column: str = "hidden_sim",
+    reading: str = "mean",
+) -> pd.Series:
+    """Merging Difficulty Score of each member: its distances to the others in one number."""
+    inside = _among(pairs, members)
+    mine = {task: (inside.task_a == task) | (inside.task_b == task) for task in members}
+    scores = {t: MDS_READINGS[reading](inside.loc[m, column].to_numpy()) for t, m in mine.items()}
+    return pd.Series(scores, name=f"mds_{reading}")

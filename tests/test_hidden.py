@@ -1,8 +1,15 @@
 """Pooling keeps a state whatever the batch; the measures keep what their invariance table says."""
 
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
+from scipy.linalg import orthogonal_procrustes
+from scipy.spatial.distance import pdist, squareform
+from scipy.stats import spearmanr
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from helpers import hidden
@@ -74,3 +81,220 @@ def test_layer_names_tell_final_norm_from_raw_stream():
                  num_heads=2, decoder_start_token_id=0)
     )
     assert hidden.layer_names(t5.eval()) == ["embeddings", "block 1", "final norm"]
+
+
+# --- measures ---------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(0)
+A, B, BASE = RNG.normal(size=(3, 24, 10)) + np.linspace(0.5, 1.5, 10)
+ORDER = RNG.permutation(len(A))
+ROTATION = np.linalg.qr(RNG.normal(size=(10, 10)))[0]
+SHIFT = 3 * RNG.normal(size=10)
+
+# Applied to both arrays alike, or to the second alone.
+TRANSFORMATIONS = {
+    "permuted probes": (lambda x: x[ORDER], True),
+    "rotated alike": (lambda x: x @ ROTATION, True),
+    "rotated": (lambda x: x @ ROTATION, False),
+    "scaled alike": (lambda x: 3 * x, True),
+    "scaled": (lambda x: 3 * x, False),
+    "shifted alike": (lambda x: x + SHIFT, True),
+    "shifted": (lambda x: x + SHIFT, False),
+    "duplicated features": (lambda x: np.hstack([x, x]), True),
+}
+# 1: the value stays; 0: it changes. Columns in the order of TRANSFORMATIONS.
+INVARIANCE = {
+    #                    probes rot= rot scale= scale shift= shift duplicated
+    "hidden_sim":        (1,    1,   0,  1,     1,    0,     0,    1),
+    "hidden_sim_norms":  (1,    1,   0,  1,     0,    0,     0,    1),
+    "hidden_sim_sqrt_d": (1,    1,   0,  0,     0,    1,     0,    1),
+    "hidden_sim_raw":    (1,    1,   0,  0,     0,    1,     0,    0),
+    "cka":               (1,    1,   1,  1,     1,    1,     1,    1),
+    "procrustes":        (1,    1,   1,  1,     1,    1,     1,    1),
+    "rsa":               (1,    1,   1,  1,     1,    1,     1,    1),
+    "cosine":            (1,    1,   0,  1,     1,    0,     0,    1),
+    "change_cosine":     (1,    1,   0,  1,     0,    1,     0,    1),
+    "mutual_knn":        (1,    1,   1,  1,     1,    0,     0,    1),
+    "logit_kl":          (1,    0,   0,  0,     0,    0,     0,    1),
+}  # fmt: skip
+
+
+def arguments(name, a, b, base):
+    return (a, b, base) if hidden.MEASURES[name].needs == "base" else (a, b)
+
+
+def test_every_measure_has_a_row_of_the_invariance_table():
+    assert set(INVARIANCE) == set(hidden.MEASURES)
+
+
+@pytest.mark.parametrize("name", INVARIANCE)
+@pytest.mark.parametrize("column, transformation", list(enumerate(TRANSFORMATIONS)))
+def test_invariance(name, column, transformation):
+    change, alike = TRANSFORMATIONS[transformation]
+    function = hidden.MEASURES[name].function
+    before = function(*arguments(name, A, B, BASE))
+    first, base = (change(A), change(BASE)) if alike else (A, BASE)
+    after = function(*arguments(name, first, change(B), base))
+    assert (after == pytest.approx(before, rel=1e-9)) == bool(INVARIANCE[name][column])
+
+
+@pytest.mark.parametrize("name", hidden.MEASURES)
+def test_symmetric_and_at_its_best_for_equal_states(name):
+    function, distance, _ = hidden.MEASURES[name]
+    value = function(*arguments(name, A, B, BASE))
+    assert function(*arguments(name, B, A, BASE)) == pytest.approx(value, rel=1e-12)
+    best = function(*arguments(name, A, A, BASE))
+    assert best == pytest.approx(0 if distance else 1, abs=1e-7)
+    assert value > best if distance else value < best
+
+
+def test_hidden_sim_by_hand():
+    a, b = np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[4.0, 3.0], [0.0, 2.0]])
+    assert hidden.hidden_sim(a, b) == pytest.approx((np.sqrt(0.08) + np.sqrt(2)) / 2)
+    assert hidden.hidden_sim(a, b, "raw") == pytest.approx((np.sqrt(2) + np.sqrt(5)) / 2)
+    assert hidden.hidden_sim(a, b, "sqrt_d") == pytest.approx((1 + np.sqrt(2.5)) / 2)
+    assert hidden.hidden_sim(a, b, "norms") == pytest.approx((np.sqrt(2) / 10 + np.sqrt(5) / 3) / 2)
+    assert hidden.probe_distances(a, b, "raw") == pytest.approx([np.sqrt(2), np.sqrt(5)])
+
+
+def published_arrays():
+    """The fixed arrays that the pinned values of other libraries below were computed on."""
+    t = np.arange(12.0)[:, None]
+    a = np.sin(t * np.arange(1, 6)) + 0.1 * t
+    return a, np.cos(t * np.arange(2, 9) / 3) * np.arange(1, 8)
+
+
+def test_debiased_cka_equals_a_published_librarys_value():
+    # pytorch-cka 1.1.3: hsic(a a', b b') gives (xy, xx, yy), CKA = xy / sqrt(xx yy). The HSICs of
+    # repsim 0.1.5 are the same numbers; its CKA with the "song" estimator is not their ratio.
+    assert hidden.debiased_cka(*published_arrays()) == pytest.approx(-0.25038335566865, rel=1e-12)
+
+
+def test_debiased_cka_is_the_ratio_of_u_statistics():
+    def hsic(k, m):  # the definition: mean of the kernel over all ordered 4-tuples of probes
+        quadruples = permutations(range(len(k)), 4)
+        return np.mean([k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in quadruples])
+
+    a, b = A[:8], B[:8, :6]
+    k, m = a @ a.T, b @ b.T
+    expected = hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
+    assert hidden.debiased_cka(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+def test_debiased_cka_of_noise_is_centred_on_zero():
+    draws = [hidden.debiased_cka(*RNG.normal(size=(2, 10, 50))) for _ in range(200)]
+    assert abs(np.mean(draws)) < 3 * np.std(draws) / np.sqrt(len(draws))
+
+
+def test_procrustes_equals_a_published_librarys_value():
+    # qc-procrustes 1.1.3: sqrt(orthogonal(a, b, translate=True, scale=True).error).
+    a, b = published_arrays()
+    assert hidden.procrustes(a, b[:, :5]) == pytest.approx(1.0433294601458496, rel=1e-12)
+
+
+@pytest.mark.parametrize("probes", [24, 6])  # more and fewer probes than dimensions
+def test_procrustes_is_the_residual_of_the_best_rotation(probes):
+    a, b = A[:probes] - A[:probes].mean(0), B[:probes] - B[:probes].mean(0)
+    a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    rotation, _ = orthogonal_procrustes(a, b)
+    residual = np.linalg.norm(a @ rotation - b)
+    assert hidden.procrustes(A[:probes], B[:probes]) == pytest.approx(residual, rel=1e-10)
+
+
+def test_rsa_and_knn_by_definition():
+    assert hidden.rsa(A, B) == pytest.approx(spearmanr(pdist(A), pdist(B)).statistic)
+    angles = [squareform(pdist(x, "cosine")) + 9 * np.eye(len(x)) for x in (A, B)]
+    nearest = [[set(row.argsort()[:5]) for row in angle] for angle in angles]
+    shared = [len(x & y) / 5 for x, y in zip(*nearest, strict=True)]
+    assert hidden.mutual_knn(A, B, k=5) == pytest.approx(np.mean(shared))
+
+
+def test_logit_kl_of_two_coins():
+    coin = np.log([[0.5, 0.5]]), np.log([[0.9, 0.1]])
+    kl = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
+    back = 0.9 * np.log(0.9 / 0.5) + 0.1 * np.log(0.1 / 0.5)
+    assert hidden.logit_kl(*coin) == pytest.approx((kl + back) / 2)
+
+
+def test_change_cosine_of_an_unchanged_model_has_no_value():
+    assert np.isnan(hidden.change_cosine(A, BASE, BASE))
+    assert hidden.change_cosine(BASE + A, BASE - 2 * A, BASE) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: hidden.hidden_sim(A, B[:-1]), "same probes"),
+        (lambda: hidden.hidden_sim(A, B[:, :-1]), "use CKA"),
+        (lambda: hidden.hidden_sim(A, B, "max"), "unknown normalisation"),
+        (lambda: hidden.debiased_cka(A[:3], B[:3]), "at least 4"),
+        (lambda: hidden.rsa(A[:2], B[:2]), "at least 3"),
+        (lambda: hidden.mutual_knn(A, B, k=24), "n_probes"),
+    ],
+)
+def test_measures_refuse(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# --- layers, pairs and groups -----------------------------------------------------------------
+
+LABELS = ["red", "green", "blue"]
+PROBE_TASK = np.repeat(LABELS, 12)
+STATES = RNG.normal(size=(3, 36, 2, 10)).astype(np.float32)
+
+
+def test_pair_table_uses_the_probes_of_the_pairs_own_tasks():
+    own = hidden.pair_table(STATES, LABELS, PROBE_TASK)
+    assert own[["task_a", "task_b"]].to_numpy().tolist() == [
+        ["red", "green"], ["red", "blue"], ["green", "blue"]
+    ]
+    expected = hidden.hidden_sim(STATES[0][[*range(12), *range(24, 36)], -1],
+                                 STATES[2][[*range(12), *range(24, 36)], -1])
+    assert own.hidden_sim[1] == pytest.approx(expected)
+    pool = hidden.pair_table(STATES, LABELS, layer=0)
+    assert pool.hidden_sim[1] == pytest.approx(hidden.hidden_sim(STATES[0, :, 0], STATES[2, :, 0]))
+
+
+def test_pair_table_has_the_columns_that_its_inputs_allow():
+    optional = {"change_cosine", "logit_kl"}
+    assert set(hidden.MEASURES) - set(hidden.pair_table(STATES, LABELS)) == optional
+    readout = RNG.normal(size=(7, 10))
+    full = hidden.pair_table(STATES, LABELS, base=STATES.mean(0), readout=readout)
+    assert set(hidden.MEASURES) < set(full) and full.notna().all(axis=None)
+    expected = hidden.logit_kl(STATES[0, :, -1] @ readout.T, STATES[1, :, -1] @ readout.T)
+    assert full.logit_kl[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"labels": LABELS[:2]}, "2 labels for the states of 3"),
+        ({"measures": ["cka", "vibe"]}, "vibe"),
+        ({"probe_task": ["red"] * 36}, "no probe belongs"),
+    ],
+)
+def test_pair_table_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        hidden.pair_table(STATES, **{"labels": LABELS} | options)
+
+
+def test_layer_curve_is_the_measure_layer_by_layer():
+    curve = hidden.layer_curve(hidden.debiased_cka, STATES[0], STATES[1])
+    assert curve.tolist() == [hidden.debiased_cka(STATES[0, :, i], STATES[1, :, i]) for i in (0, 1)]
+
+
+def test_mds_of_a_group_and_of_its_members():
+    pairs = pd.DataFrame(
+        [("a", "b", 1.0), ("a", "c", 2.0), ("b", "c", 3.0), ("c", "d", 9.0)],
+        columns=["task_a", "task_b", "hidden_sim"],
+    )
+    group = ["a", "b", "c"]
+    assert hidden.mds(pairs, group) == 2
+    assert hidden.mds(pairs, group, reading="max") == 3
+    assert hidden.mds(pairs, group, reading="rms") == pytest.approx(np.sqrt(14 / 3))
+    assert hidden.mds(pairs, group, reading="reciprocal") == pytest.approx(36 / 13)
+    assert hidden.mds(pairs, group, reading="harmonic") == pytest.approx(18 / 11)
+    assert hidden.mds_tasks(pairs, group).to_dict() == {"a": 1.5, "b": 2.0, "c": 2.5}
+    with pytest.raises(ValueError, match="4 members have 6 pairs, but 4 are given"):
+        hidden.mds(pairs, ["a", "b", "c", "d"])
