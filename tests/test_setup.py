@@ -1,0 +1,113 @@
+"""Set-up: refused in one sentence where it cannot work, done once where it can."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+
+import pytest
+from packaging.requirements import Requirement
+
+from helpers import supported
+from helpers.records import ROOT
+
+
+def test_this_machine_is_supported():
+    assert supported.problem() is None and supported.no_venv() is None
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 15)])
+def test_other_pythons_are_refused(version):
+    assert "needs Python 3.11 to 3.14" in supported.problem(version)
+
+
+def test_the_python_range_is_that_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=3.11,<3.15"
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "mac", "fine"),
+    [
+        ("darwin", "arm64", "15.1", True),
+        ("darwin", "arm64", "13.6", False),
+        ("darwin", "x86_64", "14.0", False),
+        ("linux", "aarch64", "", True),
+        ("linux", "riscv64", "", False),
+        ("win32", "AMD64", "", False),
+    ],
+)
+def test_platforms(monkeypatch, system, machine, mac, fine):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "mac_ver", lambda: (mac, ("", "", ""), ""))
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    assert (supported.problem(system=system) is None) == fine
+
+
+def test_musl_is_refused(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert "glibc" in supported.problem(system="linux")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What set-up reads, in an empty folder."""
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "helpers").mkdir()
+    shutil.copy(ROOT / "helpers" / "supported.py", tmp_path / "helpers")
+    return tmp_path
+
+
+def make(folder, *arguments):
+    # without the flags of the make that may be running these tests
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_missing_python_is_one_sentence(checkout):
+    done = make(checkout, "study", "PYTHON=no-such-python")
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: no no-such-python on the PATH")
+    assert not (checkout / ".venv").exists()
+
+
+def test_set_up_happens_once_and_an_interrupted_one_is_taken_up(checkout):
+    """A stand-in Python logs its calls and makes an environment whose pip fails once."""
+    (checkout / "fails").touch()
+    fake = checkout / "fake-python"
+    fake.write_text(
+        "#!/bin/sh\n"
+        f'echo "$@" >> {checkout}/log\n'
+        f'if [ "$2" = venv ]; then mkdir -p {checkout}/.venv/bin; '
+        f"cp $0 {checkout}/.venv/bin/python; fi\n"
+        f'if [ "$3" = install ] && [ -e {checkout}/fails ]; then rm {checkout}/fails; exit 1; fi\n'
+        "exit 0\n"
+    )
+    fake.chmod(0o755)
+    assert make(checkout, "study", f"PYTHON={fake}").returncode != 0
+    assert not (checkout / ".venv" / ".ready").exists()
+    for _ in range(2):
+        assert make(checkout, "study", f"PYTHON={fake}").returncode == 0
+    calls = (checkout / "log").read_text().splitlines()
+    assert calls.count("-m venv --clear .venv") == 1
+    assert calls.count("-m pip install -r requirements.txt -e .") == 2  # the failed one, and once
+    assert calls.count("-m helpers run demo") == 2
+
+
+def test_requirements_are_pinned_and_are_what_is_installed():
+    lines = [line.split("#")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    pins = [Requirement(line) for line in lines if line.strip()]
+    assert len(pins) > 20
+    for pin in pins:
+        assert [s.operator for s in pin.specifier] == ["=="], pin
+        assert pin.specifier.contains(metadata.version(pin.name)), pin
+
+
+def test_the_suite_runs_on_the_project_environment():
+    assert sys.version_info[:2] >= (3, 11) and sys.prefix != sys.base_prefix
