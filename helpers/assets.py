@@ -1,11 +1,12 @@
 """Where do models and tasks come from?
 
-Two kinds of things are fetched once into a per-user cache: embedded models (a name in
-data/assets.toml) and the BIG-bench archive. Both are files inside public packages, downloaded as
-files with a pinned sha256, never installed. A model may also be a local folder or a hub id.
-Only safetensors and GGUF weights are read; pickles and remote code are not.
+Embedded models (data/assets.toml) and the BIG-bench tasks are files inside public packages. They
+are downloaded as files, checked against a pinned sha256 and kept in a per-user cache, and never
+installed. A model may also be a local folder or a hub id. Only safetensors and GGUF weights are
+read, never pickles; no code of a model's author is run.
 """
 
+import difflib
 import fcntl
 import hashlib
 import json
@@ -17,7 +18,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -26,9 +27,8 @@ import platformdirs
 import requests
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from pypi_simple import NoSuchProjectError, PyPISimple
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -41,17 +41,17 @@ from transformers import (
 CATALOGUE = tomllib.loads(
     (Path(__file__).parents[1] / "data" / "assets.toml").read_text(encoding="utf-8")
 )
-MEMBER_LIMIT = 2 * 1024**3  # bytes one archive member may unpack to
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-TASK_PATTERN = re.compile(r"[^/]+/bigbench/benchmark_tasks/((?:[\w-]+/)+)task\.json")
+MEMBER_LIMIT = 2 * 1024**3  # bytes that one archive member may unpack to
+TASK_PATTERN = re.compile(r"[^/]+/bigbench/benchmark_tasks/((?:[\w-]+/)*[\w-]+)/task\.json")
 
 
 class AssetError(Exception):
-    """A model or a task that cannot be had, with the reason and the remedy in one sentence."""
+    """A model or a task that cannot be had: the reason and the remedy in one sentence."""
 
 
 def cache() -> Path:
@@ -64,20 +64,19 @@ def cache() -> Path:
 
 
 def fetch(package: str) -> Path:
-    """The pinned file of `package` in the cache; downloaded if missing, its sha256 always checked.
+    """The pinned file of `package` in the cache: downloaded if missing, its sha256 always checked.
 
-    A file put there by hand serves as well. Raises AssetError without a network or for a file
-    whose digest is not the pinned one (it is deleted, so that the next call fetches it anew).
+    A file put there by hand serves as well. Raises AssetError without a network, and for a file
+    of another digest, which is deleted so that the next call fetches it anew.
     """
     pin = CATALOGUE["packages"][package]
-    file = cache() / "downloads" / pin["file"]
-    with _alone(file):
-        if not file.exists():
-            part = file.with_name(file.name + ".part")
-            _download(package, pin, part)
-            _require_digest(part, pin)
-            part.replace(file)
-        _require_digest(file, pin)
+    file = _made(cache() / "downloads" / pin["file"], lambda part: _download(package, pin, part))
+    if _sha256(file) != pin["sha256"]:
+        file.unlink(missing_ok=True)
+        raise AssetError(
+            f"{file} was not the file pinned in data/assets.toml (its sha256 differs) and has been "
+            "deleted: run again to fetch it anew."
+        )
     return file
 
 
@@ -86,38 +85,39 @@ def _download(package: str, pin: dict, part: Path) -> None:
     done = part.stat().st_size if part.exists() else 0
     if done >= pin["bytes"]:
         return
-    print(f"Fetching {_told(pin)} into {part.parent}", file=sys.stderr)
+    what = f"{pin['file']} ({pin['bytes'] / 1e6:.0f} MB)"
+    print(
+        f"Fetching {what} into {part.parent}; the default study keeps about "
+        f"{CATALOGUE['cache_gb']} GB there.",
+        file=sys.stderr,
+    )
     # Compressed transfer would make the byte counts of a resumed download meaningless.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
     try:
         with _client() as client:
-            url = next(
-                found.url
-                for found in client.get_project_page(package).packages
-                if found.filename == pin["file"]
-            )
+            found = client.get_project_page(package).packages
+            url = {each.filename: each.url for each in found}[pin["file"]]
             with client.s.get(url, headers=headers, stream=True, timeout=60) as reply:
                 reply.raise_for_status()
-                done = done if reply.status_code == requests.codes.partial_content else 0
-                with (
-                    part.open("ab" if done else "wb") as target,
-                    tqdm(desc=package, total=pin["bytes"], initial=done, unit="B",
-                         unit_scale=True) as bar,
-                ):  # fmt: skip
+                resumed = reply.status_code == requests.codes.partial_content
+                bar = tqdm(desc=package, total=pin["bytes"], unit="B", unit_scale=True)
+                with part.open("ab" if resumed else "wb") as target, bar:
+                    bar.update(target.tell())
                     for chunk in reply.iter_content(1 << 20):
                         target.write(chunk)
                         bar.update(len(chunk))
-    except (requests.RequestException, NoSuchProjectError, StopIteration) as error:
-        # Only the kind of error is told: an index address may carry a password.
+    except (requests.RequestException, NoSuchProjectError, KeyError) as error:
+        # Only the kind of error is told: the address of a private index may hold a password.
+        network = isinstance(error, requests.RequestException)
+        reason = type(error).__name__ if network else "the package index does not have it"
         raise AssetError(
-            f"cannot fetch {_told(pin)} ({type(error).__name__}): connect to the network and run "
-            f"again, put that file into {part.parent}, or point MERGING_COLLAPSE_CACHE at a "
-            "cache that has it."
+            f"cannot fetch {what} ({reason}): connect to the network and run again, put that file "
+            f"into {part.parent}, or let MERGING_COLLAPSE_CACHE name a cache that has it."
         ) from error
 
 
 def _client() -> PyPISimple:
-    """A client of the index that pip uses on this machine (a private mirror, say)."""
+    """A client of the package index that pip uses on this machine (a private mirror, say)."""
     index = os.environ.get("PIP_INDEX_URL")
     if not index:
         asked = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
@@ -125,52 +125,61 @@ def _client() -> PyPISimple:
     return PyPISimple(index) if index else PyPISimple()
 
 
-def _told(pin: dict) -> str:
-    return f"{pin['file']} ({pin['bytes'] / 1e6:.0f} MB)"
-
-
-def _require_digest(file: Path, pin: dict) -> None:
-    if _sha256(file) != pin["sha256"]:
-        file.unlink()
-        raise AssetError(
-            f"{file} was not the file pinned in data/assets.toml (its sha256 differs) and has been "
-            "deleted: run again to fetch it anew."
-        )
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _made(path: Path, make: Callable[[Path], None]) -> Path:
+    """`path`; if missing, `make(part)` makes it under another name and it is moved here whole.
+
+    Of several processes one makes it and the others wait; what a killed one left in `part` is
+    found there by the next.
+    """
+    if not path.exists():
+        with _alone(path):
+            if not path.exists():
+                part = path.with_name(f".{path.name}.part")
+                make(part)
+                part.replace(path)
+    return path
+
+
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Hold the lock of `path` against other processes; the system frees it when a holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    """Hold the lock of `path` against other processes; the system frees it when its holder dies."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("w")
+    except OSError as error:
+        raise AssetError(
+            f"cannot write to {path.parent} ({error.strerror}): let MERGING_COLLAPSE_CACHE name "
+            "another folder."
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _unpack(stream: IO[bytes], size: int, root: Path, relative: str) -> Path:
-    """Write one archive member to root/relative, which must lie inside root and be of fair size."""
+def _unpack(stream: IO[bytes], size: int, root: Path, relative: str) -> None:
+    """Write an archive member to root/relative, which must lie inside root and be of sane size."""
     target = (root / relative).resolve()
     if not target.is_relative_to(root.resolve()):
-        raise AssetError(f"the archive member {relative!r} would be written outside {root}.")
+        raise AssetError(f"archive member {relative!r} would be written outside {root}.")
     if size > MEMBER_LIMIT:
-        raise AssetError(f"the archive member {relative!r} would unpack to {size:,} bytes.")
+        raise AssetError(f"archive member {relative!r} would unpack to {size:,} bytes.")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     with part.open("wb") as out:
         shutil.copyfileobj(stream, out, 1 << 20)
-    return part.replace(target)
+    part.replace(target)
 
 
 # ---------------------------------------------------------------- BIG-bench
 
 
 def bigbench_names() -> list[str]:
-    """Names of all BIG-bench JSON tasks, `task` or `task/subtask` as in the archive."""
+    """Names of all BIG-bench JSON tasks that have examples: `task` or `task/subtask`."""
     return sorted(_bigbench_index())
 
 
@@ -180,75 +189,69 @@ def bigbench_json(task: str) -> Path:
 
 
 def bigbench_files(tasks: Iterable[str]) -> list[Path]:
-    """The task.json files of several tasks: those missing are taken out in one pass (seconds).
+    """The task.json files of several tasks; those missing are taken out in one pass (seconds).
 
-    A task may be named by the last part of its name where that is unambiguous. Raises AssetError
-    for an unknown task; a file that was changed since is written anew.
+    A file that differs from the archive's is written anew. Raises AssetError for an unknown task.
     """
     index = _bigbench_index()
-    names = [_bigbench_name(task, index) for task in tasks]
     root = cache() / "bigbench"
-    files = {name: root / name / "task.json" for name in names}
+    files = {task: root / task / "task.json" for task in tasks}
+    for task in files.keys() - index.keys():
+        near = ", ".join(difflib.get_close_matches(task, index)) or "nothing"
+        raise AssetError(
+            f"BIG-bench has no JSON task {task!r}: near to it is {near}; "
+            "helpers.assets.bigbench_names() lists them all."
+        )
 
-    def missing() -> set[str]:
+    def wanted() -> set[str]:
         return {
-            name
-            for name, file in files.items()
-            if not file.exists() or _sha256(file) != index[name]
+            task
+            for task, file in files.items()
+            if not file.exists() or _sha256(file) != index[task]
         }
 
-    if missing():
+    if wanted():
         with _alone(root / "tasks"):
-            _extract_tasks(missing(), root)
-    return [files[name] for name in names]
+            _extract_tasks(wanted(), root)
+    return list(files.values())
 
 
-def _bigbench_name(task: str, index: Mapping[str, str]) -> str:
-    if task in index:
-        return task
-    found = [name for name in index if name.endswith("/" + task)]
-    if len(found) == 1:
-        return found[0]
-    raise AssetError(
-        f"BIG-bench has no JSON task {task!r}; helpers.assets.bigbench_names() lists them."
-        if not found
-        else f"BIG-bench task {task!r} is ambiguous: name one of {', '.join(sorted(found))}."
-    )
+def _extract_tasks(tasks: set[str], root: Path) -> None:
+    for name, stream, size in _archive_tasks():
+        if not tasks:
+            return
+        if name in tasks:
+            _unpack(stream, size, root, f"{name}/task.json")
+            tasks = tasks - {name}
+
+
+def _archive_tasks() -> Iterator[tuple[str, IO[bytes], int]]:
+    """(name, content, bytes) of each task.json in the archive, in the archive's order."""
+    with tarfile.open(fetch("bigbench"), "r|gz") as archive:
+        for member in archive:
+            named = TASK_PATTERN.fullmatch(member.name)
+            if named and member.isfile():
+                yield named[1], archive.extractfile(member), member.size
 
 
 def _bigbench_index() -> dict[str, str]:
     """{task name: sha256 of its task.json}, made in one pass over the archive and kept."""
-    file = cache() / "bigbench" / f"index-{CATALOGUE['packages']['bigbench']['sha256'][:16]}.json"
-    if not file.exists():
-        archive = fetch("bigbench")
-        with _alone(file):
-            index = {
-                name: hashlib.file_digest(stream, "sha256").hexdigest()
-                for name, stream, size in _archive_tasks(archive)
-                if size
-            }
-            part = file.with_name(file.name + ".part")
-            part.write_text(json.dumps(index, indent=0, sort_keys=True))
-            part.replace(file)
-    return json.loads(file.read_text())
+    digest = CATALOGUE["packages"]["bigbench"]["sha256"]
+    file = _made(cache() / "bigbench" / f"index-{digest[:16]}.json", _write_bigbench_index)
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        file.unlink(missing_ok=True)
+        raise AssetError(f"{file} was damaged and has been deleted: run again.") from error
 
 
-def _archive_tasks(archive: Path) -> Iterator[tuple[str, IO[bytes], int]]:
-    with tarfile.open(archive, "r|gz") as tar:
-        for member in tar:
-            match = TASK_PATTERN.fullmatch(member.name)
-            if match and member.isfile():
-                yield match[1].rstrip("/"), tar.extractfile(member), member.size
-
-
-def _extract_tasks(names: set[str], root: Path) -> None:
-    archive = fetch("bigbench") if names else None
-    for name, stream, size in _archive_tasks(archive) if names else ():
-        if name in names:
-            _unpack(stream, size, root, f"{name}/task.json")
-            names.remove(name)
-            if not names:
-                return
+def _write_bigbench_index(file: Path) -> None:
+    index = {}
+    for name, stream, _ in _archive_tasks():
+        content = stream.read()
+        if b'"examples"' in content:  # the others only announce the tasks in their subfolders
+            index[name] = hashlib.sha256(content).hexdigest()
+    _write_json(file, index)
 
 
 # ---------------------------------------------------------------- models
@@ -280,13 +283,15 @@ def model_folder(name: str) -> Path:
     if Path(resolved).exists():
         return Path(resolved)
     wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    unwanted = ["*/*", "consolidated*"]  # other formats and second copies of the weights
     try:
-        return Path(snapshot_download(resolved, allow_patterns=wanted))
-    except (OSError, HfHubHTTPError) as error:
+        folder = snapshot_download(resolved, allow_patterns=wanted, ignore_patterns=unwanted)
+    except OSError as error:
         raise AssetError(
             f"cannot fetch {resolved!r} from the hub ({type(error).__name__}): connect to the "
             "network, check the name and your access to it, or name a local folder."
         ) from error
+    return _local(Path(folder))
 
 
 def base_info(name: str) -> dict[str, str]:
@@ -294,7 +299,8 @@ def base_info(name: str) -> dict[str, str]:
     folder = model_folder(name)
     if (folder / "base.json").exists():
         return json.loads((folder / "base.json").read_text())
-    return {"name": name, "digest": model_digest(folder)}
+    label = folder.name if Path(name).expanduser().exists() else name
+    return {"name": label, "digest": model_digest(folder)}
 
 
 def load_model(
@@ -302,11 +308,13 @@ def load_model(
     dtype: str = "float32",
     device: str = "cpu",
     auto_class: type = AutoModelForCausalLM,
+    **options,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model in evaluation mode, tokenizer) of an embedded, local or hub model.
 
-    float32 means float32: TF32 is switched off. The tokenizer pads on the right, with the end
-    token where the model has no pad token of its own. Raises AssetError, ValueError.
+    `options` go to `auto_class.from_pretrained` (num_labels, say). TF32 is switched off; the
+    tokenizer pads on the right, with the end token where the model has no pad token of its own.
+    Raises AssetError, ValueError.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: name one of {', '.join(DTYPES)}.")
@@ -314,7 +322,7 @@ def load_model(
     torch.backends.cudnn.allow_tf32 = False
     folder = model_folder(name)
     model = auto_class.from_pretrained(
-        folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+        folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **options
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "right"
@@ -324,12 +332,18 @@ def load_model(
 
 
 def _local(path: Path) -> Path:
+    """The model folder that a local path means, its weights looked at; raises AssetError."""
     files = [path] if path.is_file() else sorted(path.iterdir())
     suffixes = {file.suffix for file in files}
     ggufs = [file for file in files if file.suffix == ".gguf"]
-    if ".safetensors" in suffixes:
+    if path.is_dir() and (weights := _weight_files(path)):
         if not (path / "config.json").exists():
-            raise AssetError(f"{path} has safetensors but no config.json: give a model folder.")
+            raise AssetError(f"{path} has safetensors but no config.json: name a model's folder.")
+        for file in weights:
+            try:
+                safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise AssetError(f"{file} is missing or damaged: copy it anew.") from error
         return path
     if len(ggufs) == 1:
         return _converted(ggufs[0])
@@ -340,41 +354,39 @@ def _local(path: Path) -> Path:
             f"{path} has its weights as pickles only, and unpickling can run any code: save them "
             "as safetensors first."
         )
-    raise AssetError(f"{path} has no weights: neither *.safetensors nor a *.gguf file.")
+    raise AssetError(f"{path} has no weights: neither *.safetensors nor one *.gguf file.")
 
 
 def _embedded(short: str, entry: dict) -> Path:
-    folder = cache() / "models" / short
-    with _alone(folder):
-        if not folder.exists():
-            work = _emptied(folder.with_name(f".{short}"))
-            for package in entry["packages"]:
-                _unpack_members(fetch(package), CATALOGUE["packages"][package]["members"], work)
-            _to_safetensors(work)
-            _finish(work, folder, entry["name"])
-            for package in entry["packages"]:  # the folder holds all that is needed of them
-                fetch(package).unlink()
-    return _checked(folder)
+    def make(work: Path) -> None:
+        _empty(work)
+        wheels = [fetch(package) for package in entry["packages"]]
+        for package, wheel in zip(entry["packages"], wheels, strict=True):
+            _unpack_members(wheel, CATALOGUE["packages"][package]["members"], work)
+        _to_safetensors(work)
+        _seal(work, entry["name"])
+        for wheel in wheels:  # the folder now holds all that is needed of them
+            wheel.unlink()
+
+    return _intact(_made(cache() / "models" / short, make))
 
 
 def _converted(gguf: Path) -> Path:
-    """Folder of a local GGUF file in plain fp32 safetensors, made once for its content."""
-    digest = _sha256(gguf)
-    folder = cache() / "models" / f"gguf-{digest[:16]}"
-    with _alone(folder):
-        if not folder.exists():
-            work = _emptied(folder.with_name(f".{folder.name}"))
-            (work / gguf.name).symlink_to(gguf.resolve())
-            _to_safetensors(work)
-            _finish(work, folder, gguf.stem)
-    return _checked(folder)
+    """Folder of a local GGUF file as plain fp32 safetensors, made once for its content."""
+
+    def make(work: Path) -> None:
+        _empty(work)
+        (work / gguf.name).symlink_to(gguf.resolve())
+        _to_safetensors(work)
+        _seal(work, gguf.stem)
+
+    return _intact(_made(cache() / "models" / f"gguf-{_sha256(gguf)[:16]}", make))
 
 
-def _emptied(folder: Path) -> Path:
-    """A fresh work folder; what a killed run left in it is of no use."""
+def _empty(folder: Path) -> None:
+    """An empty work folder: what a killed run left in it is of no use."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+    folder.mkdir()
 
 
 def _unpack_members(wheel: Path, members: list[str], folder: Path) -> None:
@@ -407,46 +419,43 @@ def _to_safetensors(work: Path) -> None:
         gguf.unlink()
 
 
-def _finish(work: Path, folder: Path, name: str) -> None:
-    """Write base.json and the seals of all files, then put the folder in its place at once."""
-    _write_json(work / "base.json", {"name": name, "digest": model_digest(work)})
+def _seal(folder: Path, name: str) -> None:
+    """Write base.json, and seals.json by which a later damage is noticed without rehashing."""
+    _write_json(folder / "base.json", {"name": name, "digest": model_digest(folder)})
     seals = {
         file.name: {
             "bytes": file.stat().st_size,
             "mtime_ns": file.stat().st_mtime_ns,
             "sha256": _sha256(file),
         }
-        for file in sorted(work.iterdir())
+        for file in folder.iterdir()
     }
-    _write_json(work / "seals.json", seals)
-    work.replace(folder)
+    _write_json(folder / "seals.json", seals)
 
 
 def _write_json(file: Path, content: object) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _checked(folder: Path) -> Path:
+def _intact(folder: Path) -> Path:
     """`folder` if its files are as they were made; else it is deleted and AssetError raised."""
-    if not _intact(folder):
-        shutil.rmtree(folder)
+    try:
+        seals = json.loads((folder / "seals.json").read_text())
+        intact = all(_sealed(folder / name, seal) for name, seal in seals.items())
+    except (OSError, ValueError):
+        intact = False
+    if not intact:
+        shutil.rmtree(folder, ignore_errors=True)
         raise AssetError(f"{folder} was damaged and has been deleted: run again to make it anew.")
     return folder
 
 
-def _intact(folder: Path) -> bool:
-    try:
-        seals = json.loads((folder / "seals.json").read_text())
-        for name, seal in seals.items():
-            stat = (folder / name).stat()
-            if stat.st_size != seal["bytes"]:
-                return False
-            # A copied cache has new times: then only the content can tell.
-            if stat.st_mtime_ns != seal["mtime_ns"] and _sha256(folder / name) != seal["sha256"]:
-                return False
-    except (OSError, json.JSONDecodeError):
+def _sealed(file: Path, seal: dict) -> bool:
+    stat = file.stat()
+    if stat.st_size != seal["bytes"]:
         return False
-    return True
+    # A copied cache has new times: then only the content can tell.
+    return stat.st_mtime_ns == seal["mtime_ns"] or _sha256(file) == seal["sha256"]
 
 
 def model_digest(source: Path | str | Mapping[str, torch.Tensor]) -> str:
@@ -467,9 +476,22 @@ def _tensors(source: Path | str | Mapping[str, torch.Tensor]) -> Iterator[tuple[
         yield from sorted(source.items())
         return
     where = {}
-    for file in sorted(Path(source).glob("*.safetensors")):
+    for file in _weight_files(Path(source)):
         with safe_open(file, framework="pt") as weights:
             where |= dict.fromkeys(weights.keys(), file)
     for name, file in sorted(where.items()):
         with safe_open(file, framework="pt") as weights:
             yield name, weights.get_tensor(name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model: those of its index, or model.safetensors.
+
+    Some published folders hold the same weights a second time under another name.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = json.loads(index.read_text())["weight_map"].values()
+        return [folder / shard for shard in sorted(set(shards))]
+    whole = folder / "model.safetensors"
+    return [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
