@@ -1,0 +1,361 @@
+"""The eight checks of the bound (notebook 04) on random, extremal and degenerate inputs."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from helpers import bound
+
+
+def distances(states):
+    return bound.squared_distances(states).mean(-1)
+
+
+def random_states(seed, n=5, probes=7, width=4):
+    return np.random.default_rng(seed).standard_normal((n, probes, width))
+
+
+def simplex(n):
+    return 1.0 - np.eye(n)
+
+
+# Small integers make duplicates, collinear and cospherical points common.
+lattice = st.tuples(st.integers(1, 6), st.integers(1, 3), st.integers(1, 3)).flatmap(
+    lambda shape: arrays(np.float64, shape, elements=st.integers(-2, 2).map(float))
+)
+
+
+# 1. radius and weights ------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(lattice)
+def test_radius_is_certified_and_is_the_distance_to_the_centre(states):
+    d2 = distances(states)
+    ball = bound.minimax(d2)
+    assert ball.gap <= 1e-8 * ball.r2
+    assert ball.weights.min() >= 0 and np.isclose(ball.weights.sum(), 1)
+    centre = np.tensordot(ball.weights, states, 1)
+    reached = bound.distortion_x(states, centre).mean(-1)
+    assert reached.max() == pytest.approx(ball.r2, rel=1e-8, abs=1e-12)
+    np.testing.assert_allclose(bound.to_centre(d2, ball.weights), reached, atol=1e-9)
+    assert np.allclose(reached[ball.weights > 1e-9], ball.r2)  # active tasks lie on the sphere
+
+
+def test_radius_of_one_two_and_equal_points():
+    assert bound.minimax([[0.0]]) == (0.0, [1.0], 0.0)
+    two = bound.minimax([[0, 9], [9, 0]])
+    assert two.r2 == 9 / 4 and list(two.weights) == [0.5, 0.5]
+    same = bound.minimax(np.zeros((3, 3)))
+    assert same.r2 == 0 and np.allclose(same.weights, 1 / 3)
+
+
+def test_weights_of_least_norm_where_they_are_not_unique():
+    square = np.array([[0, 0], [1, 0], [1, 1], [0, 1.0]])[:, None]
+    np.testing.assert_allclose(bound.minimax(distances(square)).weights, 0.25)
+    ends = np.array([0, 0, 0, 1.0])[:, None, None]  # three duplicates share the weight of one
+    np.testing.assert_allclose(bound.minimax(distances(ends)).weights, [1 / 6] * 3 + [1 / 2])
+
+
+def test_collinear_and_inner_tasks_get_no_weight():
+    line = np.array([0, 1, 5, 10.0])[:, None, None]
+    ball = bound.minimax(distances(line))
+    assert ball.r2 == pytest.approx(25) and np.allclose(ball.weights, [0.5, 0, 0, 0.5])
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_radius_scales_and_survives_float32_records(scale):
+    d2 = distances(random_states(0, n=12, probes=2, width=2)) * scale
+    ball, rounded = bound.minimax(d2), bound.minimax(d2.astype(np.float32))
+    assert ball.gap <= 1e-8 * ball.r2
+    assert rounded.r2 == pytest.approx(ball.r2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("d2", "message"),
+    [
+        (np.zeros((2, 3)), "square matrix"),
+        ([[0, -1], [-1, 0]], ">= 0"),
+        ([[0, 1], [2, 0]], "symmetric"),
+        ([[0, np.nan], [np.nan, 0]], "finite"),
+        ([[0, 1, 9], [1, 0, 1], [9, 1, 0]], "no points"),  # 1 + 1 < 3: not even a metric
+    ],
+)
+def test_what_is_no_distance_matrix_is_refused(d2, message):
+    with pytest.raises(ValueError, match=message):
+        bound.minimax(d2)
+
+
+# 2. the order of the bounds ------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(lattice)
+def test_order_of_the_bounds(states):
+    b = bound.bounds(bound.squared_distances(states), width=states.shape[-1])
+    order = [max(b["quarter"], b["dispersion"]), b["r2"], b["mean_pointwise_r2"], b["jung_width"]]
+    assert np.all(np.diff(order) >= -1e-9 * (1 + order[-1]))
+    assert b["r2"] <= b["jung_tasks"] + 1e-9
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_regular_simplex_is_extremal(n):
+    b = bound.bounds(simplex(n)[..., None], width=100)
+    for name in ("dispersion", "r2", "jung_tasks", "jung_width"):
+        assert b[name] == pytest.approx((n - 1) / (2 * n)), name
+
+
+def test_width_form_needs_the_distances_of_each_probe():
+    states = np.eye(3)[:, :, None]  # d = 1, H_i(x_k) = [i = k]
+    b = bound.bounds(bound.squared_distances(states), width=1)
+    wrong = distances(states).max() * 1 / (2 * (1 + 1))
+    assert b["r2"] == pytest.approx(2 / 9) and wrong == pytest.approx(1 / 6) and b["r2"] > wrong
+    assert b["mean_pointwise_r2"] == pytest.approx(1 / 4)
+    triangle = distances(states)[..., None]  # same D2, constant in x
+    assert bound.radii(triangle).mean() == pytest.approx(2 / 9)
+
+
+# 3. and 4. measured merges --------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 3))
+def test_no_function_lies_below_the_radius(seed, noise):
+    states = random_states(seed)
+    d2, ball = distances(states), bound.minimax(distances(states))
+    centre = np.tensordot(ball.weights, states, 1)
+    merged = centre + noise * random_states(seed + 1, n=1)[0]
+    delta = bound.distortion_x(states, merged).mean(-1)
+    off = np.mean(((merged - centre) ** 2).sum(-1))
+    assert delta.max() >= ball.r2 + off - 1e-9
+    assert delta.max() >= d2.max() / 4
+    assert bound.offset2(d2, ball.weights, delta) == pytest.approx(off, abs=1e-9)
+    assert bound.with_merge(d2, delta).shape == (6, 6)
+
+
+def test_a_corrupted_distortion_is_caught():
+    states = random_states(3)
+    d2, ball = distances(states), bound.minimax(distances(states))
+    delta = bound.distortion_x(states, states.mean(0)).mean(-1)
+    assert bound.with_merge(d2, delta)[-1, 0] == delta[0]
+    delta[delta.argmax()] *= 0.6  # as if one task had been read on other probes
+    with pytest.raises(ValueError, match="one set of probes"):
+        bound.with_merge(d2, delta)
+    with pytest.raises(ValueError, match="same probes"):
+        bound.offset2(d2, ball.weights, delta * 0.5)
+    with pytest.raises(ValueError, match="sum to 1"):
+        bound.offset2(d2, ball.weights * 2, delta)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), arrays(np.float64, 5, elements=st.floats(-2, 2)))
+def test_triangle_bound_and_gap_for_every_affine_merge(seed, raw):
+    weights = raw + (1 - raw.sum()) / 5  # any sign, sum 1
+    states = random_states(seed)
+    d2 = distances(states)
+    target = np.tensordot(weights, states, 1)
+    merged = np.tanh(target)  # a network that is not linear in its weights
+    delta = bound.distortion_x(states, merged).mean(-1)
+    g2 = bound.offset2(d2, weights, delta)
+    assert g2 == pytest.approx(np.mean(((merged - target) ** 2).sum(-1)), abs=1e-8)
+    reach = bound.to_centre(d2, weights).max()
+    assert np.sqrt(delta.max()) <= np.sqrt(reach) + np.sqrt(g2) + 1e-9
+
+
+# 5. rate-distortion -----------------------------------------------------------------------------
+
+
+def h2(p):
+    return -p * np.log2(p) - (1 - p) * np.log2(1 - p)
+
+
+def test_rate_of_two_tasks():
+    curve = bound.rate_distortion(simplex(2))
+    d = np.array([0.1868, 0.0657, 0.0071])
+    expected = 1 - h2((1 - np.sqrt(1 - 4 * d)) / 2)
+    np.testing.assert_allclose(bound.rate_at(curve, d), expected, atol=1e-3)
+    np.testing.assert_allclose(expected, [0.191, 0.631, 0.939], atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_rate_of_a_regular_simplex(n):
+    curve = bound.rate_distortion(simplex(n))
+    p = np.linspace(1 - 1 / n, 0.999, 20)
+    d = (1 - p**2 - (1 - p) ** 2 / (n - 1)) / 2
+    curved = np.log2(n) - h2(p) - (1 - p) * np.log2(n - 1)
+    np.testing.assert_allclose(bound.rate_at(curve, d), curved, atol=1e-3)
+    d0, r0, v = (2 * n - 3) / (2 * n * (n - 1)), (1 - 2 / n) * np.log2(n - 1), (n - 1) / (2 * n)
+    assert d[0] == pytest.approx(d0) and curved[0] == pytest.approx(r0)
+    assert bound.rate_at(curve, (d0 + v) / 2) == pytest.approx(r0 / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "collinear", "duplicates", "spread"])
+def test_rate_curve_is_certified_convex_and_below_the_number_of_models(kind):
+    rng = np.random.default_rng(0)
+    states = {
+        "random": random_states(0, n=6),
+        "clustered": np.repeat(random_states(1, n=3), 2, 0) + 0.1 * random_states(2, n=6),
+        "collinear": rng.standard_normal((6, 1, 1)),
+        "duplicates": np.repeat(random_states(3, n=3), 2, 0),
+        "spread": np.exp(2 * np.arange(5.0))[:, None, None],
+    }[kind]
+    d2 = distances(states)
+    curve = bound.rate_distortion(d2)
+    assert curve.gap.max() < 1e-3
+    assert curve.distortion[-1] == pytest.approx(bound.dispersion(d2)) and curve.rate[-1] == 0
+    classes = 3 if kind == "duplicates" else len(d2)
+    assert curve.distortion[0] == 0 and curve.rate[0] == pytest.approx(np.log2(classes))
+    assert np.all(np.diff(np.diff(curve.rate) / np.diff(curve.distortion)) > -1e-6)
+    for step in bound.staircase(d2):
+        assert bound.rate_at(curve, step.distortion) <= np.log2(step.models) + 1e-3
+    # Not a step: half the dispersion already costs less than naming the specialist.
+    assert 0 < bound.rate_at(curve, bound.dispersion(d2) / 2) < np.log2(classes)
+
+
+def test_rate_of_equal_specialists_is_zero():
+    assert bound.rate_distortion(np.zeros((3, 3))).rate.max() == 0
+
+
+# 6. number of models ----------------------------------------------------------------------------
+
+
+def test_staircase_of_a_regular_simplex():
+    steps = bound.staircase(simplex(8))
+    just_below = 1 - 1e-9
+    for d, k in [(0.1, 8), (1 / 4, 4), (1 / 3, 3), (3 / 8, 2), (7 / 16, 1)]:
+        assert bound.models_needed(steps, d * (1 + 1e-9)) == (k, k)
+    assert bound.models_needed(steps, just_below / 4) == (8, 8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lattice)
+def test_staircase_partitions_keep_their_promise(states):
+    d2 = distances(states)
+    exact, heuristic = bound.staircase(d2), bound.heuristic_steps(d2)
+    assert bound.models_needed(exact, bound.minimax(d2).r2 * (1 + 1e-9)) == (1, 1)
+    for step, rough in zip(exact, heuristic, strict=True):
+        for s in (step, rough):
+            assert sorted(sum(s.groups, [])) == list(range(len(d2))) and len(s.groups) <= s.models
+            worst = max(bound.minimax(d2[np.ix_(g, g)]).r2 for g in s.groups)
+            assert worst == pytest.approx(s.distortion, abs=1e-12)
+        assert step.lower == step.distortion
+        assert rough.lower - 1e-9 <= step.distortion <= rough.distortion + 1e-9
+    least = d2[~np.eye(len(d2), dtype=bool)].min(initial=np.inf)
+    if 0 < least < np.inf:
+        assert bound.models_needed(exact, least / 4 * (1 - 1e-9)) == (len(d2), len(d2))
+
+
+def test_many_tasks_are_bracketed():
+    d2 = distances(random_states(0, n=bound.EXACT_TASKS + 2))
+    steps = bound.staircase(d2)
+    assert steps[0].lower == steps[0].distortion and steps[-1].distortion == 0
+    assert all(s.lower <= s.distortion for s in steps)
+    lower, upper = bound.models_needed(steps, bound.minimax(d2).r2 / 2)
+    assert 1 < lower <= upper <= len(d2)
+
+
+# 7. accuracy ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.01, 0.1, 0.5, 2.0]), st.booleans())
+def test_certificate_never_promises_a_flipped_prediction(seed, noise, readout_merged):
+    rng = np.random.default_rng(seed)
+    states = rng.standard_normal((200, 6))
+    merged = states + noise * rng.standard_normal((200, 6))
+    w, b = rng.standard_normal((5, 6)), rng.standard_normal(5)
+    w2 = w + 0.1 * rng.standard_normal(w.shape) if readout_merged else w
+    b2 = b + 0.1 * rng.standard_normal(5) if readout_merged else b
+    flipped = (states @ w.T + b).argmax(1) != (merged @ w2.T + b2).argmax(1)
+    sure = bound.kept(states, merged, w, b, w2, b2)
+    assert not (flipped & sure).any()
+    if not readout_merged:
+        distance = np.linalg.norm(merged - states, axis=1)
+        rho = bound.margin_radius(states, w, b)
+        np.testing.assert_array_equal(sure, distance < rho)
+        assert flipped.mean() <= (distance >= rho).mean()
+        assert (distance >= rho).mean() <= bound.flips_bound(rho, np.mean(distance**2)) + 1e-12
+
+
+def test_margin_radius_is_the_distance_to_the_boundary():
+    w, b = np.array([[1.0, 0], [0, 1], [0, 1]]), np.array([0.0, 0, -5])
+    rho = bound.margin_radius([[3.0, 1.0], [1.0, 1.0]], w, b)
+    np.testing.assert_allclose(rho, [2 / np.sqrt(2), 0])
+    twins = bound.margin_radius([[3.0, 1.0]], [[1.0, 0], [1, 0]], [1.0, 0])
+    assert np.isinf(twins[0])  # parallel classes: no shift of the state swaps them
+
+
+def test_the_certificate_is_not_vacuous():
+    rng = np.random.default_rng(0)
+    states = 5 * rng.standard_normal((200, 6))
+    w = rng.standard_normal((5, 6))
+    assert bound.kept(states, states + 1e-3, w).mean() > 0.9
+    assert bound.flips_bound(bound.margin_radius(states, w), 1e-6) < 0.1
+    assert bound.flips_bound(bound.margin_radius(states, w), 1e6) == 1
+
+
+# 8. where the claim holds and where it fails ------------------------------------------------------
+
+
+def test_linear_network_attains_the_radius():
+    rng = np.random.default_rng(0)
+    theta, x = rng.standard_normal((4, 3, 5)), rng.standard_normal((5, 30))
+    states = np.swapaxes(theta @ x, 1, 2)
+    d2 = distances(states)
+    ball = bound.minimax(d2)
+    merged = (np.tensordot(ball.weights, theta, 1) @ x).T
+    delta = bound.distortion_x(states, merged).mean(-1)
+    assert delta.max() == pytest.approx(ball.r2)
+    assert bound.offset2(d2, ball.weights, delta) == pytest.approx(0, abs=1e-9)
+
+
+def test_relu_pair_has_zero_loss_on_the_segment_and_breaks_the_upper_bound():
+    x = np.array([1.0, -1.0])
+
+    def hidden(w):
+        return np.maximum([w * x, x, -x], 0).T
+
+    assert all(np.array_equal(hidden(w) @ [0, 1, -1], np.sign(x)) for w in np.linspace(-2, 2, 9))
+    states = np.stack([hidden(2.0), hidden(-2.0)])
+    d2 = distances(states)
+    worst = [bound.distortion_x(states, hidden(w)).mean(-1).max() for w in np.linspace(-2, 2, 401)]
+    assert min(worst) == pytest.approx(d2.max() / 2)  # above Delta^2 d / (2 (d + 1)) for every d
+    assert np.argmin(worst) == 200
+    delta = bound.distortion_x(states, hidden(0.0)).mean(-1)
+    assert bound.offset2(d2, [0.5, 0.5], delta) == pytest.approx(d2.max() / 4)
+
+
+# finite probes --------------------------------------------------------------------------------
+
+
+def test_bootstrap_and_standard_error_agree():
+    d2_x = bound.squared_distances(random_states(5, n=4, probes=120, width=3))
+    probe_task = np.repeat([0, 1, 2], 40)
+    draws = bound.bootstrap(d2_x, probe_task, lambda d2: bound.minimax(d2).r2, draws=300)
+    assert draws.std() == pytest.approx(bound.radius_se(d2_x, probe_task), rel=0.25)
+    again = bound.bootstrap(d2_x, probe_task, lambda d2: bound.minimax(d2).r2, draws=300)
+    np.testing.assert_array_equal(draws, again)
+
+
+def test_bootstrap_resamples_within_tasks_only():
+    d2_x = np.zeros((2, 2, 6))
+    d2_x[0, 1] = d2_x[1, 0] = [1, 1, 1, 5, 5, 5]  # constant within a task: nothing can vary
+    draws = bound.bootstrap(d2_x, [0, 0, 0, 1, 1, 1], lambda d2: d2[0, 1], draws=20)
+    np.testing.assert_allclose(draws, 3)
+
+
+def test_plug_in_and_split_half_bracket_the_population():
+    # Equal distances in the population, Delta^2 = 2 d = 4: the plug-in is too high, the
+    # cross-fitted estimate too low, V right (n = 100 draws; standard errors are about .02).
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(100):
+        d2_x = bound.squared_distances(rng.standard_normal((8, 24, 2)))
+        split = bound.split_half(d2_x, np.zeros(24), draws=2)
+        d2 = d2_x.mean(-1)
+        found.append((split["r2"], bound.dispersion(d2), bound.minimax(d2).r2, d2.max()))
+    split_r2, v, r2, delta2 = np.mean(found, axis=0)
+    assert split_r2 < 4 * 7 / 16 - 0.1 and r2 > 4 * 7 / 16 + 0.1 and delta2 > 4 + 1
+    assert v == pytest.approx(4 * 7 / 16, abs=0.06)
