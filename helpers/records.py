@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,6 +97,11 @@ def store() -> Path:
     return Path(os.environ.get("MERGING_COLLAPSE_STORE") or ROOT / "data" / "runs" / "store")
 
 
+def finished(step: str, version: int, determinants: dict) -> bool:
+    """Whether the store holds this result."""
+    return (store() / step / key(step, version, determinants)).exists()
+
+
 def cached(step: str, version: int, determinants: dict, compute: Callable[[Path], None]) -> Path:
     """Folder of the step's result, computed only if no earlier run has finished it.
 
@@ -177,3 +183,13 @@ def write_record(path: Path, results: list[dict]) -> list[dict]:
     with atomic_write(path) as part:
         part.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return rows
+
+
+def revision() -> str | None:
+    """Git revision of the code ("-dirty" if edited); None outside a checkout, as in an archive."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None
