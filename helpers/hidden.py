@@ -251,7 +251,7 @@ MEASURES = {
     "cka": Measure(debiased_cka, False),
     "procrustes": Measure(procrustes, True),
     "rsa": Measure(rsa, False),
-    "cosine": Measure(cosine, False),
+    "state_cosine": Measure(cosine, False),
     "change_cosine": Measure(change_cosine, False, "base"),
     "mutual_knn": Measure(mutual_knn, False),
     "logit_kl": Measure(logit_kl, True, "logits"),
