@@ -1,0 +1,165 @@
+"""What is lost? Scores of a model on a task's examples, and the losses of a merge.
+
+A decoder reads each prompt once; the cached keys and values then serve every candidate answer
+(accepted answers and options), teacher-forced. Greedy decoding gives an answer exactly when each
+of its tokens, the end token included, is the most likely one after those before it, so exact match
+needs no generation; only ROUGE-L does.
+"""
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import torch
+
+from helpers.tasks import Task, encode_answer, encode_prompt, length_buckets, pad
+
+VERSION = 1  # raised by hand whenever a score changes
+
+
+@torch.no_grad()
+def score(
+    model, tokenizer, rows, metric: str = "exact_match", batch_size: int = 16
+) -> pd.DataFrame:
+    """One row per example of `rows` (columns id, prompt, answers, options), in their order.
+
+    correct: 1 if greedy decoding gives an accepted answer (or ROUGE-L F1 with its best reference);
+    nll: mean negative log-likelihood per token of the first answer, in nats;
+    option_correct: the most likely option (sum over its tokens) is accepted; undefined without;
+    invalid: greedy decoding gives none of the options; undefined without options.
+    """
+    rows = list(rows)
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    out = [{}] * len(rows)
+    for batch in length_buckets([len(p) for p in prompts], batch_size):
+        # each different candidate once; an accepted answer is usually one of the options too
+        candidates = [
+            list(dict.fromkeys([*rows[i]["answers"], *rows[i]["options"]])) for i in batch
+        ]
+        logprobs, greedy, lengths = candidate_logprobs(
+            model,
+            [prompts[i] for i in batch],
+            [[encode_answer(tokenizer, text) for text in texts] for texts in candidates],
+            tokenizer.pad_token_id,
+        )
+        for i, texts, lp, hit, n in zip(batch, candidates, logprobs, greedy, lengths, strict=True):
+            out[i] = outcome(rows[i], texts, lp, hit, n)
+    frame = pd.DataFrame(out)
+    if metric == "rouge_l":
+        longest = max(len(encode_answer(tokenizer, a)) for row in rows for a in row["answers"])
+        texts = generate(model, tokenizer, [row["prompt"] for row in rows], longest + 8, batch_size)
+        frame["correct"] = [rouge_l(t, row["answers"]) for t, row in zip(texts, rows, strict=True)]
+    return frame
+
+
+def outcome(
+    row: dict, texts: list[str], logprobs: np.ndarray, greedy: np.ndarray, lengths: np.ndarray
+) -> dict:
+    """The scores of one example from its candidates' log-probabilities and greedy flags."""
+    accepted = np.array([text in row["answers"] for text in texts])
+    options = np.array([text in row["options"] for text in texts])
+    best = np.where(options, logprobs, -np.inf).argmax()
+    return {
+        "id": row["id"],
+        "correct": float((greedy & accepted).any()),
+        "nll": -logprobs[0] / lengths[0],
+        "option_correct": float(accepted[best]) if options.any() else np.nan,
+        "invalid": float(not (greedy & options).any()) if options.any() else np.nan,
+    }
+
+
+def candidate_logprobs(
+    model, prompts: list[list[int]], candidates: list[list[list[int]]], fill: int
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """For each prompt, over its candidates: log-probability (nats), greedy?, number of tokens."""
+    ids, mask = (t.to(model.device) for t in pad(prompts, fill))
+    last = mask.sum(1) - 1
+    positions, place = last.unique(return_inverse=True)  # logits are wanted at few positions only
+    first = model(ids, attention_mask=mask, use_cache=True, logits_to_keep=positions)
+    start = first.logits[torch.arange(len(prompts)), place]
+
+    owner = torch.tensor([i for i, texts in enumerate(candidates) for _ in texts])
+    target, real = (t.to(model.device) for t in pad([c for t in candidates for c in t], fill))
+    steps = torch.arange(target.shape[1] - 1, device=model.device)
+    first.past_key_values.batch_select_indices(owner.to(model.device))
+    rest = model(
+        target[:, :-1],
+        attention_mask=torch.cat([mask[owner], real[:, :-1]], 1),
+        position_ids=last[owner, None] + 1 + steps,
+        past_key_values=first.past_key_values,
+    )
+    logits = torch.cat([start[owner, None], rest.logits], 1).float()
+    chosen = logits.gather(2, target[..., None])[..., 0] - logits.logsumexp(2)
+    logprob = (chosen * real).sum(1)
+    greedy = ((logits.argmax(2) == target) | (real == 0)).all(1)
+    sizes = [len(texts) for texts in candidates]
+    return tuple(
+        [part.numpy() for part in t.cpu().split(sizes)] for t in (logprob, greedy, real.sum(1))
+    )
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts: list[str], max_new_tokens: int, batch_size: int = 16):
+    """Greedy continuations up to the end token, stripped; prompts are padded on the left."""
+    texts = [""] * len(prompts)
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for batch in length_buckets([len(e) for e in encoded], batch_size):
+        ids, mask = pad([encoded[i][::-1] for i in batch], tokenizer.pad_token_id)
+        out = model.generate(
+            ids.flip(1).to(model.device),
+            attention_mask=mask.flip(1).to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        new = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(batch, new, strict=True):
+            texts[i] = text.strip()
+    return texts
+
+
+def rouge_l(text: str, references: list[str]) -> float:
+    """ROUGE-L F1 with the best-matching reference, in [0, 1]."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"]).score_multi(references, text)["rougeL"].fmeasure
+
+
+def constant_answer(task: Task, split: str = "test") -> float:
+    """Score of always giving the commonest training answer: what chance is worth on this task."""
+    common = Counter(row["answers"][0] for row in task.splits["train"]).most_common(1)[0][0]
+    grade = rouge_l if task.metric == "rouge_l" else lambda text, answers: float(text in answers)
+    return float(np.mean([grade(common, row["answers"]) for row in task.splits[split]]))
+
+
+# --- losses ----------------------------------------------------------------------------------
+
+
+def merging_loss(merged: float, specialist: float) -> float:
+    """L = (P_merged / P_specialist - 1) * 100 %, arXiv:2603.09463; undefined (nan) at P = 0."""
+    return (merged / specialist - 1) * 100 if specialist > 0 else np.nan
+
+
+def losses(merged: float, specialist: float, base: float, chance: float) -> dict[str, float]:
+    """The merging loss beside three readings of the same scores (all in [0, 1]).
+
+    drop: merged - specialist, in points; chance_corrected: the merging loss of what exceeds chance;
+    recovered: share of the gain over the base that is left. Undefined ratios are nan.
+    """
+    gain, above = specialist - base, specialist - chance
+    return {
+        "loss": merging_loss(merged, specialist),
+        "drop": (merged - specialist) * 100,
+        "chance_corrected": merging_loss(merged - chance, above) if above > 0 else np.nan,
+        "recovered": (merged - base) / gain if gain > 0 else np.nan,
+    }
+
+
+def read_dose(curve: pd.DataFrame, dose: float, column: str = "correct") -> float:
+    """Score at a dose, linear between the doses measured; nan outside the measured range.
+
+    `curve` has columns dose (0 = base, 1 = specialist) and `column`, one row per dose.
+    """
+    points = curve.sort_values("dose")
+    return float(np.interp(dose, points["dose"], points[column], left=np.nan, right=np.nan))

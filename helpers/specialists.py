@@ -1,0 +1,185 @@
+"""How is a specialist made? LoRA (decoder) or full fine-tuning (encoder with its own head).
+
+A specialist is a folder that PEFT or transformers opens, with two files more: `base.json`, the base
+it belongs to, and `training.json`, what its training cost and how the loss went.
+"""
+
+import hashlib
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification
+
+from helpers import records
+from helpers.tasks import Task, encode_answer, encode_prompt, length_buckets, pad
+
+VERSION = 1  # raised by hand whenever training computes something else
+IGNORED = -100  # label of a position that the loss does not count
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to fine-tune. `rank` 0 trains every parameter; LoRA adapts all linear layers."""
+
+    examples: int = 240
+    epochs: int = 3
+    batch_size: int = 16
+    learning_rate: float = 5e-4  # linearly to 0
+    rank: int = 16
+    alpha: int = 32  # the update is alpha / rank * B A
+    seed: int = 0
+
+
+def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool = False) -> Path:
+    """Folder of the specialist of `task`, trained once and then found in the store.
+
+    `model` is the live base (an encoder is given as its sequence classifier) and is left as it
+    was; `base` is its base.json (name, digest). Equal inputs, device and threads give equal bits.
+    """
+    rows = task.splits["train"]
+    if len(rows) < recipe.examples:
+        raise ValueError(
+            f"task {task.name} was loaded with {len(rows)} training examples, the recipe wants "
+            f"{recipe.examples}: load it with more"
+        )
+    rows = rows.select(range(recipe.examples))
+    determinants = {
+        "base": base["digest"],
+        "task": task.name,
+        "train": records.digest(rows.to_list()),
+        "recipe": asdict(recipe),
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+    def compute(folder: Path) -> None:
+        # one seed per task: specialists that share an initial A would be related by accident
+        torch.manual_seed(task_seed(recipe.seed, task.name))
+        run = train_lora if recipe.rank else train_full
+        log = run(model, tokenizer, base, rows, recipe, folder, desc=None if quiet else task.label)
+        (folder / "base.json").write_text(json.dumps(base))
+        (folder / "training.json").write_text(json.dumps(log))
+
+    return records.cached("specialist", VERSION, determinants, compute)
+
+
+def task_seed(seed: int, name: str) -> int:
+    """Seed of one task's training: independent between tasks, repeatable within."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|{name}".encode()).digest()[:4], "big")
+
+
+def train_lora(
+    model, tokenizer, base, rows, recipe: Recipe, folder: Path, desc: str | None
+) -> dict:
+    """Fine-tune a LoRA adapter of a decoder and save it; the loss counts answer tokens only."""
+    from peft import LoraConfig, get_peft_model  # 3 s: not paid by those who only read results
+
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    answers = [encode_answer(tokenizer, row["answers"][0]) for row in rows]
+
+    def loss_of(adapted, batch: list[int]) -> tuple[torch.Tensor, int]:
+        ids, mask = pad([prompts[i] + answers[i] for i in batch], tokenizer.pad_token_id)
+        # labels by position, never by id: the padding id is also that of the end token
+        labels, _ = pad([[IGNORED] * len(prompts[i]) + answers[i] for i in batch], IGNORED)
+        counted = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+        ids, mask, labels, counted = (t.to(adapted.device) for t in (ids, mask, labels, counted))
+        # logits are wanted where some row has an answer: the vocabulary is a fifth of the work
+        logits = adapted(ids, attention_mask=mask, logits_to_keep=counted).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels[:, counted + 1].flatten(), ignore_index=IGNORED
+        )
+        return loss, int(mask.sum())
+
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base["name"],
+    )
+    adapted = get_peft_model(model, config)
+    try:
+        lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+        log = descend(adapted, loss_of, lengths, recipe, desc)
+        # PEFT notes the path that the base was loaded from: a name travels, a cache path does not
+        adapted.peft_config["default"].base_model_name_or_path = base["name"]
+        adapted.save_pretrained(folder)
+    finally:
+        adapted.unload()
+        model.eval().requires_grad_(True)
+    return log
+
+
+def train_full(
+    model, tokenizer, base, rows, recipe: Recipe, folder: Path, desc: str | None
+) -> dict:
+    """Fine-tune a copy of an encoder with a fresh classification head, and save all of it."""
+    labels = sorted({option for row in rows for option in row["options"]})
+    if not labels:
+        raise ValueError("an encoder needs a task with options: its head has one output for each")
+    specialist = AutoModelForSequenceClassification.from_pretrained(
+        model.config._name_or_path, num_labels=len(labels), use_safetensors=True, dtype=model.dtype
+    ).to(model.device)
+    specialist.config.label2id = {label: i for i, label in enumerate(labels)}
+    specialist.config.id2label = dict(enumerate(labels))
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    targets = torch.tensor([labels.index(row["answers"][0]) for row in rows])
+
+    def loss_of(encoder, batch: list[int]) -> tuple[torch.Tensor, int]:
+        ids, mask = (t.to(encoder.device) for t in pad([prompts[i] for i in batch], 0))
+        logits = encoder(ids, attention_mask=mask).logits
+        loss = torch.nn.functional.cross_entropy(logits, targets[batch].to(encoder.device))
+        return loss, int(mask.sum())
+
+    log = descend(specialist, loss_of, [len(p) for p in prompts], recipe, desc)
+    specialist.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return log
+
+
+def descend(model, loss_of, lengths: list[int], recipe: Recipe, desc: str | None) -> dict:
+    """AdamW over length-bucketed batches in a seeded order; what it cost and how the loss went."""
+    buckets = length_buckets(lengths, recipe.batch_size)
+    order = torch.Generator().manual_seed(recipe.seed)
+    plan = [
+        buckets[i]
+        for _ in range(recipe.epochs)
+        for i in torch.randperm(len(buckets), generator=order)
+    ]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(plan))
+    losses, tokens, start, cpu = [], 0, time.perf_counter(), time.process_time()
+    model.train()
+    for batch in tqdm(plan, desc=desc, unit="step", mininterval=5, disable=desc is None):
+        loss, seen = loss_of(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        decay.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        tokens += seen
+    model.eval()
+    seconds = time.perf_counter() - start
+    return {
+        "loss": losses,
+        "seconds": seconds,
+        "cpu_seconds": time.process_time() - cpu,
+        "tokens_per_second": tokens / seconds,
+        "trained_parameters": sum(p.numel() for p in trained),
+        "peak_memory_mb": peak_memory_mb(),
+    }
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far (macOS counts bytes, Linux kibibytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

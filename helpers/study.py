@@ -1,0 +1,245 @@
+"""What happened to each merge? Visits: apply a delta to the base, read scores and states, restore.
+
+A visit is keyed by the content of its delta, so equal merges under two names are visited once and a
+killed run resumes where it was. Dose curves, controls, pairs and groups are all lists of visits.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from helpers import evaluate, hidden, merging, records, vectors
+from helpers.tasks import Task, encode_prompt, length_buckets, pad
+
+VERSION = 1  # raised by hand whenever a visit records something else
+BASE = "base"  # the digest of no delta
+
+Delta = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The live base model (fp32), its tasks and their specialists' folders, both by task label."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    base: dict  # name and digest
+    tasks: dict[str, Task]
+    specialists: dict[str, Path]
+    batch_size: int = 20
+
+    def rows(self, labels: Iterable[str]) -> list[vectors.Row]:
+        """The stream of task vectors of these specialists over the base."""
+        base = vectors.open_base(dict(self.model.named_parameters()))
+        return vectors.views(
+            base, [vectors.open_specialist(self.specialists[x], x) for x in labels]
+        )
+
+    def parents(self, labels: Sequence[str]) -> dict:
+        """What identifies a merge's parents: digests of the base and, in order, the specialists."""
+        weights = [next(self.specialists[x].glob("*.safetensors")) for x in labels]
+        return {
+            "base": self.base["digest"],
+            "specialists": [[x, records.digest(w)] for x, w in zip(labels, weights, strict=True)],
+        }
+
+    def machine(self) -> dict:
+        """What rounding depends on beside the numbers."""
+        return {
+            "dtype": str(self.model.dtype),
+            "device": self.model.device.type,
+            "threads": torch.get_num_threads(),
+            "batch_size": self.batch_size,
+        }
+
+
+# --- one visit -------------------------------------------------------------------------------
+
+
+def visit(
+    bench: Bench,
+    digest: str,
+    make: Callable[[], Delta],
+    scored: Iterable[str],
+    probed: Iterable[str] = (),
+) -> tuple[pd.DataFrame, dict[str, Tensor]]:
+    """Scores on the test examples of `scored` tasks, states on the probes of `probed` ones.
+
+    `digest` identifies the delta and `make()` builds it, which happens only if something is not
+    recorded yet. Returns the examples (column task and those of `evaluate.score`) and, by task, the
+    states (probes, layers, d) at the last prompt token, fp32.
+    """
+
+    wanted = [_score_key(bench, digest, bench.tasks[x]) for x in scored]
+    wanted += [_state_key(bench, digest, bench.tasks[x]) for x in probed]
+    seen = all(records.finished(*key) for key in wanted)
+    with nullcontext() if seen else vectors.applied(bench.model, make()):
+        examples = [_scores(bench, digest, bench.tasks[x]).assign(task=x) for x in scored]
+        states = {x: _states(bench, digest, bench.tasks[x]) for x in probed}
+    return pd.concat(examples, ignore_index=True), states
+
+
+def _score_key(bench: Bench, digest: str, task: Task) -> tuple[str, int, dict]:
+    what = {"base": bench.base["digest"], "delta": digest, "task": task.name}
+    what |= {"test": task.digest("test"), "evaluate": evaluate.VERSION} | bench.machine()
+    return "scores", VERSION, what
+
+
+def _scores(bench: Bench, digest: str, task: Task) -> pd.DataFrame:
+    def compute(folder: Path) -> None:
+        rows, size = task.splits["test"], bench.batch_size
+        frame = evaluate.score(bench.model, bench.tokenizer, rows, task.metric, size)
+        frame.to_csv(folder / "examples.csv", index=False)
+
+    folder = records.cached(*_score_key(bench, digest, task), compute)
+    return pd.read_csv(folder / "examples.csv", dtype={"id": str})
+
+
+def _state_key(bench: Bench, digest: str, task: Task) -> tuple[str, int, dict]:
+    what = {"base": bench.base["digest"], "delta": digest, "task": task.name}
+    return "states", VERSION, what | {"probe": task.digest("probe")} | bench.machine()
+
+
+def _states(bench: Bench, digest: str, task: Task) -> Tensor:
+    def compute(folder: Path) -> None:
+        prompts = task.splits["probe"]["prompt"]
+        states = prompt_states(bench.model, bench.tokenizer, prompts, bench.batch_size)
+        save_file({"states": states}, folder / "states.safetensors")
+
+    folder = records.cached(*_state_key(bench, digest, task), compute)
+    return load_file(folder / "states.safetensors")["states"]
+
+
+@torch.no_grad()
+def prompt_states(model, tokenizer, prompts: list[str], batch_size: int = 20) -> Tensor:
+    """States (prompts, layers, d) at the last prompt token, all layers from one pass, fp32."""
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    batches = length_buckets([len(e) for e in encoded], batch_size)
+    parts = []
+    for batch in batches:
+        ids, mask = (t.to(model.device) for t in pad([encoded[i] for i in batch], 0))
+        out = model(ids, attention_mask=mask, output_hidden_states=True, logits_to_keep=1)
+        parts.append(hidden.pool(out.hidden_states, mask, mask.sum(1) - 1).cpu())
+    order = torch.tensor([i for batch in batches for i in batch])
+    return torch.cat(parts)[order.argsort()].contiguous()
+
+
+# --- what is visited -------------------------------------------------------------------------
+
+
+def at_base(bench: Bench, probed: Iterable[str] = ()) -> tuple[pd.DataFrame, dict[str, Tensor]]:
+    """The base model itself: scores on every task (bare prompts), states on the probed ones."""
+    return visit(bench, BASE, dict, list(bench.tasks), probed)
+
+
+def at_dose(
+    bench: Bench, label: str, dose: float, probed: Iterable[str] = ()
+) -> tuple[pd.DataFrame, dict[str, Tensor]]:
+    """theta_0 + dose * tau of one specialist, on its own task; dose 1 is the specialist."""
+    what = bench.parents([label]) | {"dose": dose}
+    record, make = _known("dose", what, lambda: (merging.dose(bench.rows([label]), 0, dose), {}))
+    return visit(bench, record["digest"], make, [label], probed)
+
+
+def _known(
+    step: str, what: dict, make: Callable[[], tuple[Delta, dict]]
+) -> tuple[dict, Callable[[], Delta]]:
+    """The record of a delta (its digest and what `make` tells of it), and a maker of the delta.
+
+    The delta is built for the record only if no earlier run has left one, and never twice.
+    """
+    made: list[tuple[Delta, dict]] = []
+
+    def once() -> tuple[Delta, dict]:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    def compute(folder: Path) -> None:
+        delta, told = once()
+        record = told | {"digest": merging.delta_digest(delta)}
+        (folder / "record.json").write_text(json.dumps(record, default=int))
+
+    folder = records.cached(step, VERSION, what, compute)
+    return json.loads((folder / "record.json").read_text()), lambda: once()[0]
+
+
+def dose_curves(bench: Bench, doses: Iterable[float]) -> pd.DataFrame:
+    """Dose-response of every specialist: columns task, dose, score, nll. Dose 0 is the base."""
+    plan = [(label, dose) for label in bench.tasks for dose in doses]
+    out = []
+    for label, dose in tqdm(plan, desc="dose-response", unit="visit", mininterval=5):
+        examples, _ = at_dose(bench, label, dose)
+        mean = examples[["correct", "nll"]].mean()
+        out.append({"task": label, "dose": dose, "score": mean["correct"], "nll": mean["nll"]})
+    return pd.DataFrame(out)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge that was visited. `report` is merging.Report.as_dict(); `examples` and `states` as
+    `visit` gives them; `same_as` names the earlier method of the group with the same delta."""
+
+    group: tuple[str, ...]
+    method: str
+    report: dict
+    examples: pd.DataFrame
+    states: dict[str, Tensor]
+    same_as: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{'+'.join(self.group)}|{self.method}"
+
+
+def merge_group(
+    bench: Bench, group: Iterable[str], methods: Mapping[str, dict], seed: int = 0
+) -> list[Merged]:
+    """Merge the specialists of `group` by each method and visit every distinct delta once.
+
+    `methods`: the name of each recipe -> {"method": …, options…}. Every member is scored on its
+    test examples and probed; probes are pooled over the group.
+    """
+    group, done = tuple(group), []
+    rows = bench.rows(group)
+    for name, recipe in methods.items():
+
+        def make(recipe: dict = recipe) -> tuple[Delta, dict]:
+            delta, report = merging.merge(rows, labels=group, seed=seed, **recipe)
+            return delta, report.as_dict()
+
+        what = bench.parents(group) | {"recipe": recipe, "seed": seed}
+        report, make_delta = _known("merge", what, make)
+        twin = next((m for m in done if merging.same(m.report["sketch"], report["sketch"])), None)
+        if twin:
+            same_as = twin.same_as or twin.method
+            done.append(Merged(group, name, report, twin.examples, twin.states, same_as))
+        else:
+            seen = visit(bench, report["digest"], make_delta, group, group)
+            done.append(Merged(group, name, report, *seen))
+    return done
+
+
+def at_solo(bench: Bench, label: str, n: int, recipe: dict, seed: int = 0) -> pd.DataFrame:
+    """The method's own loss: its merge of `label` with n - 1 partners that changed nothing."""
+    what = bench.parents([label]) | {"n": n, "recipe": recipe, "seed": seed}
+
+    def make() -> tuple[Delta, dict]:
+        labels = [label, *(f"unchanged {i}" for i in range(1, n))]
+        rows = [
+            vectors.Row(name, base, [tau] + [vectors.zero(tau.shape, tau.device)] * (n - 1))
+            for name, base, (tau,) in bench.rows([label])
+        ]
+        return merging.merge(rows, labels=labels, seed=seed, **recipe)[0], {}
+
+    record, make_delta = _known("solo", what, make)
+    return visit(bench, record["digest"], make_delta, [label])[0]

@@ -1,0 +1,242 @@
+"""What is a task? Prompts, accepted answers and options, in disjoint seeded splits.
+
+A task name is `source:name`: `bigbench:linguistic_mappings/plural_json` (embedded package),
+`glue:mrpc` (hub id or local folder in the schema of nyu-mll/glue) or `sni:task1289_trec…`
+(folder of Super-NaturalInstructions JSONL files, fields id, definition, input, output).
+"""
+
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+
+from helpers import assets
+
+SPLITS = ("test", "probe", "dev", "train")  # test is drawn first: more training moves no test
+METRICS = ("exact_match", "rouge_l")
+CATALOGUE = Path(__file__).parent.parent / "data" / "tasks.toml"
+
+# What the sentences of each GLUE task are called, and its labels in words, by label number.
+GLUE = {
+    "cola": (("sentence",), ("unacceptable", "acceptable")),
+    "sst2": (("sentence",), ("negative", "positive")),
+    "mrpc": (("sentence1", "sentence2"), ("different", "equivalent")),
+    "qqp": (("question1", "question2"), ("different", "duplicate")),
+    "mnli": (("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "qnli": (("question", "sentence"), ("answered", "unanswered")),
+    "rte": (("sentence1", "sentence2"), ("entailment", "unrelated")),
+    "wnli": (("sentence1", "sentence2"), ("no", "yes")),
+}
+
+
+class Sizes(NamedTuple):
+    """Examples in each split of a task."""
+
+    train: int
+    dev: int
+    probe: int
+    test: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """Splits are datasets with columns id, prompt, answers (first is trained on) and options."""
+
+    name: str
+    metric: str
+    splits: DatasetDict
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and figures."""
+        return short(self.name)
+
+    def digest(self, *splits: str) -> str:
+        """sha256 of the metric and the rows of these splits (of all, if none is named)."""
+        chosen = {split: self.splits[split].to_list() for split in sorted(splits or self.splits)}
+        text = json.dumps([self.metric, chosen], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def short(name: str) -> str:
+    """`bigbench:linguistic_mappings/plural_json` -> `plural`."""
+    return name.split(":", 1)[-1].rsplit("/", 1)[-1].removesuffix("_json").removesuffix(".jsonl")
+
+
+def catalogue() -> dict[str, dict]:
+    """The study's candidate tasks: name -> kind, reason, and a metric if not exact match."""
+    return tomllib.loads(CATALOGUE.read_text(encoding="utf-8"))
+
+
+def load_task(
+    name: str, sizes: Sizes, seed: int = 0, sources: dict[str, str] | None = None
+) -> Task:
+    """The task's splits, disjoint by normalised input, drawn by a hash seeded with `seed`.
+
+    `sources` says where `glue` (hub id or folder) and `sni` (folder) are to be read.
+    Raises ValueError for an unknown task or one with too few distinct inputs.
+    """
+    source, _, path = name.partition(":")
+    if source not in READERS or not path:
+        raise ValueError(
+            f"unknown task {name!r}: a task is source:name with source one of {', '.join(READERS)}"
+        )
+    pool, held_out = READERS[source](path, (sources or {}).get(source))
+    metric = catalogue().get(name, {}).get("metric", "exact_match")
+    return Task(name, metric, split(pool, held_out, Sizes(*sizes), seed, name))
+
+
+def split(
+    pool: list[dict], held_out: list[dict] | None, sizes: Sizes, seed: int, name: str
+) -> DatasetDict:
+    """Rows (prompt, answers, options) in four splits, none sharing a normalised prompt.
+
+    The order is that of sha256(seed, normalised prompt), so a row keeps its place when rows are
+    added. Test rows come from `held_out` where the source has such a split.
+    """
+    rest = shuffled(pool, seed)
+    chosen = {}
+    if held_out is not None:
+        chosen["test"] = shuffled(held_out, seed)[: sizes.test]
+        taken = {row["id"] for row in chosen["test"]}
+        rest = [row for row in rest if row["id"] not in taken]
+    for part in SPLITS:
+        if part not in chosen:
+            wanted = getattr(sizes, part)
+            chosen[part], rest = rest[:wanted], rest[wanted:]
+    for part, rows in chosen.items():
+        if len(rows) < getattr(sizes, part):
+            raise ValueError(
+                f"task {name} has only {len(rows)} of the {getattr(sizes, part)} different inputs "
+                f"asked for its {part} split: ask for fewer examples"
+            )
+    return DatasetDict({part: Dataset.from_list(chosen[part]) for part in sorted(chosen)})
+
+
+def shuffled(rows: list[dict], seed: int) -> list[dict]:
+    """Rows with an id each, one per normalised prompt, in the order of a seeded hash."""
+
+    def rank(text: str, salt: str) -> str:
+        return hashlib.sha256(f"{salt}|{text}".encode()).hexdigest()
+
+    unique = {}
+    for row in rows:
+        normalised = " ".join(row["prompt"].casefold().split())
+        unique.setdefault(normalised, row | {"id": rank(normalised, "id")[:12]})
+    return [unique[text] for text in sorted(unique, key=lambda text: rank(text, str(seed)))]
+
+
+def few_shot(task: Task, split: str, shots: int = 4) -> Dataset:
+    """The examples of a split, each behind the same `shots` solved training examples."""
+    solved = [row["prompt"] + " " + row["answers"][0] for row in task.splits["train"].take(shots)]
+    shown = "\n\n".join(text.strip() for text in solved) + "\n\n"
+    return task.splits[split].map(lambda row: {"prompt": shown + row["prompt"].strip()})
+
+
+# --- text to tokens --------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt, behind the model's own start token if it has one."""
+    return tokenizer(prompt)["input_ids"]
+
+
+def encode_answer(tokenizer, answer: str) -> list[int]:
+    """Token ids of an answer as a continuation, closed by the end token."""
+    ids = tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def pad(sequences: list[list[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids (B, T) and the mask of real positions: the fill may be a real token's id."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[*seq, *[fill] * (width - len(seq))] for seq in sequences])
+    mask = torch.tensor([[1] * len(seq) + [0] * (width - len(seq)) for seq in sequences])
+    return ids, mask
+
+
+def length_buckets(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, shortest first: little padding is computed on."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+# --- sources ---------------------------------------------------------------------------------
+
+
+def read_bigbench(path: str, source: str | None) -> tuple[list[dict], None]:
+    """BIG-bench JSON with the benchmark's own zero-shot prompt; the best-scored targets count."""
+    task = json.loads(assets.bigbench_json(path).read_text(encoding="utf-8"))
+    before = task.get("task_prefix", "") + task.get("example_input_prefix", "\nQ: ")
+    after = task.get("example_output_prefix", "\nA: ")
+    rows = []
+    for example in task["examples"]:
+        scores = example.get("target_scores") or {}
+        answers = example.get("target") or [o for o in scores if scores[o] == max(scores.values())]
+        rows.append(
+            {
+                "prompt": (before + example["input"] + after).strip(),
+                "answers": [
+                    str(a).strip() for a in ([answers] if isinstance(answers, str) else answers)
+                ],
+                "options": sorted(scores) if "target" not in example else [],
+            }
+        )
+    return rows, None
+
+
+def read_glue(path: str, source: str | None) -> tuple[list[dict], list[dict]]:
+    """A GLUE task; its validation split is held out for testing (the test labels are hidden)."""
+    if path not in GLUE:
+        raise ValueError(f"unknown GLUE task {path!r}: choose one of {', '.join(GLUE)}")
+    fields, labels = GLUE[path]
+    data = load_dataset(source or "nyu-mll/glue", path)
+    ask = f" {labels[0]} or {labels[1]}?" if len(labels) == 2 else f" {', '.join(labels)}?"
+
+    def rows(split: str) -> list[dict]:
+        return [
+            {
+                "prompt": "\n".join(
+                    f"{field.rstrip('12').capitalize()}: {row[field].strip()}" for field in fields
+                )
+                + f"\nQuestion:{ask}\nAnswer:",
+                "answers": [labels[row["label"]]],
+                "options": list(labels),
+            }
+            for row in data[split]
+        ]
+
+    return rows("train"), rows("validation_matched" if path == "mnli" else "validation")
+
+
+def read_sni(path: str, source: str | None) -> tuple[list[dict], None]:
+    """A Super-NaturalInstructions task: definition, input, output(s); any listed output counts."""
+    file = Path(source or ".") / f"{path.removesuffix('.jsonl')}.jsonl"
+    if not file.is_file():
+        raise ValueError(
+            f"task file {file.name} is not in {file.parent}: name the folder that holds it"
+        )
+    raw = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    answers = [
+        [o.strip() for o in ([r["output"]] if isinstance(r["output"], str) else r["output"])]
+        for r in raw
+    ]
+    # A small closed set of single answers is a classification; anything else is free text.
+    labels = sorted({a for accepted in answers for a in accepted})
+    options = labels if len(labels) <= 10 and len(labels) * 10 <= len(raw) else []
+    return [
+        {
+            "prompt": f"{row['definition'].strip()}\n\nInput: {row['input'].strip()}\nOutput:",
+            "answers": accepted,
+            "options": options,
+        }
+        for row, accepted in zip(raw, answers, strict=True)
+    ], None
+
+
+READERS = {"bigbench": read_bigbench, "glue": read_glue, "sni": read_sni}
