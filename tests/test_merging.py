@@ -1,0 +1,388 @@
+"""The merge rules against answers worked out by hand, against PEFT, and against algebra."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.utils import merge_utils
+
+from helpers import merging, vectors
+
+BOTH = ["a", "b"]
+
+
+def rows(*taus, base=None):
+    """A model of one tensor."""
+    taus = [torch.as_tensor(tau, dtype=torch.float32) for tau in taus]
+    return [vectors.Row("w", torch.ones(taus[0].shape) if base is None else base, taus)]
+
+
+def merged(method, *taus, weights=None, base=None, labels=None, **options):
+    labels = labels or [f"m{i}" for i in range(len(taus))]
+    delta, _ = merging.merge(rows(*taus, base=base), method, labels, weights, **options)
+    return delta["w"]
+
+
+def random_taus(n, shape=(40, 30), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(n)]
+
+
+# Known answers -----------------------------------------------------------------------------------
+
+
+def test_linear_and_task_arithmetic():
+    a, b = [1.0, 2.0], [3.0, -4.0]
+    assert merged("linear", a, b).tolist() == [2, -1]
+    assert merged("linear", a, b, weights=[3, 1]).tolist() == [1.5, 0.5]
+    assert merged("task_arithmetic", a, b).tolist() == [4, -2]
+    assert merged("task_arithmetic", a, b, weights=[1, -0.5]).tolist() == [-0.5, 4]
+    assert merged("task_arithmetic", a, b, scale=0.25).tolist() == [1, -0.5]
+
+
+@pytest.mark.parametrize(
+    ("density", "kept"),
+    [
+        (0, []),
+        (0.01, [1]),  # k = 1 at least
+        (0.4, [1, 3]),
+        (0.6, [0, 1, 3]),  # entries 0, 2, 5 tie at 2: the lowest index stays
+        (0.7, [0, 1, 2, 3]),
+        (0.99, [0, 1, 2, 3, 5]),
+        (1, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_trimming_keeps_exactly_k_with_ties_by_lowest_index(density, kept):
+    tau = torch.tensor([2.0, -5, -2, 3, 1, 2])
+    trimmed = merging.trim(tau, merging.magnitude_cut(tau, density))
+    assert trimmed.nonzero().flatten().tolist() == kept
+    assert torch.equal(trimmed[kept], tau[kept])
+
+
+def test_trimming_by_blocks_equals_a_stable_descending_sort():
+    generator = torch.Generator().manual_seed(0)
+    tau = torch.randint(-4, 5, (70_000, 3), generator=generator).float()  # almost all entries tie
+    for density in (0.05, 0.2, 0.5):
+        k = int(density * tau.numel())
+        order = tau.abs().flatten().sort(descending=True, stable=True).indices[:k]
+        expected = torch.zeros(tau.numel()).index_put((order,), tau.flatten()[order])
+        kept = merging.ties([tau], [1.0], density=density)
+        assert torch.equal(kept, expected.view(tau.shape))
+
+
+def test_ties_at_the_threshold_are_reported():
+    tau = torch.tensor([2.0, -5, -2, 3, 1, 2])
+    assert merging.magnitude_cut(tau, 0.6).tied == 3
+    _, report = merging.merge(rows(tau, tau), "ties", BOTH, density=0.6)
+    assert report.tie_mass == pytest.approx(3 / 6)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1, 2)])
+def test_trimming_takes_any_shape(shape):
+    tau = torch.full(shape, -2.0)
+    trimmed = merging.trim(tau, merging.magnitude_cut(tau, 0.2))
+    assert trimmed.shape == shape and trimmed.flatten().tolist() == [-2] + [0] * (tau.numel() - 1)
+
+
+def test_election_and_disjoint_mean():
+    a = torch.tensor([1.0, 2, -1, 0, 0, -3])
+    b = torch.tensor([3.0, -1, -2, 4, 0, 3])
+    #       both +, + wins, both -, only b, nobody, sum zero counts as +
+    assert merging.disjoint_merge([a, b], [1, 1]).tolist() == [2, 2, -1.5, 4, 0, 3]
+    assert merging.disjoint_merge([a, b], [1, 1], "sum").tolist() == [4, 2, -3, 4, 0, 3]
+    # weights: elected by 1a + 3b; a member counts with its weight; equal weights cancel in the mean
+    assert merging.disjoint_merge([a, b], [1, 3]).tolist() == [2.5, -1, -1.75, 4, 0, 3]
+    assert torch.equal(
+        merging.disjoint_merge([a, b], [5, 5]), merging.disjoint_merge([a, b], [1, 1])
+    )
+    # a negative weight votes and counts with its sign: 1a - 1b = -2, 3, 1, -4, 0, -6
+    assert merging.disjoint_merge([a, b], [1, -1]).tolist() == [3, 3, -2, 4, 0, -6]
+
+
+def test_slerp_of_orthogonal_and_close_models():
+    zero_base = torch.zeros(2)
+    arc = merged("slerp", [1, 0], [0, 2], base=zero_base)
+    torch.testing.assert_close(arc, torch.tensor([math.sqrt(0.5), 2 * math.sqrt(0.5)]))
+    third = merged("slerp", [1, 0], [0, 1], weights=[2, 1], base=zero_base)
+    torch.testing.assert_close(third, torch.tensor([math.cos(math.pi / 6), 0.5]))
+    opposite = merged("slerp", [1.0, 2], [-1, -2], base=zero_base)  # |cos| = 1: linear
+    assert opposite.tolist() == [0, 0]
+    ends = [
+        merged("slerp", [1, 0], [0, 2], weights=w, base=zero_base).tolist()
+        for w in ([1, 0], [0, 1])
+    ]
+    assert ends == [[1, 0], [0, 2]]
+    base = 100 * torch.ones(2)
+    _, report = merging.merge(rows([1, 0], [0, 2], base=base), "slerp", BOTH)
+    assert report.slerp == {"lerp": 1, "slerp": 0}
+
+
+def test_slerp_of_three_is_taken_one_after_the_other():
+    a, b, c = random_taus(3)
+    zero_base = torch.zeros_like(a)
+    two = merged("slerp", a, b, base=zero_base)
+    three = merged("slerp", two, c, weights=[2, 1], base=zero_base)
+    torch.testing.assert_close(merged("slerp", a, b, c, base=zero_base), three)
+
+
+def test_task_slerp_keeps_the_length_of_equally_long_task_vectors():
+    a, b = (tau / tau.norm() for tau in random_taus(2))
+    merge = merged("task_slerp", a, b)
+    assert merge.norm().item() == pytest.approx(1)
+    angle = torch.acos((a * b).sum())
+    torch.testing.assert_close(merge, (a + b) / (2 * torch.cos(angle / 2)))
+
+
+def test_dare_drops_and_rescales():
+    tau = torch.arange(1.0, 1001).view(40, 25)
+    assert torch.equal(merged("dare", tau, density=1), tau)
+    assert not merged("dare", tau, density=0).any()
+    merge = merged("dare", tau, density=0.2)
+    kept = merge != 0
+    torch.testing.assert_close(merge[kept], 5 * tau[kept])
+    assert 0.15 < kept.float().mean() < 0.25
+    lengths = merged("dare", tau, density=0.2, rescale="l1")
+    assert torch.equal(lengths != 0, kept)
+    assert lengths.abs().sum().item() == pytest.approx(tau.abs().sum().item(), rel=1e-6)
+
+
+def test_dare_keeps_the_expectation_over_masks():
+    tau = torch.linspace(-1, 1, 12)
+    mean = torch.stack([merged("dare", tau, seed=seed, density=0.4) for seed in range(800)]).mean(0)
+    spread = tau.abs() * math.sqrt((1 - 0.4) / 0.4 / 800)
+    assert ((mean - tau).abs() <= 4.5 * spread).all()
+
+
+def test_dare_masks_depend_on_seed_method_tensor_and_label_only():
+    seeds = [
+        merging.stream_seed(*key)
+        for key in [(0, "dare", "w", "a"), (1, "dare", "w", "a"), (0, "dare_ties", "w", "a")]
+        + [(0, "dare", "v", "a"), (0, "dare", "w", "b")]
+    ]
+    assert len(set(seeds)) == 5
+    assert seeds[0] == 10462427046122380743  # first 8 bytes of SHA-256 of '[0, "dare", "w", "a"]'
+    a, b = random_taus(2)
+    one = merged("dare", a, b, labels=["a", "b"])
+    torch.testing.assert_close(one, merged("dare", b, a, labels=["b", "a"]))
+
+
+def test_dare_masks_do_not_depend_on_the_blocks(monkeypatch):
+    tau = random_taus(1, (101, 33))
+    whole = merging.dare(tau, [1.0], seeds=[7])
+    monkeypatch.setitem(vectors.BLOCK, "cpu", 100)
+    assert torch.equal(merging.dare(tau, [1.0], seeds=[7]), whole)
+
+
+def test_dare_ties_mean_and_sum():
+    taus = random_taus(4)
+    options = {"labels": list("abcd"), "density": 0.5}
+    mean, total = (merged("dare_ties", *taus, combine=c, **options) for c in ("mean", "sum"))
+    assert torch.equal(mean != 0, total != 0) and torch.equal(mean.sign(), total.sign())
+    ratio = (total / mean)[mean != 0]
+    assert ratio.round().unique().tolist() == [1, 2, 3, 4]
+    torch.testing.assert_close(ratio, ratio.round())
+
+
+@pytest.mark.parametrize("method", merging.METHODS)
+def test_zero_task_vectors_give_a_zero_delta(method):
+    zero = torch.zeros(4, 6)
+    delta, report = merging.merge(rows(zero, zero), method, BOTH)
+    assert not delta["w"].any()
+    assert report.effective_scale == report.rho2 == 0
+
+
+@pytest.mark.parametrize("method", merging.METHODS)
+def test_every_method_takes_vectors_scalars_and_lazy_tensors(method, tiny_base, tiny_adapters):
+    for shape in [(7,), ()]:
+        assert merged(method, *random_taus(2, shape)).shape == shape
+    base = vectors.open_base(tiny_base)
+    specialists = [vectors.open_specialist(path) for path in tiny_adapters[:2]]
+    lazy, _ = merging.merge(vectors.views(base, specialists), method, BOTH)
+    dense, _ = merging.merge(lambda: vectors.stream(base, specialists), method, BOTH)
+    assert lazy.keys() == dense.keys()
+    for name, delta in lazy.items():
+        torch.testing.assert_close(delta, dense[name])
+
+
+# Against PEFT ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+def test_equal_to_peft_where_the_conventions_agree(n, density):
+    taus, ones = random_taus(n), torch.ones(n)
+    theirs = merge_utils.ties(taus, ones, density)
+    torch.testing.assert_close(merged("ties", *taus, density=density), theirs, rtol=2e-7, atol=0)
+    weights = torch.rand(n, generator=torch.Generator().manual_seed(n))
+    theirs = merge_utils.task_arithmetic(taus, weights)
+    ours = merged("task_arithmetic", *taus, weights=weights.tolist())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    signs = merge_utils.calculate_majority_sign_mask(torch.stack(taus))
+    theirs = merge_utils.disjoint_merge(torch.stack(taus), signs)
+    torch.testing.assert_close(merging.disjoint_merge(taus, [1.0] * n), theirs, rtol=2e-7, atol=0)
+
+
+# Algebra -----------------------------------------------------------------------------------------
+
+several = st.integers(2, 5)
+seeds = st.integers(0, 10_000)
+quick = settings(max_examples=25, deadline=None)
+DETERMINISTIC = [m for m in merging.METHODS if not m.startswith("dare")]
+
+
+@quick
+@given(several, seeds)
+def test_linear_is_task_arithmetic_at_one_nth_bit_for_bit(n, seed):
+    taus = random_taus(n, seed=seed)
+    linear = merged("linear", *taus)
+    assert torch.equal(linear, merged("task_arithmetic", *taus, weights=[1 / n] * n))
+
+
+@quick
+@given(several, seeds)
+def test_slerp_of_close_models_is_linear(n, seed):
+    taus, base = random_taus(n, seed=seed), 1000 * torch.ones(40, 30)
+    delta, report = merging.merge(rows(*taus, base=base), "slerp", list(range(n)))
+    linear, other = merging.merge(rows(*taus, base=base), "linear", list(range(n)))
+    assert report.slerp == {"lerp": n - 1, "slerp": 0}
+    assert merging.same(report.sketch, other.sketch)
+    torch.testing.assert_close(delta["w"], linear["w"])
+    if n == 2:
+        assert merging.delta_digest(delta) == merging.delta_digest(linear)
+
+
+@quick
+@given(st.sampled_from(sorted(set(merging.METHODS) - {"slerp", "task_slerp"})), several, seeds)
+def test_the_order_of_models_does_not_matter(method, n, seed):
+    taus, weights = random_taus(n, seed=seed), [1.0 + i for i in range(n)]
+    labels = [f"m{i}" for i in range(n)]
+    order = np.random.default_rng(seed).permutation(n)
+    ours = merged(method, *taus, weights=weights, labels=labels)
+    theirs = merged(
+        method,
+        *[taus[i] for i in order],
+        weights=[weights[i] for i in order],
+        labels=[labels[i] for i in order],
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@quick
+@given(seeds)
+def test_slerp_at_one_half_is_symmetric(seed):
+    a, b = random_taus(2, seed=seed)
+    for method in ("slerp", "task_slerp"):
+        torch.testing.assert_close(merged(method, a, b), merged(method, b, a))
+
+
+@quick
+@given(st.sampled_from(DETERMINISTIC), seeds, st.sampled_from([0.5, 2.0, -4.0]))
+def test_merges_scale_with_the_task_vectors(method, seed, factor):
+    a, b = random_taus(2, seed=seed)
+    base = torch.zeros_like(a)
+    ours = merged(method, factor * a, factor * b, base=base)
+    torch.testing.assert_close(ours, factor * merged(method, a, b, base=base))
+
+
+@quick
+@given(st.sampled_from(["linear", "slerp", "task_slerp", "ties"]), several, seeds)
+def test_merging_copies_gives_the_model_back(method, n, seed):
+    tau = random_taus(1, seed=seed)[0]
+    options = {"density": 1.0} if method == "ties" else {}
+    torch.testing.assert_close(merged(method, *[tau] * n, **options), tau)
+
+
+# The report --------------------------------------------------------------------------------------
+
+
+def test_the_report_by_hand():
+    a, b = [3.0, 0, 0], [0, 4.0, 0]
+    _, report = merging.merge(rows(a, b), "task_arithmetic", BOTH, [1, 0.5])
+    assert report.norms == [3, 4]
+    assert report.norm == pytest.approx(math.sqrt(9 + 4))
+    assert report.effective_scale == pytest.approx(math.sqrt(13) / 3.5)
+    assert report.cos_sum == pytest.approx((9 + 8) / (math.sqrt(13) * 5))
+    assert report.kept == pytest.approx(2 / 3)
+    assert report.ingredient == [1, 0.5]
+    assert report.own == pytest.approx([1, 0.5])  # orthogonal: no overlap
+    assert report.rho2 == pytest.approx(1)
+
+
+def test_own_dose_adds_the_partners_overlap():
+    a, b = [1.0, 0], [1.0, 1.0]
+    _, report = merging.merge(rows(a, b), "linear", BOTH)
+    assert report.ingredient == [0.5, 0.5]
+    assert report.own == pytest.approx([1, 0.75])
+
+
+@pytest.mark.parametrize("method", merging.METHODS)
+def test_report_totals_are_those_of_the_flattened_model(method):
+    taus = [random_taus(2, seed=1), random_taus(2, (20,), seed=2)]
+    model = [vectors.Row(n, torch.zeros(t[0].shape), t) for n, t in zip("vw", taus, strict=True)]
+    delta, report = merging.merge(model, method, BOTH, scale=0.7)
+    flat = torch.cat([delta["v"].flatten(), delta["w"].flatten()]).double()
+    a, b = (torch.cat([taus[0][i].flatten(), taus[1][i].flatten()]).double() for i in (0, 1))
+    assert report.norm == pytest.approx(flat.norm().item())
+    assert report.own == pytest.approx([(flat @ t / (t @ t)).item() for t in (a, b)])
+    basis = torch.stack([a, b], 1)
+    inside = basis @ torch.linalg.lstsq(basis, flat[:, None]).solution
+    if method not in ("linear", "task_arithmetic"):
+        assert report.rho2 == pytest.approx((inside.norm() ** 2 / flat.norm() ** 2).item())
+    assert json.loads(json.dumps(report.as_dict()))["own"] == report.own
+
+
+def test_a_dose_of_a_single_model_and_the_rule_alone():
+    a, b = random_taus(2)
+    assert torch.equal(merging.dose(rows(a, b), 1, 0.25)["w"], 0.25 * b)
+    alone, report = merging.solo(rows(a, b), "ties", 0, BOTH)
+    assert torch.equal(alone["w"], merged("ties", a))
+    assert report.own[1] is None and report.norms[1] == 0
+    half, _ = merging.solo(rows(a, b), "linear", 1, BOTH)
+    assert torch.equal(half["w"], 0.5 * b)
+
+
+def test_sketches_and_digests_tell_merges_apart():
+    taus = random_taus(2, (300, 100))
+    deltas, sketches = {}, {}
+    for name, scale in [("one", 1.0), ("same", 1 + 1e-8), ("other", 1 + 1e-4)]:
+        deltas[name], report = merging.merge(rows(*taus), "linear", BOTH, scale=scale)
+        sketches[name] = report.sketch
+    assert merging.same(sketches["one"], sketches["same"])
+    assert not merging.same(sketches["one"], sketches["other"])
+    assert merging.delta_digest(deltas["one"]) != merging.delta_digest(deltas["other"])
+    renamed = {"v": deltas["one"]["w"]}
+    assert merging.delta_digest(deltas["one"]) != merging.delta_digest(renamed)
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "n", "weights", "options", "message"),
+    [
+        ("median", 2, None, {}, "unknown method 'median'"),
+        ("slerp", 1, None, {}, "at least 2 models"),
+        ("ties", 2, None, {"densty": 0.1}, "no option 'densty'"),
+        ("ties", 2, None, {"density": 1.5}, "number from 0 to 1"),
+        ("ties", 2, None, {"density": True}, "number from 0 to 1"),
+        ("dare", 2, None, {"rescale": "l2"}, "one of"),
+        ("linear", 2, [1], {}, "1 weights for 2 models"),
+        ("linear", 2, [1, -1], {}, "sum to zero"),
+        ("linear", 2, [1, math.nan], {}, "finite"),
+        ("slerp", 2, [2, -1], {}, "must not be negative"),
+    ],
+)
+def test_what_the_contract_forbids_is_refused(method, n, weights, options, message):
+    with pytest.raises(ValueError, match=message):
+        merging.check_method(method, n, weights, options)
+
+
+def test_nan_is_refused_by_name():
+    with pytest.raises(ValueError, match="w: b holds NaN"):
+        merging.merge(rows([1.0, 2], [1.0, math.nan]), "linear", BOTH)
+    with pytest.raises(ValueError, match="different labels"):
+        merging.merge(rows([1.0], [2.0]), "linear", ["a", "a"])

@@ -1,0 +1,284 @@
+"""The stream of task vectors: exact, alike for every kind of specialist, strict about misfits."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from helpers import vectors
+
+
+def llama(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def merged_by_peft(base, adapter):
+    """State dict of the base with the adapter merged in by PEFT."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(llama(base), adapter).merge_and_unload().state_dict()
+
+
+def taus(base, specialist):
+    return {row.name: row.taus[0] for row in vectors.stream(base, [specialist])}
+
+
+@pytest.fixture
+def base(tiny_base):
+    return vectors.open_base(tiny_base)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 5}},
+        {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": False},
+    ],
+    ids=["plain", "rslora", "patterns", "head"],
+)
+def test_an_adapter_is_what_peft_merges(tmp_path, options):
+    base = tiny.save_base(tmp_path / "base", tie_word_embeddings=False)
+    adapter = tiny.save_adapter(tmp_path / "adapter", base, 1, **options)
+    merged, plain = merged_by_peft(base, adapter), llama(base).state_dict()
+    ours = taus(vectors.open_base(base), vectors.open_specialist(adapter))
+    for name, tensor in plain.items():
+        if name in ours:
+            torch.testing.assert_close(tensor + ours[name], merged[name], rtol=0, atol=1e-7)
+        else:
+            assert torch.equal(tensor, merged[name]), name
+    assert "model.norm.weight" not in ours and "model.layers.0.self_attn.q_proj.weight" in ours
+
+
+def test_an_embedding_adapter_is_what_peft_merges(tmp_path):
+    base = tiny.save_base(tmp_path / "base", tie_word_embeddings=False)
+    adapter = tiny.save_adapter(tmp_path / "a", base, 1, target_modules=["embed_tokens"])
+    ours = taus(vectors.open_base(base), vectors.open_specialist(adapter))
+    name = "model.embed_tokens.weight"
+    merged = merged_by_peft(base, adapter)[name]
+    torch.testing.assert_close(llama(base).state_dict()[name] + ours[name], merged)
+
+
+@pytest.mark.parametrize("shards", ["5GB", "20KB"], ids=["one file", "shards"])
+def test_files_and_state_dicts_give_the_same_stream(tmp_path, tiny_base, shards):
+    folder = tiny.save_base(tmp_path / "fine", seed=1, max_shard_size=shards)
+    assert len(list(folder.glob("*.safetensors"))) == (1 if shards == "5GB" else 2)
+    from_files = vectors.open_base(tiny_base), vectors.open_specialist(folder)
+    in_memory = (
+        vectors.open_base(llama(tiny_base).state_dict()),
+        vectors.open_specialist(llama(folder).state_dict(), "fine"),
+    )
+    ours = list(vectors.stream(from_files[0], [from_files[1]]))
+    theirs = list(vectors.stream(in_memory[0], [in_memory[1]]))
+    assert [row.name for row in ours] == [row.name for row in theirs]
+    assert (
+        sum(row.name == "lm_head.weight" for row in ours) == 0
+    )  # tied: once, under its first name
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.base, b.base) and torch.equal(a.taus[0], b.taus[0])
+
+
+def test_views_give_any_block_of_rows(base, tiny_adapters, tmp_path, tiny_base):
+    full = tiny.save_base(tmp_path / "full", seed=3)
+    specialists = [vectors.open_specialist(path) for path in (tiny_adapters[0], full)]
+    for view, row in zip(
+        vectors.views(base, specialists), vectors.stream(base, specialists), strict=True
+    ):
+        for lazy, dense in zip([view.base, *view.taus], [row.base, *row.taus], strict=True):
+            torch.testing.assert_close(lazy[3:7], dense[3:7])
+
+
+def test_only_changed_tensors_take_part(base, tiny_adapters, tiny_base):
+    adapters = [vectors.open_specialist(path) for path in tiny_adapters]
+    names = vectors.changed_names(base, adapters)
+    assert len(names) == 14 and names == sorted(names)  # 7 matrices in each of 2 layers
+    state = {
+        k: v.clone() for k, v in llama(tiny_base).state_dict().items() if k != "lm_head.weight"
+    }
+    state["model.norm.weight"][0] += 1
+    one = vectors.open_specialist(state, "one")
+    assert vectors.changed_names(base, [one]) == ["model.norm.weight"]
+    rows = list(vectors.stream(base, [one, adapters[0]]))
+    assert len(rows) == 15 and not rows[0].taus[0].any()  # what a model left alone has tau = 0
+
+
+def test_a_bf16_checkpoint_is_promoted_before_the_subtraction(tiny_base, tmp_path):
+    model = llama(tiny_base).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "bf16")
+    specialist = vectors.open_specialist(tmp_path / "bf16")
+    for row in vectors.stream(vectors.open_base(tiny_base), [specialist]):
+        assert row.taus[0].dtype == torch.float32
+        exact = model.get_parameter(row.name).detach().float() - row.base
+        assert torch.equal(row.taus[0], exact)
+
+
+def test_row_blocks_cover_a_tensor_once_with_even_blocks():
+    for shape in [(70001, 3), (3, 200_001), (2**17 + 1,), (5, 5), ()]:
+        numel, covered = torch.Size(shape).numel(), 0
+        whole = torch.empty(shape, dtype=torch.uint8)
+        blocks = list(vectors.row_blocks(torch.Size(shape)))
+        for i, (rows, offset) in enumerate(blocks):
+            assert offset == covered
+            covered += whole[rows].numel()
+            assert i == len(blocks) - 1 or whole[rows].numel() % 2 == 0
+        assert covered == numel
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def edited(folder, target, **changes):
+    """A copy of an adapter folder with another configuration."""
+    shutil.copytree(folder, target)
+    file = target / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "biases"),
+        ({"lora_bias": True}, "biases"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"init_lora_weights": "pissa"}, "changes the base"),
+        ({"peft_type": "IA3"}, "only LORA"),
+        ({"r": 3}, "rank"),
+    ],
+)
+def test_adapters_that_are_not_b_times_a_are_refused(tiny_adapters, tmp_path, change, reason):
+    with pytest.raises(ValueError, match=reason):
+        vectors.open_specialist(edited(tiny_adapters[0], tmp_path / "a", **change))
+
+
+def test_a_dora_adapter_is_refused_even_if_its_config_is_silent(tiny_base, tmp_path):
+    adapter = tiny.save_adapter(tmp_path / "dora", tiny_base, 1, use_dora=True)
+    with pytest.raises(ValueError, match="magnitude"):
+        vectors.open_specialist(edited(adapter, tmp_path / "silent", use_dora=False))
+
+
+def test_pickles_are_refused_unopened(tmp_path, tiny_adapters):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"not a pickle at all")
+    adapter = edited(tiny_adapters[0], tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    for folder in (tmp_path / "model", adapter):
+        with pytest.raises(ValueError, match="a pickle, which can run code"):
+            vectors.open_specialist(folder)
+
+
+def test_folders_without_weights_or_with_missing_shards_are_refused(tmp_path, tiny_adapters):
+    with pytest.raises(ValueError, match="not a folder with safetensors"):
+        vectors.open_base(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is an adapter"):
+        vectors.open_base(tiny_adapters[0])
+    folder = tiny.save_base(tmp_path / "base", max_shard_size="20KB")
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ValueError, match="the file is not there"):
+        vectors.open_base(folder)
+
+
+def plain_state():
+    return {"a": torch.ones(2, 3), "b": torch.zeros(4), "steps": torch.tensor([7])}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": torch.ones(3, 2)}, r"a is \(3, 2\), in the base \(2, 3\)"),
+        ({"a": torch.ones(2, 3, dtype=torch.int64)}, "a is torch.int64, in the base torch.float32"),
+        ({"steps": torch.tensor([8])}, "steps is not floating-point and differs"),
+        ({"c": torch.ones(1)}, "c: the base lacks it"),
+        ({"b": None}, "b: specialist x lacks it"),
+    ],
+)
+def test_what_does_not_fit_the_base_is_named(change, message):
+    state = {k: v for k, v in (plain_state() | change).items() if v is not None}
+    base = vectors.open_base(plain_state())
+    with pytest.raises(ValueError, match=message):
+        vectors.check(base, [vectors.open_specialist(state, "x")])
+
+
+def test_equal_labels_and_foreign_bases_are_refused(tiny_base, tiny_adapters, tmp_path):
+    base = vectors.open_base(tiny_base)
+    with pytest.raises(ValueError, match="different labels"):
+        vectors.check(base, [vectors.open_specialist(p, "x") for p in tiny_adapters[:2]])
+    other = vectors.open_base(tiny.save_base(tmp_path / "wide", hidden_size=32))
+    with pytest.raises(ValueError, match="in the base"):
+        vectors.check(other, [vectors.open_specialist(tiny_adapters[0])])
+    ours, theirs = (
+        shutil.copytree(tiny_base, tmp_path / "b"),
+        edited(tiny_adapters[0], tmp_path / "a"),
+    )
+    (ours / "base.json").write_text('{"name": "base", "digest": "00"}')
+    (theirs / "base.json").write_text('{"name": "base", "digest": "11"}')
+    with pytest.raises(ValueError, match="trained from another base"):
+        vectors.check(vectors.open_base(ours), [vectors.open_specialist(theirs)])
+
+
+def test_an_adapter_of_a_tied_head_is_refused(tmp_path):
+    untied = tiny.save_base(tmp_path / "untied", tie_word_embeddings=False)
+    adapter = tiny.save_adapter(tmp_path / "a", untied, 1, target_modules=["q_proj", "lm_head"])
+    tied = vectors.open_base(tiny.save_base(tmp_path / "tied"))
+    with pytest.raises(ValueError, match="adapts lm_head.weight, which the base does not hold"):
+        vectors.check(tied, [vectors.open_specialist(adapter)])
+
+
+def test_a_copy_of_a_tied_head_on_disk_is_dropped_or_refused(tmp_path):
+    folder = tiny.save_base(tmp_path / "base")
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    head = state["model.embed_tokens.weight"].clone()
+    save_file(state | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+    assert "lm_head.weight" not in vectors.open_base(folder).tensors
+    save_file(state | {"lm_head.weight": head + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="tied"):
+        vectors.open_base(folder)
+
+
+# Into a live model -------------------------------------------------------------------------------
+
+
+def test_applied_writes_the_merge_and_restores_the_base_bit_for_bit(tiny_base, tiny_adapters):
+    model = llama(tiny_base)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    specialist = vectors.open_specialist(tiny_adapters[0])
+    delta = taus(vectors.open_base(model.state_dict()), specialist)
+    merged = merged_by_peft(tiny_base, tiny_adapters[0])
+    with pytest.raises(RuntimeError, match="midway"), vectors.applied(model, delta):
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, merged[name], rtol=0, atol=1e-7)
+        raise RuntimeError("midway")
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_applied_keeps_tied_tensors_tied(tiny_base):
+    model = llama(tiny_base)
+    delta = {"model.embed_tokens.weight": torch.ones(257, 16)}
+    with vectors.applied(model, delta):
+        assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("delta", "message"),
+    [
+        ({"nope": torch.ones(1)}, "no parameter nope"),
+        ({"model.norm.weight": torch.ones(3)}, r"\(3,\), in the model \(16,\)"),
+    ],
+)
+def test_applied_refuses_what_does_not_fit(tiny_base, delta, message):
+    with pytest.raises(ValueError, match=message), vectors.applied(llama(tiny_base), delta):
+        pass
+
+
+def test_applied_refuses_a_bf16_model(tiny_base):
+    model = llama(tiny_base).to(torch.bfloat16)
+    delta = {"model.norm.weight": torch.ones(16)}
+    with pytest.raises(ValueError, match="load the model in fp32"), vectors.applied(model, delta):
+        pass
