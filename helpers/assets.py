@@ -85,7 +85,7 @@ def _download(package: str, pin: dict, part: Path) -> None:
     done = part.stat().st_size if part.exists() else 0
     if done >= pin["bytes"]:
         return
-    what = f"{pin['file']} ({pin['bytes'] / 1e6:.0f} MB)"
+    what = f"{pin['file']} ({pin['bytes'] / 1e6:.1f} MB)"
     print(
         f"Fetching {what} into {part.parent}; the default study keeps about "
         f"{CATALOGUE['cache_gb']} GB there.",
@@ -100,9 +100,16 @@ def _download(package: str, pin: dict, part: Path) -> None:
             with client.s.get(url, headers=headers, stream=True, timeout=60) as reply:
                 reply.raise_for_status()
                 resumed = reply.status_code == requests.codes.partial_content
-                bar = tqdm(desc=package, total=pin["bytes"], unit="B", unit_scale=True)
-                with part.open("ab" if resumed else "wb") as target, bar:
-                    bar.update(target.tell())
+                with (
+                    part.open("ab" if resumed else "wb") as target,
+                    tqdm(
+                        desc=package,
+                        total=pin["bytes"],
+                        initial=target.tell(),
+                        unit="B",
+                        unit_scale=True,
+                    ) as bar,
+                ):
                     for chunk in reply.iter_content(1 << 20):
                         target.write(chunk)
                         bar.update(len(chunk))
@@ -297,7 +304,7 @@ def model_folder(name: str) -> Path:
 def base_info(name: str) -> dict[str, str]:
     """{"name", "digest"} of a base model, as a specialist's base.json records it."""
     folder = model_folder(name)
-    if (folder / "base.json").exists():
+    if (folder / "seals.json").exists():  # made here; elsewhere base.json may tell of another base
         return json.loads((folder / "base.json").read_text())
     label = folder.name if Path(name).expanduser().exists() else name
     return {"name": label, "digest": model_digest(folder)}
@@ -341,7 +348,7 @@ def _local(path: Path) -> Path:
             raise AssetError(f"{path} has safetensors but no config.json: name a model's folder.")
         for file in weights:
             try:
-                safe_open(file, framework="pt")
+                safe_open(file, framework="pt")  # reads the header and compares the size
             except (SafetensorError, OSError) as error:
                 raise AssetError(f"{file} is missing or damaged: copy it anew.") from error
         return path
