@@ -94,7 +94,9 @@ def test_cached_computes_once_and_says_from_what():
         calls.append(folder)
         (folder / "x.txt").write_text("1")
 
+    assert not records.finished("step", 1, {"a": 1})
     first = records.cached("step", 1, {"a": 1}, compute)
+    assert records.finished("step", 1, {"a": 1})
     assert records.cached("step", 1, {"a": 1}, compute) == first
     assert records.cached("step", 1, {"a": 2}, compute) != first
     assert len(calls) == 2

@@ -1,0 +1,88 @@
+"""The command line: python -m helpers run|refresh|merge."""
+
+import argparse
+import sys
+
+from helpers import supported
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse and call. Exit code 2 for a bad request, 1 if a notebook fails."""
+    parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run_parser = commands.add_parser("run", help="run the notebooks headless")
+    run_parser.add_argument("profile", help="a name in data/profiles.toml, such as demo")
+    run_parser.add_argument(
+        "--only", nargs="+", metavar="NOTEBOOK", help="only these, by number or name: --only 04"
+    )
+    run_parser.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="another value for a notebook's parameter: -p SEED 1",
+    )
+
+    refresh_parser = commands.add_parser(
+        "refresh", help="maintainers: rerun from nothing and write committed results"
+    )
+    refresh_parser.add_argument("profile", nargs="?", default="demo")
+    refresh_parser.add_argument(
+        "--reuse", action="store_true", help="take up finished work; minutes are not rewritten"
+    )
+    refresh_parser.add_argument(
+        "--readme", action="store_true", help="only bring the README's table up to date"
+    )
+
+    commands.add_parser("merge", add_help=False, help="merge checkpoints or adapters")
+
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "merge":
+        parser.error(f"unknown argument: {rest[0]}")
+    sentence = supported.problem()
+    if sentence:
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
+    sys.stdout.reconfigure(line_buffering=True)  # progress shows at once in a pipe as well
+    return _call(arguments, rest)
+
+
+def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
+    # Imported here: the commands differ in what they need, and --help needs none of it.
+    from helpers.run import NotebookFailed, run, typed
+
+    try:
+        if arguments.command == "run":
+            run(arguments.profile, arguments.only, typed(arguments.parameters))
+        elif arguments.command == "refresh":
+            from helpers import publish
+
+            if arguments.readme:
+                publish.write_readme()
+            else:
+                publish.refresh(arguments.profile, arguments.reuse)
+        else:
+            _merge(rest)
+    except NotebookFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _merge(arguments: list[str]) -> None:
+    from helpers import assets, checkpoints
+
+    try:
+        checkpoints.main(arguments)
+    except assets.AssetError as error:
+        raise ValueError(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
