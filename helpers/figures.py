@@ -1,0 +1,210 @@
+"""figures: how is it shown? One style, a look per method, save with caption and alt text.
+
+A notebook calls `style(folder, notebook, parameters)` once; every `save` after it writes a PNG and
+a JSON sidecar into that folder. The plots here are those that more than one notebook draws.
+"""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+STYLE = Path(__file__).with_name("style.mplstyle")
+
+# Okabe & Ito's palette, safe for the common colour-vision deficiencies. Colour never stands alone:
+# each method has its own marker, and two methods that share a colour differ in it.
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+AMBER, SKY, BLACK, GREY = "#E69F00", "#56B4E9", "#000000", "#777777"
+
+LOOKS: dict[str, dict[str, str]] = {
+    "linear": {"label": "LA", "color": BLUE, "marker": "o"},
+    "task_arithmetic": {"label": "TA", "color": ORANGE, "marker": "s"},
+    "ties": {"label": "TIES", "color": GREEN, "marker": "^"},
+    "dare": {"label": "DARE", "color": PINK, "marker": "D"},
+    "slerp": {"label": "SLERP", "color": AMBER, "marker": "v"},
+    "task_slerp": {"label": "task SLERP", "color": AMBER, "marker": "<"},
+    "dare_ties": {"label": "DARE-TIES", "color": PINK, "marker": "P"},
+    "breadcrumbs": {"label": "breadcrumbs", "color": GREEN, "marker": "X"},
+    "della": {"label": "DELLA", "color": GREEN, "marker": "d"},
+    "iso_c": {"label": "Iso-C", "color": SKY, "marker": "p"},
+    "tsv": {"label": "TSV", "color": SKY, "marker": "h"},
+    "regmean": {"label": "RegMean", "color": BLACK, "marker": "*"},
+    "chebyshev": {"label": "Chebyshev", "color": BLUE, "marker": "8"},
+    "prism": {"label": "PRISM", "color": BLACK, "marker": ">"},
+}
+
+_active: dict[str, object] = {"folder": None, "notebook": None, "parameters": None}
+
+
+def style(
+    folder: Path | str | None = None,
+    notebook: str | None = None,
+    parameters: Mapping | None = None,
+) -> None:
+    """Apply the project's style and name the folder, notebook and parameters of later `save`s."""
+    plt.style.use(STYLE)
+    _active.update(
+        folder=None if folder is None else Path(folder), notebook=notebook, parameters=parameters
+    )
+
+
+def look(method: str) -> dict[str, str]:
+    """Label, colour and marker of a merge method, as keywords of `Axes.plot`."""
+    return dict(LOOKS.get(method, {"label": method, "color": GREY, "marker": "."}))
+
+
+def revision() -> str | None:
+    """Git revision of the code ("-dirty" if edited); None outside a checkout, as in an archive."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=STYLE.parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None
+
+
+def save(
+    fig: Figure,
+    name: str,
+    caption: str,
+    alt: str,
+    folder: Path | str | None = None,
+    notebook: str | None = None,
+    parameters: Mapping | None = None,
+    data: Mapping | None = None,
+) -> Path:
+    """Write `name`.png (200 dpi) and its sidecar `name`.json; return the PNG's path.
+
+    `caption` names what intervals mean (what, level, n, resampling unit); `alt` says in words what
+    the figure shows. `data` tells which run is shown (profile, key, device, date): it goes into the
+    sidecar and as a grey line under the figure. The PNG holds no date and no software version, and
+    a figure redrawn without any change keeps the files, hence the revision it was first drawn at.
+    Raises ValueError if the caption or alt text is empty or no folder is known.
+    """
+    folder = folder if folder is not None else _active["folder"]
+    if folder is None:
+        raise ValueError("No folder for figures: call figures.style(folder) first or pass folder=.")
+    if not caption.strip() or not alt.strip():
+        raise ValueError(f"Figure {name!r} needs a caption and an alt text.")
+    if data:
+        line = " · ".join(str(value) for value in data.values() if value not in (None, ""))
+        fig.text(0, -0.01, line, ha="left", va="top", fontsize=7, color=GREY)
+    path = Path(folder) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.read_bytes() if path.exists() else None
+    fig.savefig(path, metadata={"Software": None})
+
+    sidecar = path.with_suffix(".json")
+    told = {
+        "caption": " ".join(caption.split()),
+        "alt": " ".join(alt.split()),
+        "notebook": notebook or _active["notebook"],
+        "parameters": dict(parameters or _active["parameters"] or {}),
+        "data": dict(data or {}),
+    }
+    same_picture = old == path.read_bytes() and sidecar.exists()
+    before = json.loads(sidecar.read_text()) if same_picture else {}
+    if {**before, "revision": None} != {**told, "revision": None}:
+        text = json.dumps({**told, "revision": revision()}, indent=1, ensure_ascii=False)
+        sidecar.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def heat_map(
+    ax: Axes,
+    table: pd.DataFrame,
+    label: str,
+    marked: pd.DataFrame | None = None,
+    fmt: str = "z.0f",
+    limits: tuple[float, float] = (-100.0, 100.0),
+    cmap: str = "RdBu",
+    colorbar: bool = True,
+) -> None:
+    """Annotated heat map of a task-by-task table (rows: the task scored; columns: its partner).
+
+    NaN off the diagonal is hatched (undefined, not zero); the diagonal is blank. Cells true in
+    `marked` are framed. `label` names the quantity and its unit. Limits keep panels comparable.
+    """
+    values = table.to_numpy(dtype=float)
+    image = ax.imshow(values, cmap=cmap, vmin=limits[0], vmax=limits[1])
+    for i, row in enumerate(table.index):
+        for j, column in enumerate(table.columns):
+            corner = (j - 0.5, i - 0.5)
+            if row == column:
+                ax.add_patch(Rectangle(corner, 1, 1, facecolor="white", edgecolor="none"))
+            elif np.isnan(values[i, j]):
+                hatched = {"fill": False, "hatch": "////", "edgecolor": GREY, "lw": 0}
+                ax.add_patch(Rectangle(corner, 1, 1, **hatched))
+            else:
+                red, green, blue, _ = image.cmap(image.norm(values[i, j]))
+                dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+                bold = marked is not None and bool(marked.iloc[i, j])
+                ax.text(
+                    j,
+                    i,
+                    format(values[i, j], fmt),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if dark else "black",
+                    weight="bold" if bold else "normal",
+                )
+                if bold:
+                    frame = {"fill": False, "edgecolor": "black", "lw": 1.6}
+                    ax.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, **frame))
+    ax.set_xticks(range(len(table.columns)), table.columns, rotation=45, ha="right")
+    ax.set_yticks(range(len(table.index)), table.index)
+    ax.grid(False)
+    if colorbar:
+        ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
+
+
+def scatter(
+    ax: Axes,
+    x: np.ndarray,
+    y: np.ndarray,
+    low: np.ndarray | None = None,
+    high: np.ndarray | None = None,
+    names: list[str] | None = None,
+    **look_of_points: str,
+) -> None:
+    """Points with vertical intervals [low, high] (NaN: none) and optional names beside them."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if low is not None and high is not None:
+        reach = np.stack([y - np.asarray(low, float), np.asarray(high, float) - y])
+        ax.errorbar(
+            x,
+            y,
+            np.nan_to_num(reach.clip(0)),
+            fmt="none",
+            lw=0.8,
+            alpha=0.6,
+            ecolor=look_of_points.get("color", GREY),
+        )
+    ax.plot(x, y, ls="none", **{"marker": "o", "color": BLUE, **look_of_points})
+    for name, at_x, at_y in zip(names or [], x, y, strict=bool(names)):
+        if np.isfinite(at_x) and np.isfinite(at_y):
+            ax.annotate(name, (at_x, at_y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+
+
+def dose_curves(ax: Axes, doses: pd.DataFrame, score: str = "score") -> None:
+    """Score of theta_0 + a tau_i against the dose a, one line per task.
+
+    `doses` has the columns task, dose and `score`. The dashed line, dose 1/2, is where plain
+    averaging of two models puts each task vector.
+    """
+    markers = "os^Dv<>pPX*hd8"
+    for i, (task, curve) in enumerate(doses.groupby("task", sort=False)):
+        curve = curve.sort_values("dose")
+        ax.plot(curve["dose"], curve[score], marker=markers[i % len(markers)], label=task)
+    ax.axvline(0.5, color=GREY, lw=0.8, ls="--")
+    ax.set_xlabel("dose a of the task vector (share of fine-tuning applied)")
+    ax.set_ylabel(score)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="task")

@@ -1,0 +1,101 @@
+"""Figures: same bytes twice, a sidecar that explains, plots that show what is undefined."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import figures
+
+plt.switch_backend("Agg")
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    plt.close("all")
+    plt.rcdefaults()
+    figures.style()
+
+
+def draw() -> plt.Figure:
+    fig, ax = plt.subplots()
+    for method in ("linear", "ties"):
+        ax.plot([0, 1], [0, 1], **figures.look(method))
+    return fig
+
+
+def test_the_same_figure_twice_is_the_same_bytes_and_carries_no_date(tmp_path):
+    figures.style(tmp_path, "05_statistics", {"SEED": 1})
+    first = figures.save(draw(), "one", "A line.", "A rising line.").read_bytes()
+    second = figures.save(draw(), "two", "A line.", "A rising line.").read_bytes()
+    assert first == second
+    assert b"Software" not in first and b"tIME" not in first
+
+
+def test_the_sidecar_explains_the_figure(tmp_path):
+    figures.style(tmp_path / "figures", "05_statistics", {"SEED": 1})
+    data = {"profile": "demo", "key": "abcd", "device": "cpu", "date": "2026-11-23"}
+    path = figures.save(draw(), "line", "Loss against\n   dose.", "Rising.", data=data)
+    told = json.loads(path.with_suffix(".json").read_text())
+    assert path == tmp_path / "figures" / "line.png"
+    assert told.pop("revision") == figures.revision()
+    assert told == {"caption": "Loss against dose.", "alt": "Rising.", "notebook": "05_statistics",
+                    "parameters": {"SEED": 1}, "data": data}
+
+
+def test_an_unchanged_figure_keeps_its_files_and_a_changed_one_does_not(tmp_path, monkeypatch):
+    figures.style(tmp_path)
+    monkeypatch.setattr(figures, "revision", lambda: "old")
+    sidecar = figures.save(draw(), "line", "A line.", "Rising.").with_suffix(".json")
+    monkeypatch.setattr(figures, "revision", lambda: "new")
+    figures.save(draw(), "line", "A line.", "Rising.")
+    assert json.loads(sidecar.read_text())["revision"] == "old"
+    changed = draw()
+    changed.axes[0].set_title("changed")
+    figures.save(changed, "line", "A line.", "Rising.")
+    assert json.loads(sidecar.read_text())["revision"] == "new"
+    figures.save(draw(), "line", "Another caption.", "Rising.")
+    assert json.loads(sidecar.read_text())["caption"] == "Another caption."
+
+
+@pytest.mark.parametrize(("caption", "alt"), [("", "alt"), ("caption", "  ")])
+def test_a_figure_without_words_is_refused(tmp_path, caption, alt):
+    with pytest.raises(ValueError, match="caption and an alt text"):
+        figures.save(draw(), "line", caption, alt, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_folder_is_refused():
+    figures.style()
+    with pytest.raises(ValueError, match="folder"):
+        figures.save(draw(), "line", "A line.", "Rising.")
+
+
+def test_every_method_has_its_own_look():
+    looks = {(look["color"], look["marker"]) for look in figures.LOOKS.values()}
+    assert len(looks) == len(figures.LOOKS)
+    assert figures.look("unheard_of")["label"] == "unheard_of"
+
+
+def test_heat_map_hatches_what_is_undefined_and_frames_what_is_marked():
+    tasks = ["a", "b", "c"]
+    table = pd.DataFrame([[np.nan, -50.0, np.nan], [-10.0, np.nan, 5.0], [0.0, -90.0, np.nan]],
+                         index=tasks, columns=tasks)
+    fig, ax = plt.subplots()
+    figures.heat_map(ax, table, "merging loss (%)", marked=table < -30)
+    assert [text.get_text() for text in ax.texts] == ["-50", "-10", "5", "0", "-90"]
+    assert sum(bool(patch.get_hatch()) for patch in ax.patches) == 1  # (a, c): not the diagonal
+    assert sum(patch.get_linewidth() == 1.6 for patch in ax.patches) == 2
+
+
+def test_scatter_and_dose_curves_draw_each_point_once():
+    fig, (left, right) = plt.subplots(1, 2)
+    figures.scatter(left, [1, 2], [3, np.nan], [2, np.nan], [4, np.nan], ["p", "q"])
+    assert [text.get_text() for text in left.texts] == ["p"]
+    doses = pd.DataFrame({"task": ["a", "a", "b"], "dose": [1.0, 0.0, 0.5], "score": [0.9, 0, 0.4]})
+    figures.dose_curves(right, doses)
+    np.testing.assert_array_equal(right.lines[0].get_xdata(), [0.0, 1.0])
+    assert [line.get_label() for line in right.lines[:2]] == ["a", "b"]
