@@ -5,7 +5,6 @@ a JSON sidecar into that folder. The plots here are those that more than one not
 """
 
 import json
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from helpers.records import revision
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 
@@ -60,16 +61,6 @@ def look(method: str) -> dict[str, str]:
     return dict(LOOKS.get(method, {"label": method, "color": GREY, "marker": "."}))
 
 
-def revision() -> str | None:
-    """Git revision of the code ("-dirty" if edited); None outside a checkout, as in an archive."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=STYLE.parent, capture_output=True, text=True)
-    except FileNotFoundError:  # no git on this machine
-        return None
-    return done.stdout.strip() or None
-
-
 def save(
     fig: Figure,
     name: str,
@@ -84,8 +75,8 @@ def save(
 
     `caption` names what intervals mean (what, level, n, resampling unit); `alt` says in words what
     the figure shows. `data` tells which run is shown (profile, key, device, date): it goes into the
-    sidecar and as a grey line under the figure. The PNG holds no date and no software version, and
-    a figure redrawn without any change keeps the files, hence the revision it was first drawn at.
+    sidecar and as a grey line under the figure. The PNG holds no date and no software version, so
+    the same figure gives the same bytes.
     Raises ValueError if the caption or alt text is empty or no folder is known.
     """
     folder = folder if folder is not None else _active["folder"]
@@ -98,22 +89,17 @@ def save(
         fig.text(0, -0.01, line, ha="left", va="top", fontsize=7, color=GREY)
     path = Path(folder) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = path.read_bytes() if path.exists() else None
     fig.savefig(path, metadata={"Software": None})
-
-    sidecar = path.with_suffix(".json")
     told = {
         "caption": " ".join(caption.split()),
         "alt": " ".join(alt.split()),
         "notebook": notebook or _active["notebook"],
         "parameters": dict(parameters or _active["parameters"] or {}),
         "data": dict(data or {}),
+        "revision": revision(),
     }
-    same_picture = old == path.read_bytes() and sidecar.exists()
-    before = json.loads(sidecar.read_text()) if same_picture else {}
-    if {**before, "revision": None} != {**told, "revision": None}:
-        text = json.dumps({**told, "revision": revision()}, indent=1, ensure_ascii=False)
-        sidecar.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(told, indent=1, ensure_ascii=False)
+    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     return path
 
 

@@ -46,21 +46,6 @@ def test_the_sidecar_explains_the_figure(tmp_path):
                     "parameters": {"SEED": 1}, "data": data}
 
 
-def test_an_unchanged_figure_keeps_its_files_and_a_changed_one_does_not(tmp_path, monkeypatch):
-    figures.style(tmp_path)
-    monkeypatch.setattr(figures, "revision", lambda: "old")
-    sidecar = figures.save(draw(), "line", "A line.", "Rising.").with_suffix(".json")
-    monkeypatch.setattr(figures, "revision", lambda: "new")
-    figures.save(draw(), "line", "A line.", "Rising.")
-    assert json.loads(sidecar.read_text())["revision"] == "old"
-    changed = draw()
-    changed.axes[0].set_title("changed")
-    figures.save(changed, "line", "A line.", "Rising.")
-    assert json.loads(sidecar.read_text())["revision"] == "new"
-    figures.save(draw(), "line", "Another caption.", "Rising.")
-    assert json.loads(sidecar.read_text())["caption"] == "Another caption."
-
-
 @pytest.mark.parametrize(("caption", "alt"), [("", "alt"), ("caption", "  ")])
 def test_a_figure_without_words_is_refused(tmp_path, caption, alt):
     with pytest.raises(ValueError, match="caption and an alt text"):
