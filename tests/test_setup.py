@@ -1,5 +1,6 @@
 """Set-up: refused in one sentence where it cannot work, done once where it can."""
 
+import ast
 import os
 import platform
 import shutil
@@ -9,7 +10,6 @@ import tomllib
 from importlib import metadata
 
 import pytest
-from packaging.requirements import Requirement
 
 from helpers import supported
 from helpers.records import ROOT
@@ -100,13 +100,35 @@ def test_set_up_happens_once_and_an_interrupted_one_is_taken_up(checkout):
     assert calls.count("-m helpers run demo") == 2
 
 
-def test_requirements_are_pinned_and_are_what_is_installed():
+def pins() -> dict[str, str]:
     lines = [line.split("#")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    pins = [Requirement(line) for line in lines if line.strip()]
-    assert len(pins) > 20
-    for pin in pins:
-        assert [s.operator for s in pin.specifier] == ["=="], pin
-        assert pin.specifier.contains(metadata.version(pin.name)), pin
+    return dict(line.strip().split("==") for line in lines if line.strip())
+
+
+def test_requirements_are_pinned_and_are_what_is_installed():
+    assert len(pins()) > 20
+    # a local build, such as 2.13.0+cpu, satisfies the pin
+    assert pins() == {name: metadata.version(name).split("+")[0] for name in pins()}
+
+
+def test_what_the_code_imports_is_pinned():
+    """A package that only comes along with another may leave with it."""
+    packages = metadata.packages_distributions()
+    found = set()
+    for path in (*(ROOT / "helpers").glob("*.py"), *(ROOT / "tests").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.split(".")[0])
+    theirs = {name for name in found if name in packages and name != "helpers"}
+    assert "torch" in theirs
+    missing = {
+        name
+        for name in theirs
+        if not {package.lower().replace("_", "-") for package in packages[name]} & set(pins())
+    }
+    assert not missing
 
 
 def test_the_suite_runs_on_the_project_environment():

@@ -1,0 +1,43 @@
+"""The whole chain on the smallest profile, with the real model and real tasks."""
+
+import json
+import math
+
+import pytest
+
+from helpers import run
+from helpers.records import read_jsonl
+
+pytestmark = pytest.mark.chain
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Results of `smoke`, computed from nothing."""
+    folder = tmp_path_factory.mktemp("chain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MERGING_COLLAPSE_STORE", str(folder / "store"))
+        yield run.run("smoke", parameters={"RESULTS": str(folder / "results")})
+
+
+def rerun(results, **parameters):
+    """Run again into the same folder; the manifest rows that this adds."""
+    before = read_jsonl(results / "manifest.jsonl")
+    run.run("smoke", parameters={"RESULTS": str(results), **parameters})
+    return read_jsonl(results / "manifest.jsonl")[len(before) :]
+
+
+def test_every_notebook_finishes_and_leaves_its_results(results):
+    finished = run.finished(results)
+    assert list(finished) == [notebook.name for notebook in run.chain()]
+    for notebook in run.chain():
+        record = json.loads((results / f"record_{notebook.name[:2]}.json").read_text())
+        assert record, f"{notebook.name} records nothing"
+        assert all(math.isfinite(row["value"] or 0) for row in record)
+    assert list((results / "figures").glob("*.png"))
+    page = (results / "index.html").read_text()
+    assert all(notebook.question in page for notebook in run.chain())
+
+
+def test_a_second_run_does_nothing(results):
+    assert rerun(results) == []

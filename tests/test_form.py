@@ -1,0 +1,121 @@
+"""The form of what is committed: notebooks as `refresh` writes them, figures, links, the README."""
+
+import ast
+import json
+import re
+from urllib.parse import unquote
+
+import nbformat
+import pytest
+
+from helpers import publish, run
+from helpers.records import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FIGURES = sorted((ROOT / "figures").rglob("*.png"))
+ABSOLUTE = re.compile(r"(?<![\w.:/>])/(?:home|root|Users|tmp|var|usr|opt|mnt|private)/[\w.-]+")
+LINK = re.compile(r"(?<!\\)\]\(\s*<?([^)\s>]+)")
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_figure = pytest.mark.parametrize("picture", FIGURES, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path):
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert cells, f"{path.name} has no code"
+    return cells
+
+
+def test_the_list_names_the_notebooks_that_are_there():
+    names = [notebook.name for notebook in run.chain()]
+    assert names, "no notebook is listed"
+    assert names == [path.stem for path in NOTEBOOKS]
+    for i, notebook in enumerate(run.chain()):
+        assert set(notebook.needs) <= set(names[:i]), f"{notebook.name} needs a later notebook"
+
+
+@each_notebook
+def test_a_notebook_is_as_refresh_writes_it(path):
+    book = read(path)
+    nbformat.validate(book)
+    assert path.read_text(encoding="utf-8") == nbformat.writes(publish.normalised(book)) + "\n"
+    assert path.stat().st_size < 1_000_000
+
+
+@each_notebook
+def test_a_notebook_is_executed_without_an_error(path):
+    outputs = [output for cell in code_cells(path) for output in cell.outputs]
+    assert outputs, f"{path.name} is committed without outputs"
+    assert not [output for output in outputs if output.output_type == "error"]
+
+
+@each_notebook
+def test_a_notebook_names_no_path_of_one_machine(path):
+    text = path.read_text(encoding="utf-8")
+    assert str(ROOT) not in text
+    assert not ABSOLUTE.findall(text)
+
+
+@each_notebook
+def test_parameters_are_those_of_the_default_profile(path):
+    demo = run.profiles()["demo"]
+    parameters = run.declared(path)
+    own = {name: v for name, v in parameters.items() if name not in run.SET_BY_RUNNER}
+    assert own == {name: demo.get(name, "not in profile demo") for name in own}
+    assert all(name.isupper() for name in parameters)
+    # opened by hand or checked by nbval it leaves committed tables, and a profile's run, alone
+    written = parameters.get("OUT", parameters["RESULTS"])
+    assert written.startswith("data/runs/")
+    if "OUT" in parameters:
+        assert written.removeprefix("data/runs/") not in run.profiles()
+
+
+@each_notebook
+def test_cells_are_short(path):
+    cells = read(path).cells
+    assert len(cells) <= 45
+    for cell in code_cells(path):
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert len(lines) <= 15, cell.source
+    source = "\n".join(cell.source for cell in code_cells(path) if not cell.source.startswith("%"))
+    assert sum(isinstance(node, ast.FunctionDef) for node in ast.walk(ast.parse(source))) <= 3
+
+
+def links(path):
+    """Targets of the relative links in a Markdown file or in a notebook's Markdown cells."""
+    if path.suffix == ".ipynb":
+        text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    else:
+        text = path.read_text(encoding="utf-8")
+    targets = LINK.findall(text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    return [unquote(t.split("#")[0]) for t in targets if not re.match(r"\w+:|#", t)]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *NOTEBOOKS], ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    assert not [link for link in links(path) if not (path.parent / link).exists()]
+
+
+def test_there_are_figures():
+    assert FIGURES
+
+
+@each_figure
+def test_a_figure_has_words(picture):
+    told = json.loads(picture.with_suffix(".json").read_text(encoding="utf-8"))
+    assert len(told["caption"]) > 20 and len(told["alt"]) > 20
+    assert told["notebook"] in [notebook.name for notebook in run.chain()]
+
+
+def test_no_words_are_left_without_a_figure():
+    sidecars = (ROOT / "figures").rglob("*.json")
+    assert not [path for path in sidecars if not path.with_suffix(".png").exists()]
+
+
+def test_the_readme_shows_the_recorded_minutes():
+    stale = "README.md is stale: run `python -m helpers refresh --readme`"
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == publish.readme(), stale
