@@ -19,12 +19,18 @@ VERSION = 1  # raised by hand whenever a score changes
 
 @torch.no_grad()
 def score(
-    model, tokenizer, rows, metric: str = "exact_match", batch_size: int = 16
+    model,
+    tokenizer,
+    rows,
+    metric: str = "exact_match",
+    batch_size: int = 16,
+    end: str | None = None,
 ) -> pd.DataFrame:
     """One row per example of `rows` (columns id, prompt, answers, options), in their order.
 
     correct: 1 if greedy decoding gives an accepted answer (or ROUGE-L F1 with its best reference);
-    nll: mean negative log-likelihood per token of the first answer, in nats;
+    nll: mean negative log-likelihood per token of the first answer, in nats, its end included
+    (the end token, or the text `end` for a base model that was only shown examples);
     option_correct: the most likely option (sum over its tokens) is accepted; undefined without;
     invalid: greedy decoding gives none of the options; undefined without options.
     """
@@ -39,7 +45,7 @@ def score(
         logprobs, greedy, lengths = candidate_logprobs(
             model,
             [prompts[i] for i in batch],
-            [[encode_answer(tokenizer, text) for text in texts] for texts in candidates],
+            [[encode_answer(tokenizer, text, end) for text in texts] for texts in candidates],
             tokenizer.pad_token_id,
         )
         for i, texts, lp, hit, n in zip(batch, candidates, logprobs, greedy, lengths, strict=True):

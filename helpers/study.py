@@ -18,7 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import evaluate, hidden, merging, records, vectors
-from helpers.tasks import Task, encode_prompt, length_buckets, pad
+from helpers.tasks import (
+    SHOT_END,
+    Task,
+    encode_prompt,
+    few_shot,
+    length_buckets,
+    load_task,
+    pad,
+)
 
 VERSION = 1  # raised by hand whenever a visit records something else
 BASE = "base"  # the digest of no delta
@@ -37,12 +45,14 @@ class Bench:
     specialists: dict[str, Path]
     batch_size: int = 20
 
-    def rows(self, labels: Iterable[str]) -> list[vectors.Row]:
-        """The stream of task vectors of these specialists over the base."""
+    def sources(self, labels: Iterable[str]) -> tuple[vectors.Source, list[vectors.Source]]:
+        """The base and these specialists, open for streaming."""
         base = vectors.open_base(dict(self.model.named_parameters()))
-        return vectors.views(
-            base, [vectors.open_specialist(self.specialists[x], x) for x in labels]
-        )
+        return base, [vectors.open_specialist(self.specialists[x], x) for x in labels]
+
+    def rows(self, labels: Iterable[str]) -> list[vectors.Row]:
+        """Their task vectors tensor by tensor, to pass over at will."""
+        return vectors.views(*self.sources(labels))
 
     def parents(self, labels: Sequence[str]) -> dict:
         """What identifies a merge's parents: digests of the base and, in order, the specialists."""
@@ -88,19 +98,28 @@ def visit(
     return pd.concat(examples, ignore_index=True), states
 
 
-def _score_key(bench: Bench, digest: str, task: Task) -> tuple[str, int, dict]:
-    what = {"base": bench.base["digest"], "delta": digest, "task": task.name}
-    what |= {"test": task.digest("test"), "evaluate": evaluate.VERSION} | bench.machine()
+def _score_key(
+    bench: Bench, digest: str, task: Task, split: str = "test", shots: int = 0
+) -> tuple[str, int, dict]:
+    what = {"base": bench.base["digest"], "delta": digest, "task": task.name, "shots": shots}
+    what |= {"split": task.digest(split), "evaluate": evaluate.VERSION} | bench.machine()
+    if shots:
+        what["shown"] = task.digest("train")
     return "scores", VERSION, what
 
 
-def _scores(bench: Bench, digest: str, task: Task) -> pd.DataFrame:
+def _scores(
+    bench: Bench, digest: str, task: Task, split: str = "test", shots: int = 0
+) -> pd.DataFrame:
     def compute(folder: Path) -> None:
-        rows, size = task.splits["test"], bench.batch_size
-        frame = evaluate.score(bench.model, bench.tokenizer, rows, task.metric, size)
+        rows = few_shot(task, split, shots) if shots else task.splits[split]
+        end = SHOT_END if shots else None
+        frame = evaluate.score(
+            bench.model, bench.tokenizer, rows, task.metric, bench.batch_size, end
+        )
         frame.to_csv(folder / "examples.csv", index=False)
 
-    folder = records.cached(*_score_key(bench, digest, task), compute)
+    folder = records.cached(*_score_key(bench, digest, task, split, shots), compute)
     return pd.read_csv(folder / "examples.csv", dtype={"id": str})
 
 
@@ -136,6 +155,19 @@ def prompt_states(model, tokenizer, prompts: list[str], batch_size: int = 20) ->
 # --- what is visited -------------------------------------------------------------------------
 
 
+def few_shot_base(bench: Bench, label: str, split: str = "test", shots: int = 4) -> pd.DataFrame:
+    """Scores of the base behind `shots` solved training examples: what it can do untaught."""
+    return _scores(bench, BASE, bench.tasks[label], split, shots)
+
+
+def on_dev(bench: Bench, label: str) -> pd.DataFrame:
+    """Scores of a specialist on its dev split: what screening and tuning may read."""
+    record, make = delta_at(bench, label, 1.0)
+    key = _score_key(bench, record["digest"], bench.tasks[label], "dev")
+    with nullcontext() if records.finished(*key) else vectors.applied(bench.model, make()):
+        return _scores(bench, record["digest"], bench.tasks[label], "dev")
+
+
 def at_base(bench: Bench, probed: Iterable[str] = ()) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """The base model itself: scores on every task (bare prompts), states on the probed ones."""
     return visit(bench, BASE, dict, list(bench.tasks), probed)
@@ -145,9 +177,14 @@ def at_dose(
     bench: Bench, label: str, dose: float, probed: Iterable[str] = ()
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """theta_0 + dose * tau of one specialist, on its own task; dose 1 is the specialist."""
-    what = bench.parents([label]) | {"dose": dose}
-    record, make = _known("dose", what, lambda: (merging.dose(bench.rows([label]), 0, dose), {}))
+    record, make = delta_at(bench, label, dose)
     return visit(bench, record["digest"], make, [label], probed)
+
+
+def delta_at(bench: Bench, label: str, dose: float) -> tuple[dict, Callable[[], Delta]]:
+    """Record (its digest) and maker of dose * tau of one specialist."""
+    what = bench.parents([label]) | {"dose": dose}
+    return _known("dose", what, lambda: (merging.dose(bench.rows([label]), 0, dose), {}))
 
 
 def _known(
@@ -243,3 +280,43 @@ def at_solo(bench: Bench, label: str, n: int, recipe: dict, seed: int = 0) -> pd
 
     record, make_delta = _known("solo", what, make)
     return visit(bench, record["digest"], make_delta, [label])[0]
+
+
+# --- from one notebook to the next -----------------------------------------------------------
+
+
+def save_bench(bench: Bench, settings: dict, file: Path) -> None:
+    """Write what `open_bench` needs: `settings` of `tasks.load_task`, names and store folders."""
+    content = {
+        "base": bench.base,
+        "settings": settings,
+        "tasks": {label: task.name for label, task in bench.tasks.items()},
+        "specialists": {
+            label: folder.relative_to(records.store()).as_posix()
+            for label, folder in bench.specialists.items()
+        },
+    }
+    with records.atomic_write(file) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def open_bench(file: Path, model, tokenizer, base: dict) -> Bench:
+    """The bench that notebook 01 left, on a live base model.
+
+    Raises ValueError if there is none, if it was made with another base, or if a specialist is no
+    longer in the store.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file.name} is not in {file.parent}: run notebook 01 with this profile")
+    content = json.loads(file.read_text())
+    if content["base"] != base:
+        raise ValueError(
+            f"the specialists of {file} were made from {content['base']['name']}, "
+            f"not from {base['name']}: run notebook 01 with this model first"
+        )
+    specialists = {x: records.store() / path for x, path in content["specialists"].items()}
+    lost = [label for label, folder in specialists.items() if not folder.is_dir()]
+    if lost:
+        raise ValueError(f"the specialists {', '.join(lost)} are gone: run notebook 01 again")
+    tasks = {x: load_task(name, **content["settings"]) for x, name in content["tasks"].items()}
+    return Bench(model, tokenizer, base, tasks, specialists)

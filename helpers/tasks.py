@@ -131,11 +131,18 @@ def shuffled(rows: list[dict], seed: int) -> list[dict]:
     return [unique[text] for text in sorted(unique, key=lambda text: rank(text, str(seed)))]
 
 
+SHOT_END = "\n"  # closes the answers of solved examples, and so an answer of the base model
+
+
 def few_shot(task: Task, split: str, shots: int = 4) -> Dataset:
-    """The examples of a split, each behind the same `shots` solved training examples."""
+    """The examples of a split, each behind the same `shots` solved training examples.
+
+    A base model that was never taught the format learns it here; score it with `end=SHOT_END`.
+    """
     solved = [row["prompt"] + " " + row["answers"][0] for row in task.splits["train"].take(shots)]
-    shown = "\n\n".join(text.strip() for text in solved) + "\n\n"
-    return task.splits[split].map(lambda row: {"prompt": shown + row["prompt"].strip()})
+    shown = "".join(text + 2 * SHOT_END for text in solved)
+    rows = [row | {"prompt": shown + row["prompt"]} for row in task.splits[split]]
+    return Dataset.from_list(rows)
 
 
 # --- text to tokens --------------------------------------------------------------------------
@@ -146,10 +153,12 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return tokenizer(prompt)["input_ids"]
 
 
-def encode_answer(tokenizer, answer: str) -> list[int]:
-    """Token ids of an answer as a continuation, closed by the end token."""
-    ids = tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+def encode_answer(tokenizer, answer: str, end: str | None = None) -> list[int]:
+    """Token ids of an answer as a continuation, closed by the end token or by the text `end`."""
+    close = [tokenizer.eos_token_id]
+    if end is not None:
+        close = tokenizer(end, add_special_tokens=False)["input_ids"]
+    return [*tokenizer(" " + answer, add_special_tokens=False)["input_ids"], *close]
 
 
 def pad(sequences: list[list[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
