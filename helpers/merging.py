@@ -15,8 +15,8 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
@@ -178,8 +178,12 @@ def magnitude_cut(tau: Tensor | Lazy, density: float) -> Cut:
 
     Largest magnitudes first, ties by lowest flat index: the k first of a stable descending sort.
     """
+    return cut_at(tau, max(1, int(density * tau.shape.numel())) if density > 0 else 0)
+
+
+def cut_at(tau: Tensor | Lazy, k: int) -> Cut:
+    """The cut that keeps exactly k entries (`magnitude_cut`)."""
     numel = tau.shape.numel()
-    k = max(1, int(density * numel)) if density > 0 else 0
     if k == 0:
         return Cut(math.inf, -1, 0)
     if k == numel:
@@ -196,6 +200,41 @@ def magnitude_cut(tau: Tensor | Lazy, density: float) -> Cut:
         return Cut(float(np.nextafter(threshold, np.float32(0))), -1, tied)
     last = np.flatnonzero(_magnitudes(tau) == threshold)[quota - 1]
     return Cut(float(threshold), int(last), tied)
+
+
+def model_cuts(rows: Callable[[], Iterable[Row]], n: int, density: float) -> list[Cut]:
+    """One cut for each of n models over all its tensors together, by the rule of the TIES authors:
+    everything from the (d - int(density * d))-th smallest of the d magnitudes upwards, ties
+    included.
+
+    Exact in two passes that hold no more than one block: the magnitudes are counted by their upper
+    16 bits, then those in the bin of the threshold are collected.
+    """
+
+    def blocks(row: Row) -> Iterable[tuple[int, np.ndarray]]:
+        for i, tau in enumerate(row.taus):
+            for part, _ in row_blocks(tau.shape, tau.device):
+                yield i, tau[part].abs().reshape(-1).cpu().numpy()
+
+    counts, total = np.zeros((n, 1 << 15), dtype=np.int64), 0
+    for row in rows():
+        total += row.base.shape.numel()
+        for i, block in blocks(row):
+            counts[i] += np.bincount(block.view(np.uint32) >> 16, minlength=1 << 15)
+    kth = total - int(density * total)
+    if density == 0 or kth == 0:
+        return [Cut(math.inf if density == 0 else 0.0, -1, 0)] * n
+    bins = [int(np.searchsorted(c.cumsum(), kth)) for c in counts]
+    found: list[list[np.ndarray]] = [[] for _ in range(n)]
+    for row in rows():
+        for i, block in blocks(row):
+            found[i].append(block[block.view(np.uint32) >> 16 == bins[i]])
+    cuts = []
+    for parts, count, bin in zip(found, counts, bins, strict=True):
+        values = np.sort(np.concatenate(parts))
+        threshold = values[kth - count[:bin].sum() - 1]
+        cuts.append(Cut(float(threshold), total, int(np.count_nonzero(values == threshold))))
+    return cuts
 
 
 def _magnitudes(tau: Tensor | Lazy) -> np.ndarray:
@@ -338,6 +377,118 @@ def dare_ties(
     )
 
 
+def breadcrumbs(
+    taus: Taus, weights: Sequence[float], *, density: Fraction = 0.2, outliers: Fraction = 0.01
+) -> Tensor:
+    """Model breadcrumbs (Davari & Belilovsky 2023): sum_i w_i t_i with both tails masked.
+
+    Of each tensor's magnitudes the int(outliers * numel) largest are dropped (fewer if `density`
+    would not be reached otherwise), the next `density` kept, the rest dropped. Every tensor alike.
+    """
+    cuts = []
+    for tau in taus:
+        numel = tau.shape.numel()
+        kept = max(1, int(density * numel)) if density > 0 else 0
+        top = min(int(outliers * numel), numel - kept)
+        cuts.append((cut_at(tau, top + kept), cut_at(tau, top)))
+
+    def kernel(blocks: list[Tensor], offset: int) -> Tensor:
+        middles = [
+            trim(block, wide, offset) - trim(block, narrow, offset)
+            for block, (wide, narrow) in zip(blocks, cuts, strict=True)
+        ]
+        return _add_up(middles, weights)
+
+    return blockwise(kernel, taus)
+
+
+# Singular values ---------------------------------------------------------------------------------
+
+
+def singular_triplets(taus: Taus, weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, r), s (r,), V (in, r) of sum_i w_i tau_i on its numerical rank r: s > 1e-5 s_1.
+
+    Low-rank task vectors are never made dense: thin QR of the joint factors, then a small SVD.
+    """
+    factors = [getattr(tau, "factors", None) for tau in taus]
+    if None in factors:
+        left, values, right = torch.linalg.svd(weighted_sum(taus, weights), full_matrices=False)
+        right = right.T
+    else:
+        scaled = [f.B.double() * (w * f.scaling) for f, w in zip(factors, weights, strict=True)]
+        q_out, r_out = torch.linalg.qr(torch.cat(scaled, dim=1))
+        q_in, r_in = torch.linalg.qr(torch.cat([f.A.double() for f in factors]).T)
+        left, values, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
+        left, right = q_out @ left, q_in @ right.T
+    rank = int((values > 1e-5 * values[0]).sum())
+    return left[:, :rank], values[:rank], right[:, :rank]
+
+
+def _plain_mean(taus: Taus, weights: Sequence[float]) -> Tensor:
+    return weighted_sum(taus, [w / len(taus) for w in weights])
+
+
+def iso_c(taus: Taus, weights: Sequence[float]) -> Tensor:
+    """Iso-C (Marczak et al. 2025): sum_i w_i tau_i with all its singular values set to their mean.
+
+    On the numerical rank only: the paper's full spectrum would put most of a low-rank sum's energy
+    into noise directions. Matrices, embeddings included; of other tensors the plain mean.
+    """
+    if len(taus[0].shape) != 2:
+        return _plain_mean(taus, weights)
+    left, values, right = singular_triplets(taus, weights)
+    level = values.mean() if len(values) else 0.0
+    return (left @ right.T).mul_(level).float()
+
+
+def tsv(taus: Taus, weights: Sequence[float]) -> Tensor:
+    """Task singular vectors, TSV-M (Gargiulo et al. 2025): keep rank(tau_i) / n triplets of each
+    w_i tau_i (at least one), decorrelate the kept left and right vectors across models, recompose.
+
+    Decorrelated is the nearest orthonormal set, P Q' of the SVD P D Q'. Ranks are numerical.
+    Matrices, embeddings included; of other tensors the plain mean.
+    """
+    if len(taus[0].shape) != 2:
+        return _plain_mean(taus, weights)
+    kept = []
+    for tau, weight in zip(taus, weights, strict=True):
+        left, values, right = singular_triplets([tau], [weight])
+        rank = max(1, len(values) // len(taus))
+        kept.append((left[:, :rank], values[:rank], right[:, :rank]))
+    lefts, values, rights = (torch.cat(parts, dim=-1) for parts in zip(*kept, strict=True))
+    return ((_decorrelated(lefts) * values) @ _decorrelated(rights).T).float()
+
+
+def _decorrelated(columns: Tensor) -> Tensor:
+    left, _, right = torch.linalg.svd(columns, full_matrices=False)
+    return left @ right
+
+
+# From data ---------------------------------------------------------------------------------------
+
+
+def regmean(
+    taus: Taus, weights: Sequence[float], *, grams: Sequence[Tensor] | None, shrink: Fraction = 0.9
+) -> Tensor:
+    """RegMean (Jin et al. 2023, eq. 2): the layer that best fits all models' outputs on their inputs.
+
+    delta = (sum_i w_i tau_i G_i) (sum_i w_i G_i)^-1 with G_i = X_i'X_i (in, in), the Gram matrix of
+    the inputs of model i's layer, its off-diagonal entries multiplied by `shrink`. Layers without
+    Gram matrices (embeddings, norms, biases): the weighted mean, as `linear`.
+    """
+    if grams is None:
+        return linear(taus, weights)
+    total = moved = 0.0
+    for tau, weight, gram in zip(taus, weights, grams, strict=True):
+        gram = gram.to(tau.device, torch.float64)
+        gram = weight * (shrink * gram + (1 - shrink) * gram.diagonal().diag())
+        total = total + gram
+        moved = moved + tau[...].double() @ gram
+    # A ridge below fp32 resolution: inputs that are always zero say nothing of their weights.
+    total.diagonal().add_(1e-9 * total.diagonal().mean())
+    return torch.linalg.solve(total, moved.T).T.float().contiguous()
+
+
 # Contracts ---------------------------------------------------------------------------------------
 
 
@@ -351,6 +502,7 @@ class Plan(NamedTuple):
     scale: float
     options: dict[str, Any]
     cuts: list[Cut] | None = None  # of the whole model, for ties with scope="model"
+    grams: Mapping[str, Sequence[Tensor]] | None = None  # by tensor name, for regmean
 
 
 State = Callable[[Row, Plan], tuple[dict[str, Any], dict[str, Any]]]
@@ -367,8 +519,15 @@ class Method(NamedTuple):
 
 
 def _ties_state(row: Row, plan: Plan):
-    cuts = plan.cuts or [magnitude_cut(tau, plan.options["density"]) for tau in row.taus]
-    return {"cuts": cuts}, {"tied": sum(cut.tied for cut in cuts)}
+    if plan.cuts is None:
+        cuts = [magnitude_cut(tau, plan.options["density"]) for tau in row.taus]
+        return {"cuts": cuts}, {"tied": sum(cut.tied for cut in cuts)}
+    tied = sum(
+        int((tau[part].abs() == cut.threshold).sum())
+        for tau, cut in zip(row.taus, plan.cuts, strict=True)
+        for part, _ in row_blocks(tau.shape, tau.device)
+    )
+    return {"cuts": plan.cuts}, {"tied": tied}
 
 
 def _dare_state(row: Row, plan: Plan):
@@ -387,8 +546,8 @@ def _task_slerp_state(row: Row, plan: Plan):
     return {"arc": arc}, {"lerp": arc.lerp, "slerp": arc.slerp}
 
 
-def _share(n: int) -> float:
-    return 1 / n
+def _regmean_state(row: Row, plan: Plan):
+    return {"grams": plan.grams.get(row.name)}, {}
 
 
 METHODS = {
@@ -397,8 +556,12 @@ METHODS = {
     "slerp": Method(slerp, fewest=2, state=_slerp_state),
     "task_slerp": Method(task_slerp, fewest=2, state=_task_slerp_state),
     "ties": Method(ties, state=_ties_state),
-    "dare": Method(dare, weight=_share, state=_dare_state),
+    "dare": Method(dare, weight=lambda n: 1 / n, state=_dare_state),
     "dare_ties": Method(dare_ties, state=_dare_state),
+    "breadcrumbs": Method(breadcrumbs),
+    "iso_c": Method(iso_c),
+    "tsv": Method(tsv),
+    "regmean": Method(regmean, state=_regmean_state),
 }
 
 
@@ -535,15 +698,22 @@ class Report:
 
     @property
     def own(self) -> list[float | None]:
-        return [
-            float(b / g) if g > 0 else None
-            for b, g in zip(self.dots, self.gram.diagonal(), strict=True)
-        ]
+        return _own_doses(self.dots, self.gram.diagonal())
 
     @property
     def rho2(self) -> float:
         a = np.array(self.ingredient)
         return _ratio(float(a @ self.gram @ a), self.norm**2)
+
+    def scaled(self, factor: float) -> "Report":
+        """The report of the same merge times a factor."""
+        powers = {"dots": 1, "norm2": 2}
+        tensors = [
+            t | {key: (np.array(t[key]) * factor**power).tolist() for key, power in powers.items()}
+            for t in self.per_tensor
+        ]
+        sketch = [factor * x for x in self.sketch]
+        return replace(self, scale=self.scale * factor, per_tensor=tensors, sketch=sketch)
 
     def as_row(self) -> dict[str, Any]:
         """The totals, flat: one row of a table of merges."""
@@ -570,6 +740,10 @@ class Report:
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b > 0 else 0.0
+
+
+def _own_doses(dots: np.ndarray, squares: np.ndarray) -> list[float | None]:
+    return [float(b / g) if g > 0 else None for b, g in zip(dots, squares, strict=True)]
 
 
 def measure(row: Row, delta: Tensor, labels: Sequence[str]) -> dict[str, Any]:
@@ -624,6 +798,7 @@ def plan(
     weights: Sequence[float] | None = None,
     seed: int = 0,
     scale: float = 1.0,
+    grams: Mapping[str, Sequence[Tensor]] | None = None,
     **options: Any,
 ) -> Plan:
     """A merge with every choice resolved and checked (`check_method`), before anything is read."""
@@ -632,17 +807,33 @@ def plan(
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale}")
     weights, options = check_method(method, len(labels), weights, options)
-    return Plan(method, list(labels), weights, seed, float(scale), options)
+    if (grams is None) == (method == "regmean"):
+        raise ValueError("regmean, and no other method, needs the Gram matrices of its layers")
+    return Plan(method, list(labels), weights, seed, float(scale), options, grams=grams)
 
 
-def merge_tensor(row: Row, plan: Plan) -> tuple[Tensor, dict[str, Any]]:
-    """The merged delta of one tensor, times the plan's scale, and its record for the report."""
-    contract = METHODS[plan.method]
-    arguments, notes = contract.state(row, plan)
-    delta = contract.rule(row.taus, plan.weights, **(plan.options | arguments))
-    if plan.scale != 1:
-        delta.mul_(plan.scale)
-    return delta, measure(row, delta, plan.labels) | notes
+def merge_tensors(rows: Rows, chosen: Plan) -> Iterator[tuple[Row, Tensor, dict[str, Any]]]:
+    """(row, merged delta times the plan's scale, record for the report) of one tensor at a time."""
+    passes = rows if callable(rows) else lambda: rows
+    if chosen.options.get("scope") == "model":
+        cuts = model_cuts(passes, len(chosen.labels), chosen.options["density"])
+        chosen = chosen._replace(cuts=cuts)
+    contract = METHODS[chosen.method]
+    for position, row in enumerate(passes()):
+        arguments, notes = contract.state(row, chosen)
+        delta = contract.rule(row.taus, chosen.weights, **(chosen.options | arguments))
+        if chosen.scale != 1:
+            delta.mul_(chosen.scale)
+        sketch = np.roll(_sketch(delta), position)
+        yield row, delta, measure(row, delta, chosen.labels) | notes | {"sketch": sketch}
+
+
+def summary(chosen: Plan, records: Iterable[dict[str, Any]]) -> Report:
+    """The report of a merge from the records of its tensors."""
+    records = list(records)
+    sketch = np.sum([record.pop("sketch") for record in records] or [np.zeros(SKETCH)], axis=0)
+    fields = {name: getattr(chosen, name) for name in Plan._fields if name not in ("cuts", "grams")}
+    return Report(**fields, per_tensor=records, sketch=sketch.tolist())
 
 
 def merge(
@@ -652,48 +843,82 @@ def merge(
     weights: Sequence[float] | None = None,
     seed: int = 0,
     scale: float = 1.0,
+    match: Literal["norm", "dose"] | None = None,
+    grams: Mapping[str, Sequence[Tensor]] | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], Report]:
     """The merged delta by tensor name (fp32; the merged model is base + delta) and the report.
 
     rows: a list of rows (`vectors.views`), or a function that gives them anew, as some rules need
-    two passes. labels: one per model, in the rows' order. Raises ValueError for a choice that the
-    method's contract does not allow and for NaN or infinite values.
+    more than one pass. labels: one per model, in the rows' order. match: one factor for the whole
+    model that makes ||delta|| = scale * mean_i ||tau_i|| ("norm") or mean_i c_i = scale ("dose").
+    grams: for regmean. Raises ValueError for a choice that the method's contract does not allow and
+    for NaN or infinite values.
     """
-    chosen = plan(method, labels, weights, seed, scale, **options)
-    delta, records, sketch = {}, [], np.zeros(SKETCH)
-    for position, row in enumerate(rows() if callable(rows) else rows):
-        delta[row.name], record = merge_tensor(row, chosen)
+    chosen = plan(method, labels, weights, seed, scale, grams, **options)
+    delta, records = {}, []
+    for row, change, record in merge_tensors(rows, chosen):
+        delta[row.name] = change
         records.append(record)
-        sketch += np.roll(_sketch(delta[row.name]), position)
-    fields = chosen._asdict() | {"per_tensor": records, "sketch": sketch.tolist()}
-    del fields["cuts"]
-    return delta, Report(**fields)
+    report = summary(chosen, records)
+    if match is not None:
+        factor = match_factor(report, match)
+        report = report.scaled(factor)
+        for change in delta.values():
+            change.mul_(factor)
+    return delta, report
 
 
-def solo(
-    rows: Rows,
-    method: str,
-    i: int,
-    labels: Sequence[str],
-    weights: Sequence[float] | None = None,
-    seed: int = 0,
-    scale: float = 1.0,
-    **options: Any,
-) -> tuple[dict[str, Tensor], Report]:
-    """The merge with the partners' task vectors at zero: what the rule alone does to model i."""
+def match_factor(report: Report, match: str) -> float:
+    """The factor that brings a merge to `match` (`merge`); ValueError if there is none."""
+    if match not in ("norm", "dose"):
+        raise ValueError(f"match must be 'norm' or 'dose', not {match!r}")
+    now = report.effective_scale if match == "norm" else report.as_row()["own_mean"]
+    if not now or now < 0:
+        raise ValueError(f"{report.method} cannot be matched by {match}: its {match} is {now}")
+    return report.scale / now
+
+
+def solo(rows: Rows, method: str, i: int, labels: Sequence[str], *args: Any, **kwargs: Any):
+    """`merge` with the partners' task vectors at zero: what the rule alone does to model i."""
 
     def alone() -> Iterable[Row]:
         for name, base, taus in rows() if callable(rows) else rows:
-            yield Row(
-                name, base, [t if j == i else zero(t.shape, t.device) for j, t in enumerate(taus)]
-            )
+            others = [zero(tau.shape, tau.device) for tau in taus]
+            yield Row(name, base, [*others[:i], taus[i], *others[i + 1 :]])
 
-    return merge(alone, method, labels, weights, seed, scale, **options)
+    return merge(alone, method, labels, *args, **kwargs)
 
 
 def dose(rows: Rows, i: int, a: float) -> dict[str, Tensor]:
     """The delta a * tau_i: model i alone at dose a."""
-    return {
-        row.name: weighted_sum([row.taus[i]], [a]) for row in (rows() if callable(rows) else rows)
-    }
+    passes = rows() if callable(rows) else rows
+    return {row.name: weighted_sum([row.taus[i]], [a]) for row in passes}
+
+
+def rounded(
+    base: Mapping[str, Tensor],
+    rows: Rows,
+    delta: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """What is left of a merge on a coarse grid: base on the grid, result rounded to it again.
+
+    Returns the change from the fp32 base to that result, by name (tensors that stay are left out),
+    and the dose realised for each model, <result - base on the grid, tau_i> / ||tau_i||^2, to set
+    beside `Report.own`.
+    """
+    changes, grids = {}, {}
+    for name, tensor in base.items():
+        if not tensor.is_floating_point():
+            continue
+        full = tensor.detach().float()
+        grid = full.to(dtype).float()
+        result = (grid + delta[name]).to(dtype).float() if name in delta else grid
+        if not torch.equal(result, full):
+            changes[name] = result - full
+        if name in delta:
+            grids[name] = result - grid
+    passes = rows() if callable(rows) else rows
+    products = sum(gram_matrix([*row.taus, grids[row.name]]) for row in passes)
+    return changes, _own_doses(products[-1, :-1], products.diagonal()[:-1])

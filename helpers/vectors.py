@@ -373,9 +373,9 @@ def _lazy_row(name: str, base: Source, specialists: Sequence[Source], device: st
 
 def zero(shape: torch.Size, device: str = "cpu") -> Lazy:
     """The task vector of a specialist that left this tensor alone."""
-    return Lazy(
-        shape, device, lambda rows: torch.zeros((), device=device).expand(shape)[rows].clone()
-    )
+    nothing = torch.zeros((), device=device).expand(shape)
+    factors = Factors(1.0, nothing[:, :1], nothing[:1]) if len(shape) == 2 else None
+    return Lazy(shape, device, lambda rows: nothing[rows].clone(), factors)
 
 
 def views(base: Source, specialists: Sequence[Source], device: str = "cpu") -> list[Row]:
