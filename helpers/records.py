@@ -159,6 +159,13 @@ def read_jsonl(path: Path) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
+def write_table(path: Path, frame: Any) -> None:
+    """Write a data frame as CSV, whole or not at all; `.csv.gz` is compressed without a date."""
+    packing = {"method": "gzip", "mtime": 1} if path.suffix == ".gz" else None
+    with atomic_write(path) as part:
+        frame.to_csv(part, index=False, compression=packing)
+
+
 RESULT_FIELDS = ("name", "value", "unit", "n", "low", "high", "interval")
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import nbformat
+import pandas as pd
 import psutil
 
 from helpers.page import figures_of, write_page
@@ -476,3 +477,23 @@ def _say_plan(profile: str, steps: list[Step]) -> None:
         minutes = {n: m for n, m in measured["minutes"].items() if n in names}
         each = ", ".join(f"{name[:2]} {value:.1f}" for name, value in minutes.items())
         print(f"Expected: {sum(minutes.values()):.0f} minutes ({each}), on {measured['machine']}")
+
+
+# --- what a notebook shows of it ---------------------------------------------------------------
+
+
+def cost_table(notebook: str) -> pd.DataFrame:
+    """Minutes and memory of a notebook by profile, as last measured; for its first cell."""
+    rows = [
+        {"profile": profile, "minutes": told["minutes"][notebook], "GB": told["peak_gb"][notebook]}
+        | {"threads": told["threads"], "machine": told["machine"], "date": told["date"]}
+        for profile, told in costs().items()
+        if notebook in told["minutes"]
+    ]
+    return pd.DataFrame(rows, columns=["profile", "minutes", "GB", "threads", "machine", "date"])
+
+
+def versions() -> str:
+    """The packages that results depend on, in one line."""
+    found = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    return f"Python {platform.python_version()}, {found}"
