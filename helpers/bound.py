@@ -58,27 +58,27 @@ class Step(NamedTuple):
 def squared_distances(states: ArrayLike) -> Array:
     """D2_x[i, j, x] = ||H_i(x) - H_j(x)||^2 from states (N, P, d), in float64; shape (N, N, P).
 
-    Its mean over the last axis is D2. Differences are taken before squaring: the Gram form would
-    lose the digits of near neighbours. Raises ValueError if `states` is not of rank 3.
+    Its mean over x is D2. Further axes between probes and width (layers) are kept. Differences are
+    taken before squaring: the Gram form would lose the digits of near neighbours. Raises
+    ValueError if `states` has fewer than three axes.
     """
     states = np.asarray(states)
-    if states.ndim != 3:
-        raise ValueError(f"states must be (models, probes, width), not of shape {states.shape}")
-    n, probes, _ = states.shape
-    d2_x = np.zeros((n, n, probes))
-    for i in range(n):
+    if states.ndim < 3:
+        raise ValueError(f"states must be (models, probes, .., width), not {states.shape}")
+    d2_x = np.zeros((len(states), *states.shape[:-1]))
+    for i in range(len(states)):
         for j in range(i):
-            d2_x[i, j] = d2_x[j, i] = distortion_x(states[i][None], states[j])[0]
+            d2_x[i, j] = d2_x[j, i] = distortion_x(states[i], states[j])
     return d2_x
 
 
 def distortion_x(states: ArrayLike, merged: ArrayLike) -> Array:
     """||H_i(x) - h(x)||^2 of states (N, P, d) and a merge's states (P, d); shape (N, P).
 
-    The mean over the last axis is delta_i(h).
+    The mean over the last axis is delta_i(h). Other axes before the width broadcast.
     """
     diff = np.asarray(states, dtype=np.float64) - np.asarray(merged, dtype=np.float64)
-    return np.einsum("ipd,ipd->ip", diff, diff)
+    return np.einsum("...d,...d->...", diff, diff)
 
 
 def gram(d2: ArrayLike, weights: ArrayLike | None = None) -> Array:
