@@ -72,6 +72,9 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command takes up what is not finished", file=sys.stderr)
+        return 130
     return 0
 
 
