@@ -166,6 +166,14 @@ def write_table(path: Path, frame: Any) -> None:
         frame.to_csv(part, index=False, compression=packing)
 
 
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write named arrays as a compressed .npz, whole or not at all."""
+    import numpy as np
+
+    with atomic_write(path) as part:
+        np.savez_compressed(part, **arrays)
+
+
 RESULT_FIELDS = ("name", "value", "unit", "n", "low", "high", "interval")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
@@ -280,6 +281,88 @@ def at_solo(bench: Bench, label: str, n: int, recipe: dict, seed: int = 0) -> pd
 
     record, make_delta = _known("solo", what, make)
     return visit(bench, record["digest"], make_delta, [label])[0]
+
+
+# --- what was lost ---------------------------------------------------------------------------
+
+
+def references(bench: Bench) -> pd.DataFrame:
+    """What each task's losses are measured against; one row per task, on its test examples.
+
+    specialist, nll_specialist: at dose 1; base: few-shot score of the base model; nll_base: from
+    bare prompts; chance: score of the commonest training answer.
+    """
+    bare = at_base(bench)[0].groupby("task")["nll"].mean()
+    rows = []
+    for label, task in bench.tasks.items():
+        own = at_dose(bench, label, 1.0)[0]
+        rows.append(
+            {
+                "task": label,
+                "specialist": own["correct"].mean(),
+                "base": few_shot_base(bench, label)["correct"].mean(),
+                "chance": evaluate.constant_answer(task),
+                "nll_specialist": own["nll"].mean(),
+                "nll_base": bare[label],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def loss_table(
+    bench: Bench,
+    merged: Iterable[Merged],
+    doses: pd.DataFrame,
+    recipes: Mapping[str, dict],
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One row per merge and task: its losses, its controls, and the parts of its loss.
+
+    With L the merging loss (%) and the control scores read off the task's dose-response curve in
+    `doses`: dilution = L(a), a the ingredient dose; overlap = L(c) - L(a), c the own-direction
+    dose; interference = L_total - L(c). control_solo, for rules that are no weighted sum, is the
+    score of the same rule with partners that changed nothing. floor: a control below -90 %, where a
+    partner can do no more harm.
+    """
+    known = references(bench).set_index("task")
+    curves = dict(list(doses.groupby("task")))
+    rows = []
+    for m in tqdm(list(merged), desc="losses", unit="merge", mininterval=5):
+        for i, x in enumerate(m.group):
+            there = m.examples.loc[m.examples["task"] == x, ["correct", "nll", "invalid"]].mean()
+            own, base, chance = known.loc[x, ["specialist", "base", "chance"]]
+            a, c = m.report["ingredient"][i], m.report["own"][i]
+            at_a, at_c = (evaluate.read_dose(curves[x], dose, "score") for dose in (a, c))
+            plain = merging.METHODS[m.report["method"]].coefficients is not None or m.same_as
+            solo = None if plain else at_solo(bench, x, len(m.group), recipes[m.method], seed)
+            lost = evaluate.losses(there["correct"], own, base, chance)
+            diluted, reached = (evaluate.merging_loss(score, own) for score in (at_a, at_c))
+            rows.append(
+                {
+                    "merge": m.name,
+                    "group": "+".join(m.group),
+                    "n": len(m.group),
+                    "method": m.method,
+                    "arm": "default",
+                    "task": x,
+                    "score": there["correct"],
+                    **known.loc[x],
+                    **lost,
+                    "nll": there["nll"],
+                    "invalid": there["invalid"],
+                    "dose_ingredient": a,
+                    "dose_own": c,
+                    "control_ingredient": at_a,
+                    "control_own": at_c,
+                    "control_solo": np.nan if solo is None else solo["correct"].mean(),
+                    "dilution": diluted,
+                    "overlap": reached - diluted,
+                    "interference": lost["loss"] - reached,
+                    "floor": bool(min(diluted, reached) < -90),
+                    "same_as": m.same_as or "",
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 # --- from one notebook to the next -----------------------------------------------------------
