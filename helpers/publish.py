@@ -12,8 +12,18 @@ from typing import Any
 import nbformat
 
 from helpers.page import figures_of
-from helpers.records import ROOT, atomic_write
-from helpers.run import Notebook, chain, costs, environment, executed, finished, run
+from helpers.records import REVISION, ROOT, atomic_write, revision, store
+from helpers.run import (
+    Notebook,
+    chain,
+    costs,
+    declared,
+    environment,
+    executed,
+    finished,
+    run,
+    shown,
+)
 
 MARKS = (
     "<!-- notebooks: written by `python -m helpers refresh` -->",
@@ -32,19 +42,29 @@ def refresh(profile: str = "demo", reuse: bool = False) -> None:
     """
     _check_clean()
     results = ROOT / "data" / "runs" / profile
-    if reuse:
-        run(profile)
-    else:
-        store = ROOT / "data" / "runs" / "refresh-store"
-        for folder in (results, store):
+    steps = store()
+    if not reuse:
+        steps = ROOT / "data" / "runs" / "refresh-store"
+        for folder in (results, steps):
             if folder.exists():
                 shutil.rmtree(folder)
-        with environment(MERGING_COLLAPSE_STORE=str(store)):
-            run(profile)
-        _write_minutes(profile, results)
+    # What we publish on the way does not make the code that ran another one.
+    with environment(MERGING_COLLAPSE_STORE=str(steps), **{REVISION: revision() or ""}):
+        run(profile, [n.name for n in chain() if not shown(declared(n.path))])
+        _publish_tables(profile, results)
+        run(profile)  # now those that show committed tables
+        _publish_tables(profile, results)
+        if not reuse:
+            _write_minutes(profile, results)
+        run(profile)  # again, in a fraction of the time: the notebooks print their minutes
+    story = profile == "demo"
     for notebook in chain():
-        _publish(notebook, profile, results)
-    if profile == "demo":
+        _publish_figures(notebook, results, ROOT / "figures" / ("" if story else profile))
+        if story:
+            book = nbformat.read(executed(results, notebook.name), as_version=4)
+            with atomic_write(notebook.path) as part:
+                nbformat.write(normalised(book), part)
+    if story:
         write_readme()
 
 
@@ -58,21 +78,28 @@ def _check_clean() -> None:
         )
 
 
-def _publish(notebook: Notebook, profile: str, results: Path) -> None:
+def _publish_tables(profile: str, results: Path) -> None:
+    """Copy the files of every finished notebook."""
     tables = ROOT / "data" / "results" / profile
     tables.mkdir(parents=True, exist_ok=True)
-    for file in notebook.files:
-        shutil.copyfile(results / file, tables / file)
-    story = profile == "demo"
-    figures = ROOT / "figures" if story else ROOT / "figures" / profile
-    figures.mkdir(parents=True, exist_ok=True)
-    for file in figures_of(results, notebook.name):
-        if file.endswith(".json"):
-            _publish_figure(results / file, figures)
-    if story:
-        book = nbformat.read(executed(results, notebook.name), as_version=4)
-        with atomic_write(notebook.path) as part:
-            nbformat.write(normalised(book), part)
+    done = finished(results)
+    for notebook in chain():
+        if notebook.name in done:
+            for file in notebook.files:
+                shutil.copyfile(results / file, tables / file)
+
+
+def _publish_figures(notebook: Notebook, results: Path, folder: Path) -> None:
+    """Put the notebook's figures in the place of those that it had."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sidecars = [results / f for f in figures_of(results, notebook.name) if f.endswith(".json")]
+    for old in folder.glob("*.json"):
+        own = json.loads(old.read_text(encoding="utf-8"))["notebook"] == notebook.name
+        if own and old.name not in [path.name for path in sidecars]:
+            old.unlink()
+            old.with_suffix(".png").unlink()
+    for sidecar in sidecars:
+        _publish_figure(sidecar, folder)
 
 
 def _publish_figure(sidecar: Path, folder: Path) -> None:
@@ -131,7 +158,8 @@ def _stable(output: Any) -> Any:
 
 
 def _write_minutes(profile: str, results: Path) -> None:
-    rows = finished(results)
+    done = finished(results)
+    rows = {notebook.name: done[notebook.name] for notebook in chain()}
     told = next(iter(rows.values()))
     measured = costs() | {
         profile: {

@@ -200,8 +200,16 @@ def write_record(path: Path, results: list[dict]) -> list[dict]:
     return rows
 
 
+REVISION = "MERGING_COLLAPSE_REVISION"
+
+
 def revision() -> str | None:
-    """Git revision of the code ("-dirty" if edited); None outside a checkout, as in an archive."""
+    """Git revision of the code ("-dirty" if edited); None outside a checkout, as in an archive.
+
+    `refresh` names it in the environment, because it writes into the checkout while it runs.
+    """
+    if os.environ.get(REVISION):
+        return os.environ[REVISION]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

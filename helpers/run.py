@@ -287,13 +287,20 @@ def _check_needs(steps: list[Step], results: Path) -> None:
         there.add(step.notebook.name)
 
 
+def shown(parameters: dict[str, Any]) -> list[str]:
+    """Folders of committed tables that the notebook shows whatever the run computes."""
+    texts = [value for name, value in parameters.items() if name not in SET_BY_RUNNER]
+    return [text for text in texts if isinstance(text, str) and text.startswith("data/results/")]
+
+
 def _surroundings() -> str:
-    """Digest of what every notebook depends on: helpers, data files, pins.
+    """Digest of what every notebook depends on: helpers, data files, pins, measured minutes.
 
     The profiles and the list of notebooks come in through the parameters; results depend on us.
     """
     helpers = Path(__file__).parent
     files = [*helpers.glob("*.py"), *helpers.glob("*.mplstyle"), ROOT / "requirements.txt"]
+    files += (ROOT / "data" / "results").glob("minutes.json")
     files += [
         path
         for path in (ROOT / "data").iterdir()
@@ -306,7 +313,8 @@ def _key(step: Step, surroundings: str, done: dict[str, dict]) -> str:
     cells = nbformat.read(step.notebook.path, as_version=4).cells
     source = [[cell.cell_type, cell.metadata.get("tags", []), cell.source] for cell in cells]
     needed = {need: done[need]["outputs"] for need in step.notebook.needs}
-    return digest([source, step.parameters, step.threads, surroundings, needed])[:16]
+    committed = [digest(ROOT / folder) for folder in shown(step.parameters)]
+    return digest([source, step.parameters, step.threads, surroundings, needed, committed])[:16]
 
 
 def _advance(step: Step, results: Path, surroundings: str, title: str) -> bool:

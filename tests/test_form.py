@@ -80,7 +80,7 @@ def test_cells_are_short(path):
     assert len(cells) <= 45
     for cell in code_cells(path):
         lines = [line for line in cell.source.splitlines() if line.strip()]
-        assert len(lines) <= 15, cell.source
+        assert len(lines) <= 15 or "parameters" in cell.metadata.get("tags", []), cell.source
     source = "\n".join(cell.source for cell in code_cells(path) if not cell.source.startswith("%"))
     assert sum(isinstance(node, ast.FunctionDef) for node in ast.walk(ast.parse(source))) <= 3
 

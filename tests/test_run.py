@@ -119,7 +119,7 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("\n".join(["# Toy", *publish.MARKS, "End"]))
     write(tmp_path / "notebooks" / "01_make.ipynb", MAKE)
     write(tmp_path / "notebooks" / "02_read.ipynb", READ)
-    for module in (run, publish):
+    for module in (records, run, publish):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     return tmp_path
 
@@ -330,7 +330,21 @@ def git(folder, *arguments):
     subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
 
 
-def test_refresh_writes_the_same_notebooks_and_tables_twice(project, monkeypatch):
+SHOW = """
+[[notebook]]
+name = "00_show"
+question = "What was found?"
+needs = []
+produces = []
+"""
+
+
+def test_refresh_writes_the_same_notebooks_and_tables_twice(project):
+    """The first notebook shows committed tables, which the first refresh has yet to write."""
+    parameters = "FINDINGS = 'data/results/demo'\nRESULTS = 'data/runs/demo'"
+    body = READ[1].replace('(RESULTS) / "num', '(FINDINGS) / "num').replace("_02", "_00")
+    write(project / "notebooks" / "00_show.ipynb", [parameters, body, "print(total)"])
+    (project / "data" / "notebooks.toml").write_text(SHOW + NOTEBOOKS)
     (project / ".gitignore").write_text("data/runs/\n")
     git(project, "init", "-q")
     git(project, "add", "-A")
@@ -345,10 +359,13 @@ def test_refresh_writes_the_same_notebooks_and_tables_twice(project, monkeypatch
     assert code[0].metadata == {"tags": ["parameters"]} and code[1].metadata == {}
     assert "papermill" not in path.read_text() and "iopub" not in path.read_text()
     tables = project / "data" / "results" / "demo"
-    names = {"numbers.csv", "record_01.json", "record_02.json"}
+    names = {"numbers.csv", "record_00.json", "record_01.json", "record_02.json"}
     assert {p.name for p in tables.iterdir()} == names
     minutes = json.loads((project / "data" / "results" / "minutes.json").read_text())
-    assert set(minutes["demo"]["minutes"]) == {"01_make", "02_read"}
+    assert set(minutes["demo"]["minutes"]) == {"00_show", "01_make", "02_read"}
+    rows = run.finished(project / "data" / "runs" / "demo").values()
+    assert {row["revision"] for row in rows} == {minutes["demo"]["revision"]}
+    assert not minutes["demo"]["revision"].endswith("dirty")
     assert "[01_make](notebooks/01_make.ipynb) | How are the numbers made? | 0." in publish.readme()
     assert (project / "README.md").read_text() == publish.readme()
 
