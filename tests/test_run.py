@@ -12,7 +12,7 @@ import time
 import nbformat
 import pytest
 
-from helpers import page, publish, records, run
+from helpers import assets, checkpoints, page, publish, records, run
 from helpers.__main__ import main
 
 NOTEBOOKS = """
@@ -431,3 +431,24 @@ def test_the_page_shows_each_figure_with_its_words(tmp_path):
     assert "<td>0.1235</td>" in text and "0.1 to 0.2 (95 %, bootstrap over pairs)" in text
     shutil.rmtree(tmp_path / "figures")
     assert "<img" not in page.write_page(tmp_path, {"01_make": row}, notebooks).read_text()
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_merge_gets_its_arguments_as_they_were_typed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(checkpoints, "main", seen.append)
+    typed = ["--method", "ties", "--models", "a", "b", "--out", "c", "-p", "--help"]
+    assert main(["merge", *typed]) == 0
+    assert seen == [typed]
+
+
+@pytest.mark.parametrize("error", [assets.AssetError, ValueError, FileNotFoundError])
+def test_a_bad_merge_is_one_sentence_and_exit_code_2(monkeypatch, capsys, error):
+    def refuse(argv):
+        raise error("there are no weights in x")
+
+    monkeypatch.setattr(checkpoints, "main", refuse)
+    assert main(["merge"]) == 2
+    assert capsys.readouterr().err == "error: there are no weights in x\n"
