@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
@@ -286,6 +287,7 @@ def ties(
     *,
     density: Fraction = 0.2,
     scope: Literal["tensor", "model"] = "tensor",
+    combine: Literal["mean", "sum"] = "mean",
     cuts: Sequence[Cut] | None = None,
 ) -> Tensor:
     """TIES (Yadav et al. 2023, alg. 1): trim each task vector, elect signs, average who agrees.
@@ -297,9 +299,8 @@ def ties(
     cuts = cuts or [magnitude_cut(tau, density) for tau in taus]
 
     def kernel(blocks: list[Tensor], offset: int) -> Tensor:
-        return disjoint_merge(
-            [trim(b, c, offset) for b, c in zip(blocks, cuts, strict=True)], weights
-        )
+        trimmed = [trim(block, cut, offset) for block, cut in zip(blocks, cuts, strict=True)]
+        return disjoint_merge(trimmed, weights, combine)
 
     return blockwise(kernel, taus)
 
@@ -517,6 +518,7 @@ class Method(NamedTuple):
     weight: Callable[[int], float] = lambda n: 1.0  # default weight of each of n models
     coefficients: Callable[[Sequence[float]], list[float]] | None = None  # of a plain weighted sum
     state: State = lambda row, plan: ({}, {})  # (arguments of the rule, notes) for one tensor
+    memory: int = 4  # bytes held at the peak per entry of a tensor: the fp32 delta and scratch
 
 
 def _ties_state(row: Row, plan: Plan):
@@ -556,12 +558,12 @@ METHODS = {
     "task_arithmetic": Method(task_arithmetic, coefficients=list),
     "slerp": Method(slerp, fewest=2, state=_slerp_state),
     "task_slerp": Method(task_slerp, fewest=2, state=_task_slerp_state),
-    "ties": Method(ties, state=_ties_state),
+    "ties": Method(ties, state=_ties_state, memory=5),
     "dare": Method(dare, weight=lambda n: 1 / n, state=_dare_state),
     "dare_ties": Method(dare_ties, state=_dare_state),
-    "breadcrumbs": Method(breadcrumbs),
-    "iso_c": Method(iso_c),
-    "tsv": Method(tsv),
+    "breadcrumbs": Method(breadcrumbs, memory=5),
+    "iso_c": Method(iso_c, memory=20),
+    "tsv": Method(tsv, memory=28),
     "regmean": Method(regmean, state=_regmean_state),
 }
 
@@ -819,14 +821,18 @@ def merge_tensors(rows: Rows, chosen: Plan) -> Iterator[tuple[Row, Tensor, dict[
     if chosen.options.get("scope") == "model":
         cuts = model_cuts(passes, len(chosen.labels), chosen.options["density"])
         chosen = chosen._replace(cuts=cuts)
-    contract = METHODS[chosen.method]
     for position, row in enumerate(passes()):
-        arguments, notes = contract.state(row, chosen)
-        delta = contract.rule(row.taus, chosen.weights, **(chosen.options | arguments))
-        if chosen.scale != 1:
-            delta.mul_(chosen.scale)
-        sketch = np.roll(_sketch(delta), position)
-        yield row, delta, measure(row, delta, chosen.labels) | notes | {"sketch": sketch}
+        yield _merge_tensor(row, chosen, position)  # no name here holds on to a tensor given away
+
+
+def _merge_tensor(row: Row, chosen: Plan, position: int) -> tuple[Row, Tensor, dict[str, Any]]:
+    contract = METHODS[chosen.method]
+    arguments, notes = contract.state(row, chosen)
+    delta = contract.rule(row.taus, chosen.weights, **(chosen.options | arguments))
+    if chosen.scale != 1:
+        delta.mul_(chosen.scale)
+    sketch = np.roll(_sketch(delta), position)
+    return row, delta, measure(row, delta, chosen.labels) | notes | {"sketch": sketch}
 
 
 def summary(chosen: Plan, records: Iterable[dict[str, Any]]) -> Report:
@@ -868,6 +874,12 @@ def merge(
         for change in delta.values():
             change.mul_(factor)
     return delta, report
+
+
+def matched(rows: Rows, chosen: Plan, match: str) -> Plan:
+    """The plan at the scale that `match` asks for (`merge`), from a pass that keeps no delta."""
+    records = map(itemgetter(2), merge_tensors(rows, chosen))
+    return chosen._replace(scale=chosen.scale * match_factor(summary(chosen, records), match))
 
 
 def match_factor(report: Report, match: str) -> float:

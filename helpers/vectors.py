@@ -123,8 +123,9 @@ def open_base(source: Path | str | Mapping[str, Tensor], label: str = "base") ->
         raise ValueError(
             f"{folder} is an adapter, not a base model: give the model it was trained on"
         )
-    tensors = _without_tied_head(folder, Folder(folder))
-    return Source(label, tensors, {}, _recorded_digest(folder))
+    sealed = (folder / "seals.json").is_file()  # elsewhere base.json tells of another model
+    digest = _recorded_digest(folder) if sealed else None
+    return Source(label, _without_tied_head(folder, Folder(folder)), {}, digest)
 
 
 def open_specialist(source: Path | str | Mapping[str, Tensor], label: str | None = None) -> Source:
@@ -138,7 +139,7 @@ def open_specialist(source: Path | str | Mapping[str, Tensor], label: str | None
     folder = Path(source)
     label = label or folder.resolve().name
     if not (folder / "adapter_config.json").is_file():
-        return open_base(folder, label)
+        return open_base(folder, label)._replace(base_digest=_recorded_digest(folder))
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"{folder} {_why_not_one_file(folder, [])}")

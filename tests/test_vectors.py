@@ -217,6 +217,7 @@ def test_equal_labels_and_foreign_bases_are_refused(tiny_base, tiny_adapters, tm
         edited(tiny_adapters[0], tmp_path / "a"),
     )
     (ours / "base.json").write_text('{"name": "base", "digest": "00"}')
+    (ours / "seals.json").write_text("{}")
     (theirs / "base.json").write_text('{"name": "base", "digest": "11"}')
     with pytest.raises(ValueError, match="trained from another base"):
         vectors.check(vectors.open_base(ours), [vectors.open_specialist(theirs)])

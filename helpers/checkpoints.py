@@ -1,0 +1,445 @@
+"""How does a merge become a model on disk? The `merge` command and the folder that it writes.
+
+The merge streams: tensor by tensor from memory-mapped inputs into safetensors shards, so memory is
+a few times the largest tensor, whatever the size of the model and the number of specialists. The
+folder is written under another name and renamed when it is complete.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, get_args, get_origin
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from helpers import assets, merging, vectors
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CODES = {  # safetensors' names
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+GB = 10**9
+
+
+class Recipe(NamedTuple):
+    """A merge as a user states it. Seeds and reports call the models by position, from "1"."""
+
+    method: str
+    base: str
+    models: list[str]
+    weights: list[float] | None
+    options: Mapping[str, Any]
+    scale: float = 1.0
+    match: str | None = None
+    seed: int = 0
+    dtype: str | None = None  # of the output; None: as the base is stored
+
+
+# mergekit's configurations -----------------------------------------------------------------------
+
+# Its methods that are also ours: our name, its default of `normalize`, options that it implies.
+MERGEKIT = {
+    "linear": ("linear", True, {}),
+    "slerp": ("slerp", True, {}),
+    "task_arithmetic": ("task_arithmetic", False, {}),
+    "ties": ("ties", True, {}),
+    "dare_linear": ("dare", False, {"rescale": "l1"}),
+    "dare_ties": ("dare_ties", False, {"rescale": "l1"}),
+    "breadcrumbs": ("breadcrumbs", False, {}),
+}
+KEYS = {"models", "merge_method", "base_model", "parameters", "dtype", "out_dtype"}
+PARAMETERS = {"weight", "density", "gamma", "lambda", "normalize", "rescale", "t", "int8_mask"}
+
+
+def read_mergekit(file: Path) -> Recipe:
+    """The recipe of a mergekit configuration, with the defaults of mergekit 0.1.5.
+
+    Raises ValueError naming the first thing that this engine does not have: another method, slices,
+    filters, layer gradients, another tokenizer than the base's, densities that differ.
+    """
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(f"{file}: {what}")
+
+    def scalars(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+        for name, value in (parameters or {}).items():
+            if name not in PARAMETERS:
+                raise refuse(f"parameter {name} is not supported")
+            if isinstance(value, list | dict):
+                raise refuse(f"{name} must be one value: filters and gradients are not supported")
+        return dict(parameters or {})
+
+    config = yaml.safe_load(file.read_text())
+    for key in sorted(config.keys() - KEYS - {"tokenizer_source"}):
+        raise refuse(f"{key} is not supported")
+    if config.get("tokenizer_source") not in (None, "base"):
+        raise refuse("only tokenizer_source: base is supported")
+    name, base = config.get("merge_method"), config.get("base_model")
+    if name not in MERGEKIT:
+        raise refuse(f"merge_method {name} is not supported: {', '.join(MERGEKIT)} are")
+    if base is None and name != "linear":
+        raise refuse(f"{name} needs a base_model")
+    method, normalize, options = MERGEKIT[name]
+    shared = scalars(config.get("parameters"))
+    models = {m["model"]: shared | scalars(m.get("parameters")) for m in config["models"]}
+    base = base or next(iter(models))  # any base gives the same weighted mean
+
+    def number(settings: Mapping[str, Any], parameter: str) -> float:
+        if parameter not in settings:
+            raise refuse(f"{parameter} is missing")
+        return float(settings[parameter])
+
+    def common(parameter: str, default: float) -> float:
+        values = {float(settings.get(parameter, default)) for settings in models.values()}
+        if len(values) > 1:
+            raise refuse(f"{parameter} must be the same for all models, not {sorted(values)}")
+        return values.pop()
+
+    normalize = bool(shared.get("normalize", normalize))
+    if bool(shared.get("rescale", "rescale" in options)) != ("rescale" in options):
+        raise refuse(f"rescale: {shared['rescale']} is not supported for {name}")
+    if name == "slerp":
+        if len(models) != 2 or base not in models:
+            raise refuse("slerp needs two models, one of them the base_model")
+        t = number(shared, "t")
+        models = {base: {"weight": 1 - t}} | {m: {"weight": t} for m in models if m != base}
+    elif name != "linear":
+        models.pop(base, None)  # the base has no task vector
+    weights = [number(settings, "weight") for settings in models.values()]
+    if name in ("ties", "dare_ties"):
+        options = options | {"combine": "mean" if normalize else "sum"}
+    elif name == "linear" and not normalize:
+        raise refuse("linear with normalize: false is not supported")
+    elif normalize and name != "linear":  # whose rule does it
+        weights = [weight / math.fsum(weights) for weight in weights]
+    if "density" in merging.options_of(method):
+        options = options | {"density": common("density", 1.0)}
+    if name == "breadcrumbs":
+        gamma = common("gamma", 0.01)
+        options = options | {"outliers": gamma if options["density"] < 1 else 0.0}
+    dtype = config.get("out_dtype") or config.get("dtype")
+    scale = float(shared.get("lambda", 1.0))
+    return Recipe(method, base, list(models), weights, options, scale, dtype=dtype)
+
+
+# The folder --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _complete_or_absent(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, renamed to `out` at the end or removed on failure."""
+    part = out.parent / f".{out.name}.part-{os.getpid()}"
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part)
+        raise
+
+
+def _copy_surroundings(base: Path, out: Path, dtype: str | None) -> None:
+    """Config, tokenizer and licence of the base: no weights, no code, no seals of the base."""
+    for file in sorted(base.iterdir()):
+        weights = file.suffix in (".safetensors", ".gguf", *vectors.PICKLES)
+        about = file.name.endswith(".index.json") or file.name in ("base.json", "seals.json")
+        code_or_card = file.suffix in (".py", ".md") or file.name.startswith(".")
+        if file.is_file() and not (weights or about or code_or_card):
+            shutil.copyfile(file, out / file.name)
+    if dtype is not None:
+        config = json.loads((out / "config.json").read_text())
+        config.pop("torch_dtype", None)  # its name before transformers 5
+        (out / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+
+
+Layout = dict[str, tuple[torch.dtype, torch.Size]]
+
+
+def layout(base: vectors.Source, dtype: torch.dtype | None) -> Layout:
+    """Dtype and shape by name, sorted, of a merged model: floats as `dtype`, or as the base's."""
+    return {
+        name: (dtype if dtype and stored.is_floating_point() else stored.dtype, stored.shape)
+        for name, stored in sorted(base.tensors.items())
+    }
+
+
+def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, split so that no shard exceeds `limit` bytes unless one tensor does."""
+    parts: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not parts or size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(name)
+        room -= size
+    return parts
+
+
+def _header(like: Layout) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in like.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(file: IO[bytes], stored: Tensor, delta: Tensor | None, dtype: torch.dtype):
+    """stored + delta, added in fp32 and cast once, a block of rows at a time."""
+    for rows, _ in vectors.row_blocks(stored.shape):
+        block = stored[rows]
+        if delta is not None:
+            block = block.float() + delta[rows].cpu()
+        file.write(block.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_tensors(
+    out: Path,
+    base: vectors.Source,
+    delta_of: Callable[[str], Tensor | None],
+    like: Layout,
+    limit: int,
+) -> None:
+    """base + delta as safetensors in `out`, in shards of `limit` bytes.
+
+    `delta_of(name)` is asked once for every tensor, in order; None leaves the tensor as it is.
+    """
+    sizes = {name: shape.numel() * dtype.itemsize for name, (dtype, shape) in like.items()}
+    parts, places = shards(sizes, limit), {}
+    for number, names in enumerate(parts, 1):
+        suffix = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+        places |= dict.fromkeys(names, f"model{suffix}.safetensors")
+        with (out / places[names[0]]).open("wb") as file:
+            file.write(_header({name: like[name] for name in names}))
+            for name in names:
+                _write_tensor(file, base.tensors[name], delta_of(name), like[name][0])
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+def merge_to_folder(
+    recipe: Recipe, out: Path, shard_size: int = 5 * GB, device: str = "cpu"
+) -> merging.Report:
+    """Carry a recipe out into the folder `out`; prints its cost first and shows progress.
+
+    Everything that can be refused is refused (ValueError) before a tensor is read.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: name another folder, or remove it")
+    labels = [str(i) for i in range(1, len(recipe.models) + 1)]
+    plan = merging.plan(
+        recipe.method, labels, recipe.weights, recipe.seed, recipe.scale, **recipe.options
+    )
+    base_folder = assets.model_folder(recipe.base)
+    base = vectors.open_base(base_folder)
+    specialists = [
+        vectors.open_specialist(_folder(model), label)
+        for model, label in zip(recipe.models, labels, strict=True)
+    ]
+    like = layout(base, DTYPES.get(recipe.dtype))
+    vectors.check(base, specialists)
+    _print_cost(recipe, like, out)
+    rows = vectors.views(base, specialists, device)
+    if recipe.match:
+        plan = merging.matched(rows, plan, recipe.match)
+    with _complete_or_absent(out) as part:
+        _copy_surroundings(base_folder, part, recipe.dtype)
+        report = _write_merge(part, base, rows, plan, like, shard_size)
+        (part / "merge_report.json").write_text(json.dumps(report.as_dict()) + "\n")
+        (part / "README.md").write_text(model_card(recipe, report, out.name))
+    return report
+
+
+def _folder(model: str) -> Path:
+    """An adapter's or a checkpoint's folder; a name that is no folder is a model's name."""
+    return Path(model) if Path(model).is_dir() else assets.model_folder(model)
+
+
+def _write_merge(
+    out: Path,
+    base: vectors.Source,
+    rows: list[vectors.Row],
+    plan: merging.Plan,
+    like: Layout,
+    shard_size: int,
+) -> merging.Report:
+    changed, records = {row.name for row in rows}, []
+    stream = merging.merge_tensors(rows, plan)
+    entries = sum(shape.numel() for _, shape in like.values())
+    with tqdm(total=entries, desc=plan.method, unit="", unit_scale=True, disable=None) as bar:
+
+        def delta_of(name: str) -> Tensor | None:
+            bar.update(like[name][1].numel())
+            if name not in changed:
+                return None
+            _, delta, record = next(stream)
+            records.append(record)
+            return delta
+
+        write_tensors(out, base, delta_of, like, shard_size)
+    return merging.summary(plan, records)
+
+
+def working_memory(method: str, shapes: Iterable[torch.Size]) -> int:
+    """Bytes that a merge holds at its peak beside Python, torch and memory-mapped files."""
+    blocks = 24 * 4 * vectors.BLOCK["cpu"]
+    return blocks + merging.METHODS[method].memory * max(shape.numel() for shape in shapes)
+
+
+def _print_cost(recipe: Recipe, like: Layout, out: Path) -> None:
+    memory = working_memory(recipe.method, (shape for _, shape in like.values()))
+    disk = sum(shape.numel() * dtype.itemsize for dtype, shape in like.values())
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    print(
+        f"{recipe.method} of {len(recipe.models)} models: {disk / GB:.2f} GB on disk "
+        f"({free / GB:.0f} GB free), {memory / GB:.2f} GB of memory beside Python and torch"
+    )
+    if disk > free:
+        raise ValueError(f"{place} has {free / GB:.1f} GB free, the merge needs {disk / GB:.1f} GB")
+
+
+CARD = """---
+{front}---
+# {name}
+
+A merge of {n} models by `{method}`, made with merging-collapse.
+
+| model | weight | dose |
+|---|---|---|
+{table}
+
+Dose: how far the merge goes along a model's task vector tau, <delta, tau> / ||tau||^2; 1 is all of
+what fine-tuning changed. The merged change is {scale:.3f} times as long as a task vector on
+average, its cosine to their sum is {cos:.3f}, and {kept:.1%} of its entries are not zero. More:
+`merge_report.json`.
+
+```yaml
+{recipe}```
+"""
+
+
+def model_card(recipe: Recipe, report: merging.Report, name: str) -> str:
+    """The README of a merged model: base, tags, recipe, and what the merge did. Names, no paths."""
+    base, models = _name(recipe.base), [_name(model) for model in recipe.models]
+    front = {"base_model": [base, *models], "tags": ["merge"], "library_name": "transformers"}
+    stated = recipe._asdict() | {"base": base, "models": models, "weights": report.weights}
+    stated |= {"options": report.options, "scale": report.scale}
+    doses = ["-" if dose is None else f"{dose:.3f}" for dose in report.own]
+    table = [
+        f"| {model} | {weight:g} | {dose} |"
+        for model, weight, dose in zip(models, report.weights, doses, strict=True)
+    ]
+    return CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        name=name,
+        n=len(models),
+        method=recipe.method,
+        table="\n".join(table),
+        scale=report.effective_scale,
+        cos=report.cos_sum,
+        kept=report.kept,
+        recipe=yaml.safe_dump(stated, sort_keys=False),
+    )
+
+
+def _name(model: str) -> str:
+    """What a card calls a model: the name that its base.json or the hub has, or its folder's name."""
+    folder = Path(model)
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def main(argv: list[str]) -> None:
+    """`python -m helpers merge`: parse, merge, say what was done; ValueError if it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m helpers merge", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--method", choices=[m for m in merging.METHODS if m != "regmean"])
+    what.add_argument("--mergekit", type=Path, metavar="CONFIG", help="a mergekit configuration")
+    parser.add_argument("--base", help="the base model: a name or a folder")
+    parser.add_argument("--models", nargs="+", default=[], help="adapters or checkpoints of it")
+    parser.add_argument("--weights", nargs="+", type=float, help="one per model")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the merged change")
+    parser.add_argument(
+        "--match", choices=["norm", "dose"], help="find the scale that gives it"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of DARE's masks")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the output; default: the base's")
+    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--shard-size", type=_bytes, default="5GB", help="such as 500MB")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, one tensor at a time")
+    known = _add_method_options(parser)
+    arguments = parser.parse_args(argv)
+    options = {name: value for name in known if (value := getattr(arguments, name)) is not None}
+    if arguments.mergekit:
+        if arguments.base or arguments.models or arguments.weights or options:
+            raise ValueError("--mergekit states the whole recipe: leave out models and options")
+        recipe = read_mergekit(arguments.mergekit)
+    else:
+        if not (arguments.base and arguments.models):
+            raise ValueError("--method needs --base and --models")
+        recipe = Recipe(
+            arguments.method,
+            arguments.base,
+            arguments.models,
+            arguments.weights,
+            options,
+            arguments.scale,
+            arguments.match,
+            arguments.seed,
+            arguments.dtype,
+        )
+    report = merge_to_folder(recipe, arguments.out, arguments.shard_size, arguments.device)
+    for model, dose in zip(recipe.models, report.own, strict=True):
+        print(f"{_name(model)}: dose {'-' if dose is None else f'{dose:.3f}'}")
+    print(
+        f"the change is {report.effective_scale:.3f} times a task vector, cosine to their sum "
+        f"{report.cos_sum:.3f}, {report.kept:.1%} of entries not zero"
+    )
+    print(f"written to {arguments.out}")
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> set[str]:
+    """One flag per option of any method, from the annotations that are the methods' contracts."""
+    users: dict[str, list[str]] = {}
+    kinds = {}
+    for method in merging.METHODS:
+        for name, parameter in merging.options_of(method).items():
+            users.setdefault(name, []).append(method)
+            kinds[name] = parameter.annotation
+    for name, kind in kinds.items():
+        choices = list(get_args(kind)) if get_origin(kind) is Literal else None
+        parse = {"choices": choices} if choices else {"type": float}
+        parser.add_argument(f"--{name}", help=f"of {', '.join(users[name])}", **parse)
+    return set(kinds)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", text.upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(float(match[1]) * 1000 ** ("KMG".index(match[2]) + 1))
