@@ -138,10 +138,11 @@ def few_shot(task: Task, split: str, shots: int = 4) -> Dataset:
     """The examples of a split, each behind the same `shots` solved training examples.
 
     A base model that was never taught the format learns it here; score it with `end=SHOT_END`.
+    Options are left out: behind long prompts each would cost as much as the answer.
     """
     solved = [row["prompt"] + " " + row["answers"][0] for row in task.splits["train"].take(shots)]
     shown = "".join(text + 2 * SHOT_END for text in solved)
-    rows = [row | {"prompt": shown + row["prompt"]} for row in task.splits[split]]
+    rows = [row | {"prompt": shown + row["prompt"], "options": []} for row in task.splits[split]]
     return Dataset.from_list(rows)
 
 

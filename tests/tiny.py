@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import torch
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from helpers.tasks import SPLITS, Task
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -69,3 +72,22 @@ def save_adapter(
             parameter.data = size * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
     return folder
+
+
+def toy(label: str, n: int = 8, options: tuple = ()) -> Task:
+    """A task of `n` examples in every split."""
+    rows = {
+        split: Dataset.from_list(
+            [
+                {
+                    "id": f"{split}{i}",
+                    "prompt": f"{label} {split} {'long ' * (i % 3)}{i}:",
+                    "answers": [options[i % len(options)] if options else str(i)],
+                    "options": list(options),
+                }
+                for i in range(n)
+            ]
+        )
+        for split in SPLITS
+    }
+    return Task(f"toy:{label}", "exact_match", DatasetDict(rows))

@@ -1,0 +1,140 @@
+"""Scores against a bare forward pass and greedy generation; losses against known values."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+from helpers import evaluate
+
+
+@pytest.fixture(scope="module")
+def talker():
+    return tiny.llama(3), tiny.byte_tokenizer()
+
+
+def rows_of(prompts, answers, options=()):
+    return [
+        {"id": str(i), "prompt": p, "answers": a, "options": list(options)}
+        for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
+    ]
+
+
+def greedy_texts(model, tokenizer, prompts, n=4):
+    """Greedy continuations, one prompt at a time and without a cache: the plain oracle."""
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"]
+        for _ in range(n):
+            with torch.no_grad():
+                ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+        texts.append(ids[-n:])
+    return texts
+
+
+def test_nll_is_that_of_a_bare_forward_pass(talker):
+    model, tokenizer = talker
+    rows = rows_of(["abc", "a longer prompt", "q"], [["x y"], ["no"], ["zz"]], ["yes", "no"])
+    scores = evaluate.score(model, tokenizer, rows, batch_size=2)
+    for row, nll in zip(rows, scores["nll"], strict=True):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = tokenizer(" " + row["answers"][0])["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        mine = [logprobs[len(prompt) - 1 + k, token].item() for k, token in enumerate(answer)]
+        assert nll == pytest.approx(-np.mean(mine), abs=1e-5)
+
+
+def test_teacher_forced_exact_match_is_greedy_generation(monkeypatch):
+    model, tokenizer = tiny.llama(5), tiny.byte_tokenizer()
+    prompts = [f"prompt number {i} {'x' * (i % 7)}" for i in range(40)]
+    tokens = greedy_texts(model, tokenizer, prompts, n=3)
+    # any token may end an answer in this check: the third greedy token is declared the end
+    wrong = {i for i in range(0, 40, 3)}
+
+    def answer(tokenizer, text, end=None):
+        i = int(text)
+        first = (tokens[i][0] + 1) % 256 if i in wrong else tokens[i][0]
+        return [first, *tokens[i][1:]]
+
+    monkeypatch.setattr(evaluate, "encode_answer", answer)
+    rows = rows_of(prompts, [[str(i)] for i in range(40)])
+    hit = evaluate.score(model, tokenizer, rows)["correct"]
+    assert [i for i in range(40) if not hit[i]] == sorted(wrong)
+
+
+def test_generation_pads_on_the_left_without_a_trace(talker):
+    model, tokenizer = talker
+    prompts = ["a", "a much longer prompt than that", "mid size"]
+    together = evaluate.generate(model, tokenizer, prompts, 4, batch_size=3)
+    alone = [evaluate.generate(model, tokenizer, [p], 4)[0] for p in prompts]
+    assert together == alone
+
+
+def test_scores_do_not_depend_on_the_batch(talker):
+    model, tokenizer = talker
+    rows = rows_of([f"p{'q' * i}" for i in range(9)], [["a", "bcd"]] * 9, ["a", "bcd", "e"])
+    one, many = (evaluate.score(model, tokenizer, rows, batch_size=size) for size in (1, 9))
+    pd.testing.assert_frame_equal(one, many, atol=1e-5)
+
+
+def test_any_accepted_answer_counts_and_options_are_told_from_it():
+    row = {"id": "0", "answers": ["b", "c"], "options": ["a", "b"]}
+    texts, lengths = ["b", "c", "a"], np.array([2, 2, 1])
+    logprobs = np.array([-2.0, -9.0, -1.0])
+    by_c = evaluate.outcome(row, texts, logprobs, np.array([False, True, False]), lengths)
+    assert (by_c["correct"], by_c["option_correct"], by_c["invalid"]) == (1.0, 0.0, 1.0)
+    assert by_c["nll"] == 1.0
+    by_a = evaluate.outcome(row, texts, logprobs, np.array([False, False, True]), lengths)
+    assert (by_a["correct"], by_a["invalid"]) == (0.0, 0.0)
+    free = evaluate.outcome(row | {"options": []}, texts, logprobs, np.zeros(3, bool), lengths)
+    assert math.isnan(free["option_correct"]) and math.isnan(free["invalid"])
+
+
+def test_rouge_l_takes_the_best_reference():
+    assert evaluate.rouge_l("the cat sat", ["a dog", "the cat sat"]) == 1.0
+    # the longest common subsequence is "the sat": precision 2/3, recall 1
+    assert evaluate.rouge_l("the cat sat", ["the sat"]) == pytest.approx(0.8)
+
+
+def test_rouge_tasks_are_scored_by_generation(talker):
+    model, tokenizer = talker
+    rows = rows_of(["one", "two"], [["alpha"], ["beta"]])
+    texts = evaluate.generate(model, tokenizer, ["one", "two"], 20)
+    rows[0]["answers"] = ["same words " + texts[0]]
+    scores = evaluate.score(model, tokenizer, rows, metric="rouge_l")["correct"]
+    assert scores.between(0, 1).all()
+
+
+def test_the_commonest_training_answer_is_chance():
+    task = tiny.toy("t", n=9, options=("yes", "no"))
+    assert evaluate.constant_answer(task, "test") == pytest.approx(5 / 9)
+
+
+def test_losses_of_known_scores():
+    got = evaluate.losses(merged=0.6, specialist=0.8, base=0.4, chance=0.3)
+    assert got == pytest.approx(
+        {"loss": -25.0, "drop": -20.0, "chance_corrected": -40.0, "recovered": 0.5}
+    )
+
+
+@pytest.mark.parametrize(
+    ("scores", "undefined"),
+    [
+        ((0.1, 0.0, 0.0, 0.0), {"loss", "chance_corrected", "recovered"}),
+        ((0.1, 0.2, 0.2, 0.3), {"chance_corrected", "recovered"}),
+    ],
+)
+def test_an_undefined_loss_is_no_number(scores, undefined):
+    got = evaluate.losses(*scores)
+    assert {name for name, value in got.items() if math.isnan(value)} == undefined
+
+
+def test_a_dose_is_read_between_its_neighbours_and_never_outside():
+    curve = pd.DataFrame({"dose": [1.0, 0.0, 0.5], "correct": [1.0, 0.0, 0.2]})
+    assert evaluate.read_dose(curve, 0.75) == pytest.approx(0.6)
+    assert evaluate.read_dose(curve, 1.0) == 1.0
+    assert math.isnan(evaluate.read_dose(curve, 1.01))

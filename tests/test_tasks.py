@@ -1,0 +1,155 @@
+"""Tasks: sources, prompts, splits; no network, no real data."""
+
+import json
+
+import pytest
+import tiny
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import assets, tasks
+
+
+def bigbench(tmp_path, monkeypatch, **content):
+    file = tmp_path / "task.json"
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr(assets, "bigbench_json", lambda name: file)
+
+
+def numbered(n):
+    return [{"input": f"item {i}", "target": str(i)} for i in range(n)]
+
+
+def test_splits_are_disjoint_by_normalised_input_and_stable(tmp_path, monkeypatch):
+    doubled = numbered(40) + [{"input": f"  ITEM   {i} ", "target": str(i)} for i in range(40)]
+    bigbench(tmp_path, monkeypatch, examples=doubled)
+    task = tasks.load_task("bigbench:toy", (10, 10, 10, 10))
+    seen = [" ".join(p.casefold().split()) for s in task.splits.values() for p in s["prompt"]]
+    assert len(seen) == len(set(seen)) == 40
+    fewer = tasks.load_task("bigbench:toy", (5, 10, 10, 10))
+    assert fewer.splits["test"]["id"] == task.splits["test"]["id"]
+    assert fewer.splits["train"]["id"] == task.splits["train"]["id"][:5]
+    other = tasks.load_task("bigbench:toy", (10, 10, 10, 10), seed=1)
+    assert other.splits["test"]["id"] != task.splits["test"]["id"]
+
+
+def test_the_digest_is_of_the_content(tmp_path, monkeypatch):
+    bigbench(tmp_path, monkeypatch, examples=numbered(40))
+    one, more = (tasks.load_task("bigbench:toy", (n, 5, 5, 5)) for n in (10, 20))
+    assert one.digest("test", "probe") == more.digest("test", "probe")
+    assert one.digest("train") != more.digest("train")
+
+
+def test_bigbench_prompts_and_answers(tmp_path, monkeypatch):
+    bigbench(
+        tmp_path,
+        monkeypatch,
+        task_prefix="Yes or no?\n",
+        example_input_prefix="Item: ",
+        example_output_prefix="\nSay: ",
+        examples=[{"input": "sky", "target_scores": {"yes": 1, "no": 0, "aye": 1}}],
+    )
+    row = tasks.load_task("bigbench:toy", (0, 0, 0, 1)).splits["test"][0]
+    assert row["prompt"] == "Yes or no?\nItem: sky\nSay:"
+    assert row["answers"] == ["yes", "aye"]
+    assert row["options"] == ["aye", "no", "yes"]
+
+
+def test_free_answers_have_no_options_though_scores_are_listed(tmp_path, monkeypatch):
+    example = {"input": "2+2", "target": ["4", "four"], "target_scores": {"4": 1, "banana": 0}}
+    bigbench(tmp_path, monkeypatch, examples=[example])
+    row = tasks.load_task("bigbench:toy", (0, 0, 0, 1)).splits["test"][0]
+    assert row["prompt"] == "Q: 2+2\nA:"
+    assert (row["answers"], row["options"]) == (["4", "four"], [])
+
+
+def test_glue_from_a_folder_tests_on_validation(tmp_path):
+    for split, n in (("train", 12), ("validation", 6)):
+        rows = [
+            {"sentence1": f"{split} {i}", "sentence2": "b", "label": i % 2, "idx": i}
+            for i in range(n)
+        ]
+        (tmp_path / "rte").mkdir(exist_ok=True)
+        Dataset.from_list(rows).to_parquet(tmp_path / "rte" / f"{split}.parquet")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: rte\n  data_files:\n"
+        "  - {split: train, path: rte/train.parquet}\n"
+        "  - {split: validation, path: rte/validation.parquet}\n---\n"
+    )
+    task = tasks.load_task("glue:rte", (6, 3, 3, 6), sources={"glue": str(tmp_path)})
+    assert all("validation" in prompt for prompt in task.splits["test"]["prompt"])
+    assert not any("validation" in prompt for prompt in task.splits["train"]["prompt"])
+    row = task.splits["train"][0]
+    assert row["options"] == ["entailment", "unrelated"]
+    assert row["prompt"].endswith("\nSentence: b\nQuestion: entailment or unrelated?\nAnswer:")
+
+
+def test_natural_instructions(tmp_path):
+    rows = [
+        {"id": f"x-{i}", "definition": "Say A or B.", "input": f"text {i}", "output": ["AB"[i % 2]]}
+        for i in range(30)
+    ]
+    (tmp_path / "task1_toy.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = tasks.load_task("sni:task1_toy", (10, 5, 5, 10), sources={"sni": str(tmp_path)})
+    row = task.splits["test"][0]
+    assert row["prompt"].startswith("Say A or B.\n\nInput: text ")
+    assert row["options"] == ["A", "B"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("plural", "unknown task 'plural'"),
+        ("kaggle:plural", "unknown task 'kaggle:plural'"),
+        ("glue:stsb", "unknown GLUE task 'stsb'"),
+        ("sni:task0", "task0.jsonl is not in"),
+    ],
+)
+def test_an_unknown_task_is_refused_in_one_sentence(name, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        tasks.load_task(name, (1, 1, 1, 1), sources={"sni": str(tmp_path)})
+
+
+def test_too_few_inputs_are_refused(tmp_path, monkeypatch):
+    bigbench(tmp_path, monkeypatch, examples=numbered(20))
+    with pytest.raises(ValueError, match="only 5 of the 10 different inputs asked for its train"):
+        tasks.load_task("bigbench:toy", (10, 5, 5, 5))
+
+
+def test_few_shot_shows_training_examples_only(tmp_path, monkeypatch):
+    bigbench(tmp_path, monkeypatch, examples=numbered(30))
+    task = tasks.load_task("bigbench:toy", (10, 5, 5, 5))
+    rows = tasks.few_shot(task, "test", shots=2)
+    shown = [task.splits["train"][i] for i in range(2)]
+    start = "".join(f"{row['prompt']} {row['answers'][0]}\n\n" for row in shown)
+    assert [row["prompt"] for row in rows] == [start + p for p in task.splits["test"]["prompt"]]
+
+
+def test_every_candidate_task_says_why_it_is_here():
+    for name, entry in tasks.catalogue().items():
+        assert name.split(":")[0] in tasks.READERS
+        assert entry["kind"] and entry["reason"]
+        assert entry.get("metric", "exact_match") in tasks.METRICS
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_padding_is_masked_by_position(sequences):
+    ids, mask = tasks.pad(sequences, fill=3)
+    for sequence, row, real in zip(sequences, ids, mask, strict=True):
+        assert row[real.bool()].tolist() == sequence
+        assert (row[~real.bool()] == 3).all()
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 8))
+def test_buckets_hold_every_example_once_by_length(lengths, size):
+    buckets = tasks.length_buckets(lengths, size)
+    assert sorted(i for bucket in buckets for i in bucket) == list(range(len(lengths)))
+    assert [lengths[i] for bucket in buckets for i in bucket] == sorted(lengths)
+    assert max(map(len, buckets)) <= size
+
+
+def test_an_answer_ends_with_the_end_token_or_the_given_text():
+    tokenizer = tiny.byte_tokenizer()
+    assert tasks.encode_answer(tokenizer, "ab")[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(tasks.encode_answer(tokenizer, "ab", "\n")) == " ab\n"
