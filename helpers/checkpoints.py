@@ -100,7 +100,12 @@ def read_mergekit(file: Path) -> Recipe:
     method, normalize, options = MERGEKIT[name]
     shared = scalars(config.get("parameters"))
     models = {m["model"]: shared | scalars(m.get("parameters")) for m in config["models"]}
-    base = base or next(iter(models))  # any base gives the same weighted mean
+    if base is None:
+        base = next(iter(models))  # of linear: any base gives the same weighted mean
+    elif name in ("linear", "slerp"):
+        models.setdefault(base, shared)  # mergekit takes the base as one more model
+    else:
+        models.pop(base, None)  # the base has no task vector
 
     def number(settings: Mapping[str, Any], parameter: str) -> float:
         if parameter not in settings:
@@ -117,12 +122,10 @@ def read_mergekit(file: Path) -> Recipe:
     if bool(shared.get("rescale", "rescale" in options)) != ("rescale" in options):
         raise refuse(f"rescale: {shared['rescale']} is not supported for {name}")
     if name == "slerp":
-        if len(models) != 2 or base not in models:
+        if len(models) != 2:
             raise refuse("slerp needs two models, one of them the base_model")
         t = number(shared, "t")
         models = {base: {"weight": 1 - t}} | {m: {"weight": t} for m in models if m != base}
-    elif name != "linear":
-        models.pop(base, None)  # the base has no task vector
     weights = [number(settings, "weight") for settings in models.values()]
     if name in ("ties", "dare_ties"):
         options = options | {"combine": "mean" if normalize else "sum"}
@@ -369,7 +372,7 @@ def model_card(recipe: Recipe, report: merging.Report, name: str) -> str:
 
 
 def _name(model: str) -> str:
-    """What a card calls a model: the name that its base.json or the hub has, or its folder's name."""
+    """What a card calls a model: its name, or the name of its folder, never a path."""
     folder = Path(model)
     return folder.resolve().name if folder.is_dir() else model
 
@@ -384,9 +387,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--models", nargs="+", default=[], help="adapters or checkpoints of it")
     parser.add_argument("--weights", nargs="+", type=float, help="one per model")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the merged change")
-    parser.add_argument(
-        "--match", choices=["norm", "dose"], help="find the scale that gives it"
-    )
+    parser.add_argument("--match", choices=["norm", "dose"], help="find the scale that gives it")
     parser.add_argument("--seed", type=int, default=0, help="of DARE's masks")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the output; default: the base's")
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")

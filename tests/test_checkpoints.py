@@ -258,11 +258,17 @@ def test_mergekit_configurations_are_read_with_mergekits_defaults(
     assert recipe.weights == weights and recipe.models == ["a", "b"]
 
 
+def test_mergekit_counts_a_base_model_of_linear_among_the_models(tmp_path):
+    text = f"merge_method: linear\nbase_model: base\nparameters: {{weight: 1}}\n{MODELS}"
+    recipe = checkpoints.read_mergekit(config(tmp_path, text))
+    assert recipe.models == ["a", "b", "base"] and recipe.weights == [1, 1, 1]
+
+
 def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, full_models, tmp_path):
     text = f"""
         merge_method: slerp
         base_model: {tiny_base}
-        models: [{{model: {full_models[0]}}}, {{model: {tiny_base}}}]
+        models: [{{model: {full_models[0]}}}]
         parameters: {{t: 0.3}}
         dtype: float32
     """
