@@ -124,17 +124,18 @@ def false_collapse_rate(specialist: ArrayLike, repeats: int = 500, seed: int = 0
 # --- matrices over tasks -----------------------------------------------------------------------
 
 
-def square(pairs: pd.DataFrame, column: str) -> pd.DataFrame:
+def square(
+    pairs: pd.DataFrame, column: str, tasks: Sequence[str] | None = None
+) -> pd.DataFrame:
     """Symmetric matrix of a pair quantity; `pairs` has columns task_a, task_b and `column`.
 
-    Raises ValueError if a pair is listed twice.
+    `tasks` sets the order (default: as they come). Raises ValueError if a pair is listed twice.
     """
-    ends = pairs[["task_a", "task_b"]]
     flipped = pairs.rename(columns={"task_a": "task_b", "task_b": "task_a"})
     both = pd.concat([pairs, flipped])
     if both.duplicated(["task_a", "task_b"]).any():
         raise ValueError(f"a pair is listed twice (or a task with itself) in the table of {column}")
-    tasks = list(dict.fromkeys(ends.to_numpy().ravel()))
+    tasks = tasks or list(dict.fromkeys(pairs[["task_a", "task_b"]].to_numpy().ravel()))
     return both.pivot(index="task_a", columns="task_b", values=column).loc[tasks, tasks]
 
 
@@ -296,9 +297,11 @@ def predict_left_out(x: ArrayLike, y: ArrayLike) -> float:
 
     For each task, a line and a mean are fitted to the pairs of the others and both predict its
     pairs; 1 - squared error of the line / squared error of the mean, over all tasks. Negative: the
-    metric predicts worse than saying the mean.
+    metric predicts worse than saying the mean. nan below 4 tasks: no line is left to fit.
     """
     x, y = _check_matrices(x, y)
+    if len(x) < 4:
+        return math.nan
     rows, columns = _cells(len(x))
     known = ~np.isnan(y[rows, columns])
     rows, columns = rows[known], columns[known]
@@ -332,7 +335,8 @@ def task_bootstrap(
         chosen = rng.integers(n, size=n) if draw else np.arange(n)
         rows, columns = np.nonzero(chosen[:, None] != chosen)
         cells = np.stack([m[chosen[rows], chosen[columns]] for m in matrices])
-        values.append(statistic(*cells[:, ~np.isnan(cells).any(0)]))
+        cells = cells[:, ~np.isnan(cells).any(0)]
+        values.append(statistic(*cells) if cells.size else math.nan)  # one task alone has no pair
     low, high = np.nanquantile(values[1:], [0.025, 0.975])
     return Interval(float(values[0]), float(low), float(high), n)
 
@@ -346,7 +350,8 @@ def stronger(
     """|r(a, y)| - |r(b, y)| of three matrices, with an interval over tasks (`task_bootstrap`)."""
 
     def difference(a: NDArray, b: NDArray, y: NDArray) -> float:
-        r = np.corrcoef([a, b, y])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            r = np.corrcoef([a, b, y])  # nan for a draw of two tasks: one pair, many times
         return abs(r[0, 2]) - abs(r[1, 2])
 
     return task_bootstrap([a, b, y], difference, draws, seed)
@@ -377,13 +382,28 @@ def equivalent(r: float, se: float, margin: float = 0.3) -> float:
 def specific_se(n_tasks: int) -> float:
     """Standard error of Fisher's z of a pair-specific correlation of two symmetric matrices.
 
-    n tasks leave n(n-3)/2 free pair residuals; 1/sqrt(n - 3) has n - 1 of them. Of simulated 95 %
-    intervals z +- 1.96 se 92-95 % cover (6 to 14 tasks). Raises ValueError below 5 tasks.
+    n tasks leave n(n-3)/2 free pair residuals; 1/sqrt(n - 3) has n - 1 of them. Raises ValueError
+    below 5 tasks.
     """
     free = n_tasks * (n_tasks - 3) / 2
     if free <= 2:
         raise ValueError(f"{n_tasks} tasks leave {free:.0f} free pair residuals; 5 or more needed")
     return 1 / math.sqrt(free - 2)
+
+
+def specific_interval(x: ArrayLike, y: ArrayLike) -> Interval:
+    """Pair-specific Pearson r of two symmetric matrices, 95 % interval by `specific_se`.
+
+    Of simulated intervals 92-95 % cover (6 to 14 tasks). A directed y is averaged over its two
+    directions: a symmetric x can follow no more of it. No interval (nan) below 5 tasks.
+    """
+    y = np.asarray(y, float)
+    value, n = correlation(np.asarray(x, float), (y + y.T) / 2, specific=True), len(y)
+    if n < 5:
+        return Interval(value, math.nan, math.nan, n)
+    reach = 1.96 * specific_se(n)
+    low, high = np.tanh([np.arctanh(value) - reach, np.arctanh(value) + reach])
+    return Interval(value, float(low), float(high), n)
 
 
 def auroc(score: ArrayLike, label: ArrayLike) -> float:
@@ -516,7 +536,7 @@ def mixed_model(cells: pd.DataFrame) -> pd.DataFrame:
     with warnings.catch_warnings():
         # a variance of zero lies on the boundary: an answer, not a failure
         warnings.filterwarnings("ignore", message="The MLE may be on the boundary")
-        fit = model.fit(reml=True, method=["lbfgs", "powell"])
+        fit = model.fit(reml=True, method=["lbfgs", "powell", "nm"])
     if not fit.converged:
         raise ValueError("the mixed model has not converged; the variance components mean nothing")
     means = cells.assign(fitted=np.asarray(model.exog @ fit.fe_params))
