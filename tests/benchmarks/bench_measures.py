@@ -82,10 +82,8 @@ def pair_costs(counts=(2, 4, 6, 8, 10, 14, 20)) -> None:
     for n, (models, pairs) in zip(counts, design, strict=True):
         fitted = per_model * models + per_pair * pairs
         print(f"| {n} | {pairs:.0f} | {seconds[n]:.2f} | {fitted:.2f} |")
-    billion = 1e9 / coordinates
-    print(
-        f"\nA model costs {per_model * billion:.1f} ns and a pair {per_pair * billion:.2f} ns a coordinate."
-    )
+    model, pair = (1e9 * cost / coordinates for cost in (per_model, per_pair))
+    print(f"\nEach coordinate costs {model:.1f} ns a model and {pair:.2f} ns a pair.")
 
 
 def pair_memory(models: int = 14) -> None:
