@@ -6,7 +6,7 @@ import math
 import pytest
 
 from helpers import run
-from helpers.records import read_jsonl
+from helpers.records import read_jsonl, store
 
 pytestmark = pytest.mark.chain
 
@@ -20,10 +20,10 @@ def results(tmp_path_factory):
         yield run.run("smoke", parameters={"RESULTS": str(folder / "results")})
 
 
-def rerun(results, **parameters):
+def rerun(results, only=None, **parameters):
     """Run again into the same folder; the manifest rows that this adds."""
     before = read_jsonl(results / "manifest.jsonl")
-    run.run("smoke", parameters={"RESULTS": str(results), **parameters})
+    run.run("smoke", only, parameters={"RESULTS": str(results), **parameters})
     return read_jsonl(results / "manifest.jsonl")[len(before) :]
 
 
@@ -41,3 +41,14 @@ def test_every_notebook_finishes_and_leaves_its_results(results):
 
 def test_a_second_run_does_nothing(results):
     assert rerun(results) == []
+
+
+def test_an_altered_parameter_recomputes_only_what_depends_on_it(results):
+    """With fewer merge rules nothing is trained or visited anew; the notebook's tables follow."""
+    steps = {path for path in store().glob("*/*") if path.is_dir()}
+    (row,) = rerun(results, only=["02"], METHODS=["linear", "ties"])
+    assert row["notebook"] == "02_merge" and row["status"] == "finished"
+    assert row["parameters"]["PROFILE"] == "smoke, METHODS = ['linear', 'ties']"
+    assert {path for path in store().glob("*/*") if path.is_dir()} == steps
+    assert "task_arithmetic" not in (results / "losses.csv").read_text()
+    assert list(run.finished(results)) == ["00_start_here", "01_finetune", "02_merge"]

@@ -58,6 +58,7 @@ def test_a_notebook_names_no_path_of_one_machine(path):
     text = path.read_text(encoding="utf-8")
     assert str(ROOT) not in text
     assert not ABSOLUTE.findall(text)
+    assert not re.findall(r" at 0x[0-9a-f]{6,}", text), "an object's address differs in every run"
 
 
 @each_notebook
