@@ -19,12 +19,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.linalg import helmert
 from scipy.optimize import nnls
 from scipy.spatial.distance import squareform
 from scipy.special import logsumexp, softmax
 
 Array = NDArray[np.float64]
 EXACT_TASKS = 10  # up to here K(D) looks at every group of tasks
+FLAT = 1e-11  # curvature of affinely dependent models, largest distance 1: rounding only
 
 
 class Ball(NamedTuple):
@@ -89,10 +91,22 @@ def gram(d2: ArrayLike, weights: ArrayLike | None = None) -> Array:
     return (row[:, None] + row[None, :] - d2 - a @ row) / 2
 
 
+def coordinates(d2: ArrayLike, dims: int = 2) -> tuple[Array, float]:
+    """Classical scaling: points (N, dims) about their mean, and the share of the spread they hold.
+
+    Leading eigenvectors of the Gram matrix, scaled (Torgerson, Psychometrika 17:401, 1952).
+    """
+    values, vectors = np.linalg.eigh(gram(d2))
+    values = np.maximum(values[::-1], 0)
+    points = np.zeros((len(values), dims))
+    points[:, : len(values)] = (vectors[:, ::-1] * np.sqrt(values))[:, :dims]
+    return points, float(values[:dims].sum() / values.sum()) if values.any() else 1.0
+
+
 def checked(d2: ArrayLike) -> Array:
     """`d2` in float64, or ValueError if no points in any space have these squared distances.
 
-    Tolerances admit float32 records: 1e-6 of the largest distance.
+    Tolerances admit float32 records: 1e-6 of the largest distance, projected away.
     """
     d2 = np.asarray(d2, dtype=np.float64)
     if d2.ndim != 2 or d2.shape[0] != d2.shape[1] or not d2.size:
@@ -102,12 +116,15 @@ def checked(d2: ArrayLike) -> Array:
         raise ValueError("squared distances must be finite and >= 0, with a zero diagonal")
     if np.abs(d2 - d2.T).max() > slack:
         raise ValueError("squared distances must be symmetric")
-    least = np.linalg.eigvalsh(gram(d2))[0]
-    if least < -slack * len(d2):
+    values, vectors = np.linalg.eigh(gram(d2))
+    if values[0] < -slack * len(d2):
         raise ValueError(
-            f"no points have these squared distances (Gram eigenvalue {least:.3g}): average the "
-            "squared distances over one set of probes, the same for every pair"
+            f"no points have these squared distances (Gram eigenvalue {values[0]:.3g}): average "
+            "the squared distances over one set of probes, the same for every pair"
         )
+    if values[0] < -1e-12 * np.abs(d2).max():  # the rounding of float32: take the nearest points
+        points = vectors * np.sqrt(np.maximum(values, 0))
+        d2 = squared_distances(points[:, None]).mean(-1)
     return d2
 
 
@@ -159,19 +176,25 @@ def _gap(d2: Array, a: Array) -> float:
     return float(max(row.max() - a @ row, 0.0))
 
 
+def _principal(d2: Array) -> tuple[Array, Array]:
+    """Curvatures and orthonormal directions of -a' D2 a / 2 among weights of sum 0."""
+    basis = helmert(len(d2)).T  # leaves the constant direction out exactly
+    values, vectors = np.linalg.eigh(-basis.T @ d2 @ basis / 2)
+    return values, basis @ vectors
+
+
 def _recentre(d2: Array, a: Array, support: NDArray[np.intp]) -> Array:
     """Maximise a' D2 a / 2 on the support: to the circumcentre, or to the first face in the way."""
     a = a.copy()
     while len(support) > 1:
-        values, vectors = np.linalg.eigh(gram(d2[np.ix_(support, support)]))
-        slope = (d2[support] @ a) / 2
-        slope = vectors.T @ (slope - slope.mean())
-        flat = values < 1e-11  # the constant vector, with slope 0, and affine dependences
-        slide = vectors[:, flat] @ slope[flat]
-        if np.abs(slide).max() > 1e-11:
+        curvature, axes = _principal(d2[np.ix_(support, support)])
+        slope = axes.T @ (d2[support] @ a) / 2
+        flat = curvature < FLAT
+        slide = axes[:, flat] @ slope[flat]
+        if np.abs(slide).max() > FLAT:
             move, reach = slide, np.inf
         else:
-            move, reach = vectors[:, ~flat] @ (slope[~flat] / values[~flat]), 1.0
+            move, reach = axes[:, ~flat] @ (slope[~flat] / curvature[~flat]), 1.0
         shrinking = np.flatnonzero(move < 0)
         room = a[support[shrinking]] / -move[shrinking]
         if not len(room) or room.min() >= reach:
@@ -191,8 +214,8 @@ def _least_norm(d2: Array, a: Array) -> Array:
     Least-distance programming (Lawson & Hanson, Solving Least Squares Problems, ch. 23).
     """
     on = np.flatnonzero(to_centre(d2, a) > dispersion(d2, a) * (1 - 1e-9))
-    values, vectors = np.linalg.eigh(gram(d2, a)[np.ix_(on, on)] + 1 / len(on))
-    free = vectors[:, values < 1e-11]  # sum-zero directions that leave the centre in place
+    curvature, axes = _principal(d2[np.ix_(on, on)])
+    free = axes[:, curvature < FLAT]  # these leave the centre in place
     if not free.shape[1]:
         return a
     start = a[on] - free @ (free.T @ a[on])
@@ -273,23 +296,26 @@ def rate_distortion(d2: ArrayLike, tol: float = 1e-3) -> RateCurve:
     """
     d2 = checked(d2)
     v = dispersion(d2)
-    same = (d2 <= 1e-12 * d2.max()).sum(1)
     if v == 0:
         return RateCurve(np.zeros(1), np.zeros(1), np.zeros(0))
-    todo = [((0.0, float(np.mean(np.log2(len(d2) / same)))), (v, 0.0))]
-    nodes, gaps = [todo[0][0]], []
+    same = (d2 <= 1e-12 * d2.max()).sum(1)
+    start, end = (0.0, float(np.mean(np.log2(len(d2) / same))), 0.0), (v, 0.0, 0.0)
+    todo, nodes, gaps = [(start, end)], [start], []
     while todo:
-        left, right = todo.pop()
-        beta = np.log(2) * (left[1] - right[1]) / (right[0] - left[0])
+        left, right = todo.pop()  # points (D, R, how far R may lie above the curve)
+        drop = left[1] - right[1]
+        beta = np.log(2) * drop / (right[0] - left[0])
         chord = left[1] + beta * left[0] / np.log(2)
         point, lower = _at_slope(d2, beta, tol / 4)
-        gain = chord - (point[1] + beta * point[0] / np.log(2))
-        if chord - lower <= tol or gain <= tol / 10 or not left[0] < point[0] < right[0]:
+        height = point[1] + beta * point[0] / np.log(2)
+        gap = min(chord - lower, drop + right[2])  # the curve falls: right of a flat chord's end
+        if gap <= tol or chord - height <= tol / 10 or not left[0] < point[0] < right[0]:
             nodes.append(right)
-            gaps.append(max(chord - lower, 0.0))
+            gaps.append(max(gap, 0.0))
         else:
+            point = (*point, height - lower)
             todo += [(point, right), (left, point)]
-    distortion, rate = np.array(nodes).T
+    distortion, rate, _ = np.array(nodes).T
     return RateCurve(distortion, rate, np.array(gaps))
 
 
