@@ -22,6 +22,7 @@ from helpers.vectors import Factors, Lazy, Row
 
 BLOCK = 1 << 15  # coordinates at a time: a few MB for a dozen models
 WHERE = ["tensor", "kind", "layer", "task_a", "task_b"]
+SQUARES = ["square_a", "square_b"]
 
 
 class Metric(NamedTuple):
@@ -81,8 +82,7 @@ METRICS = {
     ),
     "norm_ratio": Metric(
         "smaller norm / larger norm",
-        lambda s: np.sqrt(s[["square_a", "square_b"]].min(axis=1))
-        / np.sqrt(s[["square_a", "square_b"]].max(axis=1)),
+        lambda s: np.sqrt(s[SQUARES].min(axis=1) / s[SQUARES].max(axis=1)),
     ),
     "top_overlap": Metric(
         "shared part of the largest coordinates of each tensor",
@@ -136,12 +136,10 @@ def metrics(sums: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
 
     A ratio with nothing below the line (a zero task vector, no low-rank matrix) is NaN.
     """
-    total = sums.groupby(["task_a", "task_b", *by], sort=False)[
-        [column for column in sums if column not in WHERE]
-    ].sum()
-    return total.assign(**{name: m.formula(total) for name, m in METRICS.items()})[
-        list(METRICS)
-    ].reset_index()
+    parts = [column for column in sums if column not in WHERE]
+    total = sums.groupby(["task_a", "task_b", *by], sort=False)[parts].sum()
+    values = {name: metric.formula(total) for name, metric in METRICS.items()}
+    return pd.DataFrame(values).reset_index()
 
 
 def group_variance(pairs: pd.DataFrame, members: Sequence[str]) -> float:

@@ -42,8 +42,11 @@ def by_definition(vectors_a, vectors_b):
     size_a, size_b = abs(a), abs(b)
     opposite = a * b < 0
     gap, largest = abs(size_a - size_b), np.maximum(size_a, size_b)
-    cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y)
-               for x, y in zip(vectors_a, vectors_b, strict=True) if x.any() and y.any()]
+    cosines = [
+        x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+        for x, y in zip(vectors_a, vectors_b, strict=True)
+        if x.any() and y.any()
+    ]
     norm_a, norm_b = np.linalg.norm(a), np.linalg.norm(b)
     return {
         "sign_change": opposite.mean(),
@@ -85,15 +88,18 @@ def test_order_of_tensors_and_models_does_not_matter():
     pd.testing.assert_frame_equal(pair_metrics(rows[::-1], LABELS), table, rtol=1e-12)
     turned = [Row(r.name, r.base, r.taus[::-1]) for r in rows]
     other = pair_metrics(turned, LABELS[::-1]).iloc[::-1].reset_index(drop=True)
-    swapped = other.rename(columns={"task_a": "task_b", "task_b": "task_a",
-                                    "norm_a": "norm_b", "norm_b": "norm_a"})[table.columns]
+    swapped = other.rename(
+        columns={"task_a": "task_b", "task_b": "task_a", "norm_a": "norm_b", "norm_b": "norm_a"}
+    )[table.columns]
     pd.testing.assert_frame_equal(swapped, table, rtol=1e-12)
 
 
 def test_breakdown_by_layer_and_kind():
     sums = pair_sums(some_rows(), LABELS)
     assert set(zip(sums.layer, sums.kind, strict=True)) == {
-        (0, "self_attn.q_proj"), (0, "input_layernorm"), (10, "self_attn.q_proj"),
+        (0, "self_attn.q_proj"),
+        (0, "input_layernorm"),
+        (10, "self_attn.q_proj"),
         (-1, "model.norm"),
     }
     layer = metrics(sums, by=["layer"])
@@ -142,8 +148,11 @@ def test_scale_of_one_task_vector_moves_only_what_measures_magnitude():
     scaled = [Row(r.name, r.base, [r.taus[0], 3 * r.taus[1]]) for r in rows]
     before, after = (pair_metrics(r, ["a", "b"]).loc[0] for r in (rows, scaled))
     blind = {"sign_change", "cosine", "cosine_tensors", "top_overlap", "top_chance"}
-    moved = {name for name in METRICS
-             if not pd.isna(before[name]) and after[name] != pytest.approx(before[name])}
+    moved = {
+        name
+        for name in METRICS
+        if not pd.isna(before[name]) and after[name] != pytest.approx(before[name])
+    }
     assert moved == {n for n in METRICS if not pd.isna(before[n])} - blind - {"norm_a"}
 
 
@@ -151,8 +160,11 @@ def test_common_scale_moves_only_norms_and_plain_variance():
     rows = some_rows(2)
     scaled = [Row(r.name, r.base, [3 * t for t in r.taus]) for r in rows]
     before, after = (pair_metrics(r, ["a", "b"]).loc[0] for r in (rows, scaled))
-    moved = {name for name in METRICS
-             if not pd.isna(before[name]) and after[name] != pytest.approx(before[name])}
+    moved = {
+        name
+        for name in METRICS
+        if not pd.isna(before[name]) and after[name] != pytest.approx(before[name])
+    }
     assert moved == {"norm_a", "norm_b", "variance"}
 
 

@@ -26,8 +26,12 @@ def pooled(model, prompts, how, side="right", length=9):
         ids[row, at], mask[row, at] = torch.tensor(prompt), 1
     ends = [len(p) - 1 if side == "right" else length - 1 for p in prompts]
     with torch.no_grad():
-        out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True,
-                    position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            output_hidden_states=True,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        )
     return hidden.pool(out.hidden_states, mask, torch.tensor(ends), how)
 
 
@@ -77,8 +81,16 @@ def test_layer_names_tell_final_norm_from_raw_stream():
     bert = BertModel(BertConfig(num_hidden_layers=2, **size))
     assert hidden.layer_names(bert.eval()) == ["embeddings", "block 1", "block 2"]
     t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=20, d_model=8, d_ff=16, d_kv=4, num_layers=1, num_decoder_layers=2,
-                 num_heads=2, decoder_start_token_id=0)
+        T5Config(
+            vocab_size=20,
+            d_model=8,
+            d_ff=16,
+            d_kv=4,
+            num_layers=1,
+            num_decoder_layers=2,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
     )
     assert hidden.layer_names(t5.eval()) == ["embeddings", "block 1", "final norm"]
 
@@ -247,10 +259,13 @@ STATES = RNG.normal(size=(3, 36, 2, 10)).astype(np.float32)
 def test_pair_table_uses_the_probes_of_the_pairs_own_tasks():
     own = hidden.pair_table(STATES, LABELS, PROBE_TASK)
     assert own[["task_a", "task_b"]].to_numpy().tolist() == [
-        ["red", "green"], ["red", "blue"], ["green", "blue"]
+        ["red", "green"],
+        ["red", "blue"],
+        ["green", "blue"],
     ]
-    expected = hidden.hidden_sim(STATES[0][[*range(12), *range(24, 36)], -1],
-                                 STATES[2][[*range(12), *range(24, 36)], -1])
+    expected = hidden.hidden_sim(
+        STATES[0][[*range(12), *range(24, 36)], -1], STATES[2][[*range(12), *range(24, 36)], -1]
+    )
     assert own.hidden_sim[1] == pytest.approx(expected)
     pool = hidden.pair_table(STATES, LABELS, layer=0)
     assert pool.hidden_sim[1] == pytest.approx(hidden.hidden_sim(STATES[0, :, 0], STATES[2, :, 0]))
