@@ -398,6 +398,7 @@ def _execute(step: Step, part: Path, results: Path) -> None:
                 progress_bar={"desc": name, "leave": False, "disable": None},
                 stderr_file=terminal,  # the bars of long steps
                 config=Config({"KernelManager": {"transport": "ipc"}}),  # no ports to race for
+                extra_arguments=["--IPKernelApp.log_level=50"],  # it logs that it is told to stop
             )
         except papermill.PapermillExecutionError as error:
             first = error.source.strip().splitlines()[0]
