@@ -7,12 +7,13 @@ READY := .venv/.ready
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help study test lab refresh clean
+.PHONY: help study test lab bench refresh clean
 
 help:
 	@echo "make study    run the numbered notebooks on the demo profile (results: data/runs/demo)"
 	@echo "make test     run the whole test suite"
 	@echo "make lab      open the notebooks in JupyterLab"
+	@echo "make bench    time the merge engine beside mergekit, and the measures"
 	@echo "make refresh  maintainers: rerun from nothing and rewrite notebooks, figures and results"
 	@echo "make clean    remove .venv and data/runs"
 	@echo "Python 3.11 to 3.14 is taken from PATH as python3; another: make study PYTHON=python3.13"
@@ -36,6 +37,10 @@ test: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
+
+bench: $(READY)
+	$(BIN)/python tests/benchmarks/bench_merge.py
+	$(BIN)/python tests/benchmarks/bench_measures.py
 
 refresh: $(READY)
 	@$(BIN)/python -m helpers refresh demo
