@@ -42,8 +42,13 @@ def test_the_sidecar_explains_the_figure(tmp_path):
     told = json.loads(path.with_suffix(".json").read_text())
     assert path == tmp_path / "figures" / "line.png"
     assert told.pop("revision") == figures.revision()
-    assert told == {"caption": "Loss against dose.", "alt": "Rising.", "notebook": "05_statistics",
-                    "parameters": {"SEED": 1}, "data": data}
+    assert told == {
+        "caption": "Loss against dose.",
+        "alt": "Rising.",
+        "notebook": "05_statistics",
+        "parameters": {"SEED": 1},
+        "data": data,
+    }
 
 
 @pytest.mark.parametrize(("caption", "alt"), [("", "alt"), ("caption", "  ")])
@@ -67,8 +72,11 @@ def test_every_method_has_its_own_look():
 
 def test_heat_map_hatches_what_is_undefined_and_frames_what_is_marked():
     tasks = ["a", "b", "c"]
-    table = pd.DataFrame([[np.nan, -50.0, np.nan], [-10.0, np.nan, 5.0], [0.0, -90.0, np.nan]],
-                         index=tasks, columns=tasks)
+    table = pd.DataFrame(
+        [[np.nan, -50.0, np.nan], [-10.0, np.nan, 5.0], [0.0, -90.0, np.nan]],
+        index=tasks,
+        columns=tasks,
+    )
     fig, ax = plt.subplots()
     figures.heat_map(ax, table, "merging loss (%)", marked=table < -30)
     assert [text.get_text() for text in ax.texts] == ["-50", "-10", "5", "0", "-90"]
