@@ -1,0 +1,133 @@
+"""Specialists: trained, saved and opened as plain PEFT and transformers would."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+
+from helpers import specialists
+from helpers.specialists import Recipe
+
+BASE = {"name": "tiny", "digest": "0"}
+RECIPE = Recipe(examples=8, epochs=8, batch_size=4, learning_rate=0.05, rank=4)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+def train(task, recipe=RECIPE, model=None):
+    model = model or tiny.llama(0)
+    return specialists.train(model, tiny.byte_tokenizer(), BASE, task, recipe, quiet=True)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(store):
+    model = tiny.llama(0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    folder = train(tiny.toy("a"), model=model)
+    log = json.loads((folder / "training.json").read_text())
+    assert len(log["loss"]) == 16
+    assert sum(log["loss"][-4:]) < 0.9 * sum(log["loss"][:4])
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_folder_is_a_plain_peft_adapter_that_names_its_base(store, tiny_base):
+    folder = train(tiny.toy("a"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    assert json.loads((folder / "base.json").read_text()) == BASE
+    adapted = PeftModel.from_pretrained(tiny.llama(0), folder)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert not torch.allclose(adapted(ids).logits, tiny.llama(0)(ids).logits)
+    assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".md"}
+
+
+def test_same_seed_same_bits_other_seed_or_task_other_weights(store, monkeypatch, tmp_path):
+    def weights(task="a", **change):
+        folder = train(tiny.toy(task), replace(RECIPE, **change))
+        return load_file(folder / "adapter_model.safetensors")
+
+    first, other_seed, other_task = weights(), weights(seed=1), weights("b")
+    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "second"))
+    again = weights()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other_seed[name]) for name in first)
+    down = [name for name in first if "lora_A" in name]
+    assert not any(torch.allclose(first[name], other_task[name]) for name in down)
+
+
+def test_the_loss_counts_answer_tokens_only(store, tmp_path):
+    """The first step's loss is the answer's mean NLL under the base, prompts left out."""
+    from helpers import evaluate
+
+    task = tiny.toy("a", n=4)
+    log = json.loads(
+        (train(task, Recipe(4, 1, 4, 1e-9, 4)) / "training.json").read_text()
+    )  # one batch holds every example
+    model, tokenizer = tiny.llama(0), tiny.byte_tokenizer()
+    scores = evaluate.score(model, tokenizer, task.splits["train"])
+    sizes = [len(row["answers"][0]) + 2 for row in task.splits["train"]]  # space, end
+    assert log["loss"][0] == pytest.approx((scores["nll"] * sizes).sum() / sum(sizes), abs=1e-4)
+
+
+def test_what_is_finished_is_not_trained_again(store, monkeypatch):
+    folder = train(tiny.toy("a"))
+    monkeypatch.setattr(specialists, "descend", lambda *a, **k: pytest.fail("trained again"))
+    assert train(tiny.toy("a")) == folder
+
+
+def test_a_killed_training_leaves_nothing_and_can_be_repeated(store):
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "import os, signal, tiny\n"
+        "from helpers import specialists\n"
+        "def die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "specialists.peak_memory_mb = die\n"  # trained, nothing written yet
+        "specialists.train(tiny.llama(0), tiny.byte_tokenizer(), {'name': 'tiny', 'digest': '0'},"
+        " tiny.toy('a'), specialists.Recipe(8, 1, 4, 0.05, 4), quiet=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
+    assert not list((store / "specialist").glob("[0-9a-f]*"))
+    assert (train(tiny.toy("a"), Recipe(8, 1, 4, 0.05, 4)) / "training.json").exists()
+
+
+def test_too_few_examples_are_refused(store):
+    with pytest.raises(ValueError, match="8 training examples, the recipe wants 9"):
+        train(tiny.toy("a"), replace(RECIPE, examples=9))
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    config = BertConfig(
+        vocab_size=257, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    return AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert")
+
+
+def test_an_encoder_is_tuned_whole_with_a_head_of_its_own(store, encoder):
+    recipe = Recipe(examples=8, epochs=10, batch_size=8, learning_rate=0.01, rank=0)
+    folder = train(tiny.toy("a", options=("no", "yes")), recipe, encoder)
+    log = json.loads((folder / "training.json").read_text())
+    assert log["loss"][-1] < log["loss"][0]
+    opened = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert opened.config.id2label == {0: "no", 1: "yes"}
+    with pytest.raises(ValueError, match="needs a task with options"):
+        train(tiny.toy("b"), recipe, encoder)
