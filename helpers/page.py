@@ -29,7 +29,8 @@ def write_page(results: Path, finished: dict[str, dict], notebooks: list) -> Pat
     `finished` holds the manifest row of each finished notebook; `notebooks` the order and question.
     """
     rows = [finished[notebook.name] for notebook in notebooks if notebook.name in finished]
-    title = f"Model-merging collapse: {rows[0]['parameters'].get('PROFILE', results.name)}"
+    labels = dict.fromkeys(row["parameters"].get("PROFILE", results.name) for row in rows)
+    title = f"Model-merging collapse: {'; '.join(labels)}"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     for notebook in notebooks:
         if notebook.name in finished:

@@ -206,6 +206,8 @@ def plan(profile: str, only: list[str] | None, parameters: dict[str, Any]) -> li
     }
     label = profile + "".join(f", {name} = {value!r}" for name, value in altered.items())
     folder = parameters.get("RESULTS", f"data/runs/{profile}")
+    if (ROOT / "data" / "results") in (ROOT / folder / "x").resolve().parents:
+        raise ValueError("RESULTS may not lie in data/results: only `refresh` writes there")
     values = settings | {"PROFILE": label, "RESULTS": folder, "OUT": folder} | parameters
     return [
         Step(
@@ -452,7 +454,7 @@ def _peak_memory() -> Iterator[list[int]]:
 
     def sample() -> None:
         me = psutil.Process()
-        while not stop.wait(0.2):
+        while not stop.wait(0.5):
             total = 0
             for process in (me, *me.children(recursive=True)):
                 with contextlib.suppress(psutil.NoSuchProcess):  # it ended since it was listed

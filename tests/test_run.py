@@ -149,6 +149,8 @@ def stdout_of(path):
         (["demo", "-p", "TASKS", "a,b"], "TASKS takes a list"),
         (["demo", "-p", "TASKS", "['a', 3]"], "each of TASKS takes text, as in 'a'; got 3"),
         (["demo", "-p", "RATE", "1e999"], "is inf"),
+        (["demo", "-p", "RESULTS", "data/results/demo"], "RESULTS may not lie in data/results"),
+        (["demo", "-p", "RESULTS", "data/runs/../results"], "RESULTS may not lie in data/results"),
         (
             ["demo", "--only", "02"],
             "02_read reads what 01_make writes, and 01_make is not finished",
