@@ -13,7 +13,7 @@ Starting point: Theorem 1 of Cao et al., arXiv:2603.09463; notebook 04 derives w
 Pure NumPy and SciPy: no model is needed, any squared-distance matrix will do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -281,6 +281,45 @@ def with_merge(d2: ArrayLike, delta: ArrayLike) -> Array:
     """
     d2, delta = np.asarray(d2, dtype=np.float64), np.asarray(delta, dtype=np.float64)
     return checked(np.block([[d2, delta[:, None]], [delta[None, :], np.zeros((1, 1))]]))
+
+
+def readings(
+    models: Sequence[str],
+    states: ArrayLike,
+    merged: ArrayLike,
+    owner: ArrayLike,
+    weights: Sequence[float] | None = None,
+    flipped: ArrayLike | None = None,
+    rho: ArrayLike | None = None,
+) -> list[dict]:
+    """Tidy rows of one merge, one per model, task of the probes and layer.
+
+    `models` names the base and then the merged specialists by their tasks, with `states`
+    (models, P, layers, d); `merged` (P, layers, d); `owner` (P,) is the task of each probe.
+    `delta` is the distortion. `weights` of a plain weighted sum give each model's affine `weight`
+    (the base 1 - sum) and `gap2` = ||h - c_a||^2 from the states themselves; NaN for other methods.
+    On a specialist's own probes, at the last layer: `flips`, the share of `flipped` (P,) answers,
+    and `certified`, the share within `rho` (P,) of `margin_radius`.
+    """
+    states, owner = np.asarray(states, dtype=np.float64), np.asarray(owner)
+    x = distortion_x(states, merged)
+    a, gap = np.full(len(models), np.nan), np.full(x.shape[1:], np.nan)
+    if weights is not None:
+        a = np.array([1 - sum(weights), *weights])
+        gap = distortion_x(np.tensordot(a, states, 1), merged)
+    rows = []
+    for task in dict.fromkeys(owner.tolist()):
+        on = owner == task
+        for k, model in enumerate(models):
+            read = {"model": model, "probe_task": task, "weight": float(a[k])}
+            for layer in range(x.shape[-1]):
+                mean = {"delta": x[k, on, layer].mean(), "gap2": gap[on, layer].mean()}
+                rows.append(read | {"layer": layer} | {name: float(v) for name, v in mean.items()})
+            if model == task and flipped is not None and rho is not None:
+                near = np.sqrt(x[k, on, -1]) < np.asarray(rho)[on]
+                rows[-1] |= {"flips": float(np.mean(np.asarray(flipped)[on]))}
+                rows[-1] |= {"certified": float(near.mean())}
+    return rows
 
 
 # --- rate and number of models --------------------------------------------------------------------

@@ -182,6 +182,33 @@ def test_triangle_bound_and_gap_for_every_affine_merge(seed, raw):
     assert np.sqrt(delta.max()) <= np.sqrt(reach) + np.sqrt(g2) + 1e-9
 
 
+def test_readings_of_a_merge_agree_with_the_identities():
+    rng = np.random.default_rng(0)
+    states = rng.standard_normal((3, 10, 2, 4))  # base and two specialists, ten probes, two layers
+    owner = np.repeat(["red", "blue"], [4, 6])
+    merged = np.tanh(states[1] + states[2])
+    flipped, rho = rng.random(10) < 0.5, rng.uniform(0, 4, 10)
+    rows = bound.readings(["base", "red", "blue"], states, merged, owner, [0.7, 0.9], flipped, rho)
+    assert len(rows) == 3 * 2 * 2
+    share = {"red": 0.4, "blue": 0.6}
+    for layer in (0, 1):
+        at = [r for r in rows if r["layer"] == layer]
+        delta = [
+            sum(share[r["probe_task"]] * r["delta"] for r in at if r["model"] == model)
+            for model in ("base", "red", "blue")
+        ]
+        direct = sum(share[r["probe_task"]] * r["gap2"] for r in at if r["model"] == "base")
+        d2 = bound.squared_distances(states[:, :, layer]).mean(-1)
+        assert at[0]["weight"] == pytest.approx(-0.6)
+        assert bound.offset2(d2, [-0.6, 0.7, 0.9], delta) == pytest.approx(direct)
+    (own,) = [r for r in rows if "flips" in r and r["model"] == "blue"]
+    assert own["layer"] == 1 and own["flips"] == flipped[4:].mean()
+    distance = np.linalg.norm(states[2, 4:, 1] - merged[4:, 1], axis=1)
+    assert own["certified"] == (distance < rho[4:]).mean()
+    plain = bound.readings(["base", "red", "blue"], states, merged, owner)
+    assert all(np.isnan(r["gap2"]) and "flips" not in r for r in plain)
+
+
 # 5. rate-distortion -----------------------------------------------------------------------------
 
 
