@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -403,10 +404,13 @@ def _execute(step: Step, part: Path, results: Path) -> None:
                 extra_arguments=["--IPKernelApp.log_level=50"],  # it logs that it is told to stop
             )
         except papermill.PapermillExecutionError as error:
-            first = error.source.strip().splitlines()[0]
+            # the first arrow of the traceback points to the line of the cell
+            trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))  # without colours
+            arrow = re.search(r"-+> \d+ +(.*)", trace)
+            line = f" ({arrow[1]})" if arrow else ""
             raise NotebookFailed(
-                f"{name} failed in cell {error.cell_index + 1} ({first}): "
-                f"{error.ename}: {error.evalue}\nIts output so far, with the traceback: {part}"
+                f"{name} failed in In [{error.exec_count}]{line}: {error.ename}: {error.evalue}\n"
+                f"Its output so far, with the traceback: {part}"
             ) from error
         except DeadKernelError as error:
             raise NotebookFailed(

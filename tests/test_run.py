@@ -280,7 +280,7 @@ def test_the_chain_runs_once_and_again_only_where_something_changed(project, cap
     [
         (
             "raise",
-            '01_make failed in cell 5 (if FAIL == "raise":): RuntimeError: broken on purpose',
+            '01_make failed in In [4] (raise RuntimeError("broken on purpose")): RuntimeError',
         ),
         ("die", "01_make stopped: its kernel was killed"),
         ("quit", "01_make stopped before its end, at cell 6"),
