@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -67,36 +68,29 @@ class Row(NamedTuple):
     taus: list[Tensor] | list[Lazy]
 
 
-class Folder(Mapping):
-    """The tensors of a safetensors folder by name, memory-mapped: reading one copies nothing."""
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors folder by name, memory-mapped: no byte of them is read yet.
 
-    def __init__(self, folder: Path):
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            files = {
-                name: folder / file
-                for name, file in json.loads(index.read_text())["weight_map"].items()
-            }
-        else:
-            found = sorted(folder.glob("*.safetensors"))
-            if len(found) != 1:
-                raise ValueError(f"{folder} {_why_not_one_file(folder, found)}")
-            with safe_open(found[0], framework="pt") as handle:
-                files = dict.fromkeys(handle.keys(), found[0])
-        missing = sorted({file.name for file in files.values() if not file.is_file()})
-        if missing:
-            raise ValueError(f"{folder} lists {missing[0]} in its index, but the file is not there")
-        handles = {file: safe_open(file, framework="pt") for file in set(files.values())}
-        self._handles = {name: handles[file] for name, file in files.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._handles[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._handles)
-
-    def __len__(self) -> int:
-        return len(self._handles)
+    Raises ValueError, with the reason, if the folder has no complete set of safetensors.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted({folder / file for file in weight_map.values()})
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{folder} lists {file.name} in its index, but it is not there")
+    else:
+        files, weight_map = sorted(folder.glob("*.safetensors")), None
+        if len(files) != 1:
+            raise ValueError(f"{folder} {_why_not_one_file(folder, files)}")
+    tensors = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    for name in tensors.keys() ^ (tensors if weight_map is None else weight_map).keys():
+        raise ValueError(f"{folder}: the index and the files disagree about {name}")
+    return tensors
 
 
 def _why_not_one_file(folder: Path, found: list[Path]) -> str:
@@ -125,7 +119,7 @@ def open_base(source: Path | str | Mapping[str, Tensor], label: str = "base") ->
         )
     sealed = (folder / "seals.json").is_file()  # elsewhere base.json tells of another model
     digest = _recorded_digest(folder) if sealed else None
-    return Source(label, _without_tied_head(folder, Folder(folder)), {}, digest)
+    return Source(label, _without_tied_head(folder, read_folder(folder)), {}, digest)
 
 
 def open_specialist(source: Path | str | Mapping[str, Tensor], label: str | None = None) -> Source:
@@ -143,9 +137,7 @@ def open_specialist(source: Path | str | Mapping[str, Tensor], label: str | None
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"{folder} {_why_not_one_file(folder, [])}")
-    with safe_open(file, framework="pt") as handle:
-        stored = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    factors, copies = _lora_factors(label, _lora_config(folder), stored)
+    factors, copies = _lora_factors(label, _lora_config(folder), load_file(file))
     return Source(label, copies, factors, _recorded_digest(folder))
 
 
@@ -391,20 +383,27 @@ def stream(base: Source, specialists: Sequence[Source], device: str = "cpu") -> 
         yield Row(row.name, row.base[...], [tau[...] for tau in row.taus])
 
 
-def row_blocks(shape: torch.Size, device: str | torch.device = "cpu") -> Iterator[tuple[Any, int]]:
-    """(rows to index by, offset of their first entry) in blocks that stay in cache.
+class Block(NamedTuple):
+    """Rows of a tensor: what to index it by, and the flat index of their first entry."""
+
+    rows: Any
+    offset: int
+
+
+def row_blocks(shape: torch.Size, device: str | torch.device = "cpu") -> Iterator[Block]:
+    """Blocks of rows that stay in cache.
 
     The split depends on the shape alone, and every block but the last has an even number of
     entries.
     """
     numel, block = shape.numel(), BLOCK.get(torch.device(device).type, 1 << 24)
     if numel <= block:
-        yield ..., 0
+        yield Block(..., 0)
         return
     width = numel // shape[0]
     step = max(2, block // width // 2 * 2)
     for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0])), start * width
+        yield Block(slice(start, min(start + step, shape[0])), start * width)
 
 
 @contextmanager

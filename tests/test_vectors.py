@@ -180,7 +180,7 @@ def test_folders_without_weights_or_with_missing_shards_are_refused(tmp_path, ti
         vectors.open_base(tiny_adapters[0])
     folder = tiny.save_base(tmp_path / "base", max_shard_size="20KB")
     sorted(folder.glob("*.safetensors"))[1].unlink()
-    with pytest.raises(ValueError, match="the file is not there"):
+    with pytest.raises(ValueError, match="in its index, but it is not there"):
         vectors.open_base(folder)
 
 
