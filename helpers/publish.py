@@ -180,11 +180,11 @@ def table() -> str:
     """The README's table of notebooks with their measured minutes, in Markdown."""
     measured = costs()
     demo = measured.get("demo", {"minutes": {}, "peak_gb": {}})
-    lines = ["| notebook | question | minutes | memory |", "|---|---|---|---|"]
+    lines = ["| notebook | question | minutes | memory (GB) |", "|---|---|---|---|"]
     for name, question, *_ in chain():
         minutes, memory = demo["minutes"].get(name, "–"), demo["peak_gb"].get(name, "–")
         link = f"[{name}](notebooks/{name}.ipynb)"
-        lines.append(f"| {link} | {question} | {minutes} | {memory} GB |")
+        lines.append(f"| {link} | {question} | {minutes} | {memory} |")
     if "demo" in measured:
         total = sum(demo["minutes"].values())
         lines.append(
