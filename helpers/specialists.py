@@ -110,7 +110,8 @@ def train_lora(
         log = descend(adapted, loss_of, lengths, recipe, desc)
         # PEFT notes the path that the base was loaded from: a name travels, a cache path does not
         adapted.peft_config["default"].base_model_name_or_path = base["name"]
-        adapted.save_pretrained(folder)
+        # no embedding is adapted; asked to find out, PEFT would look the base up on the hub
+        adapted.save_pretrained(folder, save_embedding_layers=False)
     finally:
         adapted.unload()
         model.eval().requires_grad_(True)
