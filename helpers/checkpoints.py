@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers import assets, merging, vectors
+from helpers import merging, vectors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {  # safetensors' names
@@ -258,7 +258,7 @@ def merge_to_folder(
     plan = merging.plan(
         recipe.method, labels, recipe.weights, recipe.seed, recipe.scale, **recipe.options
     )
-    base_folder = assets.model_folder(recipe.base)
+    base_folder = _folder(recipe.base)
     base = vectors.open_base(base_folder)
     specialists = [
         vectors.open_specialist(_folder(model), label)
@@ -279,8 +279,15 @@ def merge_to_folder(
 
 
 def _folder(model: str) -> Path:
-    """An adapter's or a checkpoint's folder; a name that is no folder is a model's name."""
-    return Path(model) if Path(model).is_dir() else assets.model_folder(model)
+    """A folder as it is; anything else is the name of a model, which may have to be fetched."""
+    if Path(model).is_dir():
+        return Path(model)
+    from helpers import assets  # imports transformers: seconds and 0.14 GB that a folder needs not
+
+    try:
+        return assets.model_folder(model)
+    except assets.AssetError as error:
+        raise ValueError(str(error)) from error
 
 
 def _write_merge(

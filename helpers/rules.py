@@ -218,15 +218,19 @@ def cut_at(tau: Tensor | Lazy, k: int) -> Cut:
     if k == numel:
         return Cut(0.0, -1, 0)  # what is not above zero is zero
     magnitudes = _magnitudes(tau)
-    magnitudes.partition(numel - k)  # introselect in place: 1 ns an entry, where a sort takes 70
+    # Introselect in place: 1 ns an entry, where argsort takes 70. Magnitudes order as their bits.
+    magnitudes.view(np.int32).partition(numel - k)
     threshold = magnitudes[numel - k]
     tied = int(np.count_nonzero(magnitudes == threshold))
     quota = k - np.count_nonzero(magnitudes[numel - k :] > threshold)
     del magnitudes
     if tied == quota:
         return Cut(float(threshold), numel - 1, tied)
-    last = np.flatnonzero(_magnitudes(tau) == threshold)[quota - 1]
-    return Cut(float(threshold), int(last), tied)
+    ties = [
+        np.flatnonzero(tau[rows].abs().cpu().numpy() == threshold) + offset
+        for rows, offset in row_blocks(tau.shape, tau.device)
+    ]
+    return Cut(float(threshold), int(np.concatenate(ties)[quota - 1]), tied)
 
 
 def _magnitudes(tau: Tensor | Lazy) -> np.ndarray:

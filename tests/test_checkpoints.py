@@ -10,7 +10,7 @@ import tiny
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import checkpoints, merging, vectors
@@ -112,8 +112,6 @@ def test_bf16_output_is_the_fp32_merge_cast_once(tiny_base, full_models, tmp_pat
 
 
 def test_integer_buffers_are_copied(tmp_path):
-    from safetensors.torch import save_file
-
     for name, value in [("base", 0.0), ("one", 1.0), ("two", 2.0)]:
         (tmp_path / name).mkdir()
         tensors = {
@@ -202,6 +200,43 @@ def test_a_full_disk_is_noticed_first(tiny_base, tiny_adapters, tmp_path, monkey
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda place: usage)
     with pytest.raises(ValueError, match="the merge needs"):
         merge(tiny_base, tiny_adapters, tmp_path / "new" / "out", "--method", "linear")
+
+
+MEASURE = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from helpers import checkpoints
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("RssAnon"))
+before = anonymous()
+peak = [0]
+def sample():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
+threading.Thread(target=sample, daemon=True).start()
+checkpoints.main(sys.argv[1:])
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path, method):
+    generator = torch.Generator().manual_seed(0)
+    shape = torch.Size((2000, 1000))
+    for model in ("base", "one", "two", "three"):
+        (tmp_path / model).mkdir()
+        tensors = {f"w{i}": torch.randn(shape, generator=generator) for i in range(8)}
+        save_file(tensors, tmp_path / model / "model.safetensors")
+    command = ["--method", method, "--base", "base", "--models", "one", "two", "three"]
+    run = [sys.executable, "-c", MEASURE, *command, "--out", "out"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
+    stated = checkpoints.working_memory(method, [shape])
+    assert stated < 20e6 < 64e6  # a model has 64 MB
+    assert int(done.stdout.split()[-1]) < 1.2 * stated + 10e6  # what imports and the report take
 
 
 # mergekit ----------------------------------------------------------------------------------------

@@ -1,0 +1,295 @@
+"""What does a merge cost, beside mergekit and beside merely moving the bytes?
+
+    python tests/benchmarks/bench_merge.py [--cells SIZE:DTYPE:METHOD:MODELS ...] [--repeats N]
+
+Every subject merges the same synthetic checkpoints in a process of its own, one thread, inputs in
+the page cache: this engine; mergekit 0.1.5, in a virtual environment that this script makes beside
+the checkpoints (its torch is the one in use here); and the floor, which reads every input byte and
+writes as many bytes as the result has. Measured: CPU seconds of the merge itself (after imports)
+and of the whole process, wall seconds, peak anonymous memory. Outputs are compared entry by entry.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from helpers import checkpoints, vectors
+
+ROOT = Path(__file__).resolve().parents[2]
+MERGEKIT = "mergekit==0.1.5"
+SIZES = {  # vocabulary, width, key/value width, MLP width, layers: tied embeddings, as SmolLM2
+    "1M": (2048, 64, 32, 128, 20),
+    "135M": (49152, 576, 192, 1536, 30),
+    "500M": (49152, 1024, 256, 4096, 30),
+    "3B": (49152, 2560, 512, 9216, 33),
+}
+CELLS = [
+    *(f"135M:float32:{m}:4" for m in ("linear", "task_arithmetic", "ties", "dare_ties")),
+    "135M:float32:slerp:2",
+    *(f"135M:float32:{m}:8" for m in ("linear", "ties")),
+    "135M:bfloat16:ties:4",
+    *(f"500M:bfloat16:{m}:4" for m in ("linear", "task_arithmetic", "ties", "dare_ties")),
+    "500M:bfloat16:slerp:2",
+    "500M:float32:ties:4",
+]
+SETTINGS = {  # our flags, mergekit's parameters: the same formula
+    "linear": ([], {"weight": 1.0}),
+    "task_arithmetic": ([], {"weight": 1.0}),
+    "slerp": ([], {"t": 0.5}),
+    "ties": (["--density", "0.2"], {"weight": 1.0, "density": 0.2}),
+    "dare_ties": (
+        ["--density", "0.2", "--rescale", "l1", "--combine", "sum"],
+        {"weight": 1.0, "density": 0.2},
+    ),
+}
+
+# The subjects: programs that print the CPU seconds they spent before the merge and in all.
+OURS = """
+import sys, time
+from helpers import checkpoints
+start = time.process_time()
+checkpoints.main(sys.argv[1:])
+print(start, time.process_time())
+"""
+THEIRS = """
+import sys, time, torch, yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+config = MergeConfiguration.model_validate(yaml.safe_load(open(sys.argv[1])))
+start = time.process_time()
+run_merge(config, sys.argv[2], MergeOptions(quiet=True, copy_tokenizer=False, random_seed=0))
+print(start, time.process_time())
+"""
+FLOOR = """
+import sys, time
+from pathlib import Path
+out, size, *files = sys.argv[1:]
+start = time.process_time()
+buffer = bytearray(8 << 20)
+for name in files:
+    with open(name, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+Path(out).mkdir()
+with open(Path(out) / "bytes", "wb", buffering=0) as file:
+    for _ in range(int(size) >> 23):
+        file.write(buffer)
+print(start, time.process_time())
+"""
+
+
+def checkpoint(folder: Path, size: str, dtype: torch.dtype, seed: int) -> Path:
+    """A synthetic base (seed 0) or a specialist of it: heavy-tailed changes of 2 % of the norm."""
+    if (folder / "config.json").exists():
+        return folder
+    vocabulary, width, kv, mlp, layers = SIZES[size]
+    shapes = {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,)}
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        shapes |= {
+            f"{layer}.self_attn.q_proj.weight": (width, width),
+            f"{layer}.self_attn.k_proj.weight": (kv, width),
+            f"{layer}.self_attn.v_proj.weight": (kv, width),
+            f"{layer}.self_attn.o_proj.weight": (width, width),
+            f"{layer}.mlp.gate_proj.weight": (mlp, width),
+            f"{layer}.mlp.up_proj.weight": (mlp, width),
+            f"{layer}.mlp.down_proj.weight": (width, mlp),
+            f"{layer}.input_layernorm.weight": (width,),
+            f"{layer}.post_attention_layernorm.weight": (width,),
+        }
+    base, change = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    folder.mkdir(parents=True)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    parts, places = checkpoints.shards(sizes, 4 * checkpoints.GB), {}
+    for i, names in enumerate(parts):
+        file = f"model-{i}.safetensors" if len(parts) > 1 else "model.safetensors"
+        places |= dict.fromkeys(names, file)
+        tensors = {}
+        for name in names:
+            tensor = 0.02 * torch.randn(shapes[name], generator=base)
+            if seed:
+                noise = torch.randn(shapes[name], generator=change)
+                tensor += noise.pow_(3).mul_(0.02 * 0.02 / 15**0.5)  # cubed: kurtosis 46
+            tensors[name] = tensor.to(dtype)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+    }
+    config |= {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": width // 64, "num_key_value_heads": kv // 64}
+    config |= {"tie_word_embeddings": True, "dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def mergekit_python(work: Path) -> Path:
+    """The interpreter of a virtual environment with mergekit and, for the rest, our packages."""
+    python = work / "mergekit" / "bin" / "python"
+    if not (work / "mergekit" / "ready").exists():
+        venv.create(work / "mergekit", with_pip=True)
+        packages = next((work / "mergekit" / "lib").glob("python*/site-packages"))
+        (packages / "ours.pth").write_text(sysconfig.get_paths()["purelib"])
+        subprocess.run([python, "-m", "pip", "install", "--quiet", MERGEKIT], check=True)
+        (work / "mergekit" / "ready").touch()
+    return python
+
+
+def measured(command: list) -> dict[str, float]:
+    """Run a subject with one thread; CPU, wall and peak anonymous memory."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+    started, peak = time.perf_counter(), 0
+    child = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | threads,
+        cwd=ROOT,
+    )
+    status = Path(f"/proc/{child.pid}/status")
+    while child.poll() is None:
+        found = [x for x in status.read_text().splitlines() if x.startswith("RssAnon")]
+        peak = max([peak, *(int(x.split()[1]) for x in found)])
+        time.sleep(0.02)
+    wall = time.perf_counter() - started
+    output = child.stdout.read()
+    if child.returncode:
+        raise SystemExit(f"{command[0]} failed:\n{output}")
+    before, after = map(float, output.split()[-2:])
+    return {"cpu_merge": after - before, "cpu": after, "wall": wall, "anonymous_gb": peak / 1e6}
+
+
+def compared(ours: Path, theirs: Path) -> dict[str, float]:
+    """How far two merged models are apart, relative to the second; share of differing entries."""
+    apart = square = differing = entries = 0.0
+    mine, reference = vectors.read_folder(ours), vectors.read_folder(theirs)
+    for name, tensor in reference.items():
+        a, b = mine[name].float(), tensor.float()
+        apart += float((a - b).square().sum())
+        square += float(b.square().sum())
+        differing += float((a != b).sum())
+        entries += a.numel()
+    return {"difference": (apart / square) ** 0.5, "differing": differing / entries}
+
+
+def cell(name: str, work: Path, repeats: int, others: bool) -> list[dict]:
+    """All subjects on one cell, interleaved `repeats` times; medians."""
+    size, dtype, method, n = name.split(":")
+    models = [
+        checkpoint(work / f"{size}-{dtype}" / str(seed), size, getattr(torch, dtype), seed)
+        for seed in range(int(n) + 1)
+    ]
+    flags, parameters = SETTINGS[method]
+    merged = models[1:] if method != "slerp" else models[:2]
+    config = work / "config.yml"
+    used = [{"model": str(m)} for m in merged]
+    stated = {"merge_method": method, "models": used, "parameters": parameters, "dtype": dtype}
+    if method != "linear":  # whose base_model mergekit would count as one more model
+        stated["base_model"] = str(models[0])
+    config.write_text(yaml.safe_dump(stated))
+    inputs = [f for m in {models[0], *merged} for f in sorted(m.glob("*.safetensors"))]
+    ours = ["--method", method, "--base", models[0], "--models", *merged, *flags, "--out"]
+    subjects = {"ours": [sys.executable, "-c", OURS, *ours, work / "ours"]}
+    if others:
+        theirs = [mergekit_python(work), "-c", THEIRS, config, work / "mergekit-out"]
+        size_out = sum(f.stat().st_size for f in models[0].glob("*.safetensors"))
+        floor = [sys.executable, "-c", FLOOR, work / "floor", size_out, *inputs]
+        subjects |= {"mergekit": theirs, "floor": floor}
+    runs: dict[str, list[dict]] = {subject: [] for subject in subjects}
+    for _ in range(repeats):
+        for subject, command in subjects.items():
+            remove(work / command_out(subject))
+            runs[subject].append(measured(command))
+    same = compared(work / "ours", work / "mergekit-out") if others else {}
+    rows = []
+    for subject, measurements in runs.items():
+        medians = {k: statistics.median(m[k] for m in measurements) for k in measurements[0]}
+        cell_of = {"size": size, "dtype": dtype, "method": method, "models": int(n)}
+        rows.append(cell_of | {"subject": subject} | medians | (same if subject == "ours" else {}))
+        remove(work / command_out(subject))
+    return rows
+
+
+def command_out(subject: str) -> str:
+    return {"ours": "ours", "mergekit": "mergekit-out", "floor": "floor"}[subject]
+
+
+def remove(folder: Path) -> None:
+    for file in folder.glob("*"):
+        file.unlink()
+    if folder.exists():
+        folder.rmdir()
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: one line per cell, CPU seconds of the merge and how often we are faster."""
+    head = (
+        "| cell | floor | ours | mergekit | ratio | ours / floor | GB ours | GB mergekit | apart |"
+    )
+    lines = [head, "|" + "---|" * 9]
+    cells: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        name = f"{row['size']} {row['dtype']} {row['method']} {row['models']}"
+        cells.setdefault(name, {})[row["subject"]] = row
+    for name, found in cells.items():
+        ours = found["ours"]
+        if "mergekit" not in found:
+            lines.append(
+                f"| {name} | | {ours['cpu_merge']:.2f} | | | | {ours['anonymous_gb']:.2f} | | |"
+            )
+            continue
+        floor, theirs = found["floor"], found["mergekit"]
+        lines.append(
+            f"| {name} | {floor['cpu_merge']:.2f} | {ours['cpu_merge']:.2f} | "
+            f"{theirs['cpu_merge']:.2f} | {theirs['cpu_merge'] / ours['cpu_merge']:.1f} | "
+            f"{ours['cpu_merge'] / floor['cpu_merge']:.1f} | {ours['anonymous_gb']:.2f} | "
+            f"{theirs['anonymous_gb']:.2f} | {ours['difference']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cells", nargs="+", default=CELLS, metavar="SIZE:DTYPE:METHOD:MODELS")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ours-only", action="store_true", help="no mergekit, no floor")
+    parser.add_argument("--work", type=Path, default=ROOT / "data" / "runs" / "bench")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench_merge.csv")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in arguments.cells:
+        found = cell(name, arguments.work, arguments.repeats, not arguments.ours_only)
+        print(table(found).splitlines()[-1], flush=True)
+        rows += found
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(
+        f"\nCPU seconds of the merge itself, one thread, torch {torch.__version__}\n\n{table(rows)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
