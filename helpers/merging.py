@@ -121,7 +121,7 @@ def check_method(
     for name, value in options.items():
         _check_option(method, name, value, known[name].annotation)
     weights = (
-        [contract.weight(n_models)] * n_models if weights is None else [float(w) for w in weights]
+        [contract.weight(n_models)] * n_models if weights is None else list(map(float, weights))
     )
     if len(weights) != n_models:
         raise ValueError(f"{method} got {len(weights)} weights for {n_models} models")
@@ -136,16 +136,13 @@ def check_method(
 
 def _check_option(method: str, name: str, value: Any, annotation: Any) -> None:
     if get_origin(annotation) is Literal:
-        if value not in get_args(annotation):
-            raise ValueError(
-                f"{name} of {method} must be one of {get_args(annotation)}, not {value!r}"
-            )
-        return
-    low, high = get_args(annotation)[1]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(
-            f"{name} of {method} must be a number from {low:g} to {high:g}, not {value!r}"
-        )
+        right, kind = value in get_args(annotation), f"one of {get_args(annotation)}"
+    else:
+        low, high = get_args(annotation)[1]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        right, kind = number and low <= value <= high, f"a number from {low:g} to {high:g}"
+    if not right:
+        raise ValueError(f"{name} of {method} must be {kind}, not {value!r}")
 
 
 # The report --------------------------------------------------------------------------------------
@@ -175,21 +172,16 @@ class Report:
     per_tensor: list[dict[str, Any]]
     sketch: list[float]
 
-    def _sum(self, key: str) -> Any:
-        return (
-            np.sum([t[key] for t in self.per_tensor if key in t], axis=0)
-            if self.per_tensor
-            else 0.0
-        )
+    def _sum(self, key: str, start: Any = 0.0) -> Any:
+        return sum((np.array(t[key]) for t in self.per_tensor if key in t), start=start)
 
     @property
     def gram(self) -> np.ndarray:
-        n = len(self.labels)
-        return np.reshape(self._sum("gram"), (n, n)) if self.per_tensor else np.zeros((n, n))
+        return self._sum("gram", np.zeros((len(self.labels), len(self.labels))))
 
     @property
     def dots(self) -> np.ndarray:
-        return self._sum("dots") if self.per_tensor else np.zeros(len(self.labels))
+        return self._sum("dots", np.zeros(len(self.labels)))
 
     @property
     def norms(self) -> list[float]:
@@ -246,6 +238,13 @@ class Report:
         ]
         sketch = [factor * x for x in self.sketch]
         return replace(self, scale=self.scale * factor, per_tensor=tensors, sketch=sketch)
+
+    def by_tensor(self) -> list[dict[str, Any]]:
+        """The totals of `as_row` for each tensor apart, with its name and size."""
+        return [
+            {"name": t["name"], "numel": t["numel"]} | replace(self, per_tensor=[t]).as_row()
+            for t in self.per_tensor
+        ]
 
     def as_row(self) -> dict[str, Any]:
         """The totals, flat: one row of a table of merges."""
@@ -343,7 +342,7 @@ def plan(
 
 def merge_tensors(rows: Rows, chosen: Plan) -> Iterator[tuple[Row, Tensor, dict[str, Any]]]:
     """(row, merged delta times the plan's scale, record for the report) of one tensor at a time."""
-    passes = rows if callable(rows) else lambda: rows
+    passes = _passes(rows)
     if chosen.options.get("scope") == "model":
         cuts = rules.model_cuts(passes, len(chosen.labels), chosen.options["density"])
         chosen = chosen._replace(cuts=cuts)
@@ -351,7 +350,15 @@ def merge_tensors(rows: Rows, chosen: Plan) -> Iterator[tuple[Row, Tensor, dict[
         yield _merge_tensor(row, chosen, position)  # no name here holds on to a tensor given away
 
 
+def _passes(rows: Rows) -> Callable[[], Iterable[Row]]:
+    if isinstance(rows, Iterator):
+        raise ValueError("rows must be a list or a function that gives them anew, not an iterator")
+    return rows if callable(rows) else lambda: rows
+
+
 def _merge_tensor(row: Row, chosen: Plan, position: int) -> tuple[Row, Tensor, dict[str, Any]]:
+    if len(row.taus) != len(chosen.labels):
+        raise ValueError(f"{row.name}: {len(row.taus)} models for {len(chosen.labels)} labels")
     contract = METHODS[chosen.method]
     arguments, notes = contract.state(row, chosen)
     options = chosen.options | arguments
@@ -421,11 +428,13 @@ def match_factor(report: Report, match: str) -> float:
     return report.scale / now
 
 
-def solo(rows: Rows, method: str, i: int, labels: Sequence[str], *args: Any, **kwargs: Any):
+def solo(
+    rows: Rows, method: str, i: int, labels: Sequence[str], *args: Any, **kwargs: Any
+) -> tuple[dict[str, Tensor], Report]:
     """`merge` with the partners' task vectors at zero: what the rule alone does to model i."""
 
     def alone() -> Iterable[Row]:
-        for name, base, taus in rows() if callable(rows) else rows:
+        for name, base, taus in _passes(rows)():
             others = [zero(tau.shape, tau.device) for tau in taus]
             yield Row(name, base, [*others[:i], taus[i], *others[i + 1 :]])
 
@@ -434,8 +443,7 @@ def solo(rows: Rows, method: str, i: int, labels: Sequence[str], *args: Any, **k
 
 def dose(rows: Rows, i: int, a: float) -> dict[str, Tensor]:
     """The delta a * tau_i: model i alone at dose a."""
-    passes = rows() if callable(rows) else rows
-    return {row.name: rules.task_arithmetic([row.taus[i]], [a]) for row in passes}
+    return {row.name: rules.task_arithmetic([row.taus[i]], [a]) for row in _passes(rows)()}
 
 
 def rounded(
@@ -461,6 +469,5 @@ def rounded(
             changes[name] = result - full
         if name in delta:
             grids[name] = result - grid
-    passes = rows() if callable(rows) else rows
-    products = sum(rules.gram_matrix([*row.taus, grids[row.name]]) for row in passes)
+    products = sum(rules.gram_matrix([*row.taus, grids[row.name]]) for row in _passes(rows)())
     return changes, _own_doses(products[-1, :-1], products.diagonal()[:-1])

@@ -21,10 +21,8 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-BLOCK = {
-    "cpu": 1 << 16,
-    "cuda": 1 << 24,
-}  # entries per block: the n + 2 blocks in use fit the cache
+# Entries per block of rows: on a CPU the blocks in use, two more than models, fit the cache.
+BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
 class Factors(NamedTuple):
@@ -73,34 +71,33 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
     Raises ValueError, with the reason, if the folder has no complete set of safetensors.
     """
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    places = None
     if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = sorted({folder / file for file in weight_map.values()})
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"{folder} lists {file.name} in its index, but it is not there")
-    else:
-        files, weight_map = sorted(folder.glob("*.safetensors")), None
-        if len(files) != 1:
-            raise ValueError(f"{folder} {_why_not_one_file(folder, files)}")
+        places = json.loads(index.read_text())["weight_map"]
+        files = sorted({folder / file for file in places.values()})
+    elif len(files) != 1:
+        raise ValueError(f"{folder} {_no_weights(folder, files)}")
     tensors = {}
     for file in files:
+        if not file.is_file():
+            raise ValueError(f"{folder} lists {file.name} in its index, but it is not there")
         with safe_open(file, framework="pt") as handle:
             tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    for name in tensors.keys() ^ (tensors if weight_map is None else weight_map).keys():
+    for name in tensors.keys() ^ (tensors if places is None else places).keys():
         raise ValueError(f"{folder}: the index and the files disagree about {name}")
     return tensors
 
 
-def _why_not_one_file(folder: Path, found: list[Path]) -> str:
+def _no_weights(folder: Path, found: Sequence[Path] = ()) -> str:
+    """Why a folder cannot be read."""
     if found:
         return f"holds {len(found)} safetensors files and no model.safetensors.index.json"
     pickles = [p.name for p in sorted(folder.glob("*")) if p.suffix in PICKLES]
     if pickles:
         return (
-            f"holds only {pickles[0]}, a pickle, which can run code when opened: "
-            "save the model again as safetensors"
+            f"holds {pickles[0]}, a pickle, which can run code when opened: save it as safetensors"
         )
     return "is not a folder with safetensors weights"
 
@@ -114,9 +111,7 @@ def open_base(source: Path | str | Mapping[str, Tensor], label: str = "base") ->
         return Source(label, _without_aliases(source), {})
     folder = Path(source)
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{folder} is an adapter, not a base model: give the model it was trained on"
-        )
+        raise ValueError(f"{folder} is an adapter: give the model that it was trained on")
     sealed = (folder / "seals.json").is_file()  # elsewhere base.json tells of another model
     digest = _recorded_digest(folder) if sealed else None
     return Source(label, _without_tied_head(folder, read_folder(folder)), {}, digest)
@@ -136,7 +131,7 @@ def open_specialist(source: Path | str | Mapping[str, Tensor], label: str | None
         return open_base(folder, label)._replace(base_digest=_recorded_digest(folder))
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        raise ValueError(f"{folder} {_why_not_one_file(folder, [])}")
+        raise ValueError(f"{folder} {_no_weights(folder)}")
     factors, copies = _lora_factors(label, _lora_config(folder), load_file(file))
     return Source(label, copies, factors, _recorded_digest(folder))
 
@@ -165,9 +160,7 @@ def _without_tied_head(folder: Path, tensors: Mapping[str, Tensor]) -> Mapping[s
     if not (tied and "lm_head.weight" in tensors and inputs):
         return tensors
     if not torch.equal(tensors["lm_head.weight"], tensors[inputs[0]]):
-        raise ValueError(
-            f"{folder} says that lm_head.weight is tied to {inputs[0]}, but they differ"
-        )
+        raise ValueError(f"{folder}: lm_head.weight is tied to {inputs[0]}, but differs from it")
     return {name: tensors[name] for name in tensors if name != "lm_head.weight"}
 
 
@@ -175,6 +168,7 @@ def _without_tied_head(folder: Path, tensors: Mapping[str, Tensor]) -> Mapping[s
 
 UNMERGEABLE = {
     "use_dora": "DoRA rescales the whole weight, so its change is not B A",
+    "bias": "it trains biases",
     "lora_bias": "it trains biases",
     "modules_to_save": "it holds whole modules beside the factors",
     "trainable_token_indices": "it holds token embeddings beside the factors",
@@ -195,22 +189,14 @@ COPY = re.compile(r"base_model\.model\.((?:(?!lora_).)+?)(?:\.base_layer)?\.weig
 def _lora_config(folder: Path) -> dict:
     """The adapter's settings; ValueError if its task vector is not scaling * B A of the base."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{folder} is a {config.get('peft_type')} adapter: only LORA can be merged exactly"
-        )
+    kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
+    if kind != "LORA":
+        raise ValueError(f"{folder} is a {kind} adapter: only LORA can be merged exactly")
     for option, reason in UNMERGEABLE.items():
-        if config.get(option):
+        if config.get(option) not in (None, False, "none", []):
             raise ValueError(f"{folder} uses {option}: {reason}; merge it into its base first")
-    if config.get("bias", "none") != "none":
-        raise ValueError(
-            f"{folder} trains biases (bias={config['bias']!r}); merge it into its base first"
-        )
-    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
-        start = config["init_lora_weights"]
-        raise ValueError(
-            f"{folder} starts from init_lora_weights={start!r}, which changes the base"
-        )
+    if start not in PLAIN_STARTS:
+        raise ValueError(f"{folder} has init_lora_weights={start!r}, which changes the base")
     return config
 
 
@@ -236,16 +222,12 @@ def _lora_factors(
     factors = {}
     for module, pair in sorted(pairs.items()):
         if len(pair) != 2:
-            raise ValueError(
-                f"adapter {label} holds one of the two factors of {module}: it is incomplete"
-            )
+            raise ValueError(f"adapter {label} is incomplete: one factor of {module} is missing")
         rank = _pattern(config.get("rank_pattern"), module, config["r"])
         alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
         A, B = pair["A"], pair["B"]
         if not A.shape[0] == B.shape[1] == rank:
-            raise ValueError(
-                f"adapter {label}: {module} has rank {A.shape[0]}, but {rank} by its config"
-            )
+            raise ValueError(f"adapter {label}: {module} is not of rank {rank}, as its config says")
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         if module in transposed:
             A, B = B.T, A.T
@@ -275,48 +257,36 @@ def check(base: Source, specialists: Sequence[Source]) -> None:
         raise ValueError(f"specialists must have different labels, not {labels}")
     for name, tensor in base.tensors.items():
         if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"{name} of the base is stored as {tensor.dtype}: convert it to a plain float"
-            )
+            raise ValueError(f"the base stores {name} as {tensor.dtype}: convert it to bfloat16")
     for specialist in specialists:
-        _check_one(base, specialist)
+        who, digests = f"specialist {specialist.label}", {base.base_digest, specialist.base_digest}
+        if len(digests - {None}) > 1:
+            raise ValueError(f"{who} was trained from another base: its recorded digest differs")
+        fits = _check_adapter if specialist.factors else _check_checkpoint
+        fits(who, base.tensors, specialist)
 
 
-def _check_one(base: Source, specialist: Source) -> None:
-    who = f"specialist {specialist.label}"
-    if (
-        None not in (base.base_digest, specialist.base_digest)
-        and base.base_digest != specialist.base_digest
-    ):
-        raise ValueError(
-            f"{who} was trained from another base (its recorded parameter digest differs)"
-        )
-    for name, factors in specialist.factors.items():
-        if name not in base.tensors:
-            raise ValueError(
-                f"{who} adapts {name}, which the base does not hold or holds tied to another"
-            )
-        shape = (factors.B.shape[0], factors.A.shape[1])
-        if base.tensors[name].shape != shape:
-            raise ValueError(
-                f"{who}: {name} is {shape}, in the base {tuple(base.tensors[name].shape)}"
-            )
-    if specialist.factors:
-        for name, copy in specialist.tensors.items():
-            if name not in base.tensors or not torch.equal(
-                base.tensors[name].float(), copy.float()
-            ):
-                raise ValueError(f"{who} holds its own {name}, which differs from the base's")
-        return
-    for name in sorted(base.tensors.keys() ^ specialist.tensors.keys()):
-        where = "the base lacks it" if name in specialist.tensors else f"{who} lacks it"
-        raise ValueError(f"{who} and the base must hold the same tensors: {name}: {where}")
-    for name, ours in base.tensors.items():
-        theirs = specialist.tensors[name]
+def _check_adapter(who: str, base: Mapping[str, Tensor], adapter: Source) -> None:
+    for name, (_, B, A) in adapter.factors.items():
+        if name not in base:
+            raise ValueError(f"{who} adapts {name}: the base lacks it, or ties it to another")
+        if base[name].shape != (B.shape[0], A.shape[1]):
+            shape = (B.shape[0], A.shape[1])
+            raise ValueError(f"{who}: {name} is {shape}, in the base {tuple(base[name].shape)}")
+    for name, copy in adapter.tensors.items():
+        if name not in base or not torch.equal(base[name].float(), copy.float()):
+            raise ValueError(f"{who} holds its own {name}, which differs from the base's")
+
+
+def _check_checkpoint(who: str, base: Mapping[str, Tensor], checkpoint: Source) -> None:
+    for name in sorted(base.keys() ^ checkpoint.tensors.keys()):
+        lacking = who if name in base else "the base"
+        raise ValueError(f"{who} and the base must hold the same tensors: {lacking} lacks {name}")
+    for name, ours in base.items():
+        theirs = checkpoint.tensors[name]
         if ours.shape != theirs.shape:
-            raise ValueError(
-                f"{who}: {name} is {tuple(theirs.shape)}, in the base {tuple(ours.shape)}"
-            )
+            here, there = tuple(theirs.shape), tuple(ours.shape)
+            raise ValueError(f"{who}: {name} is {here}, in the base {there}")
         if ours.is_floating_point():
             if theirs.dtype not in FLOATS:
                 raise ValueError(f"{who}: {name} is {theirs.dtype}, in the base {ours.dtype}")

@@ -475,6 +475,15 @@ def test_report_totals_are_those_of_the_flattened_model(method):
     assert json.loads(json.dumps(report.as_dict()))["own"] == report.own
 
 
+def test_the_report_tells_tensors_apart():
+    a, b = torch.tensor([3.0, 4]), torch.tensor([0.0, 0, 0, 2])
+    model = [vectors.Row("a", a, [a, -a]), vectors.Row("b", b, [b, b])]
+    _, report = merging.merge(model, "linear", BOTH)
+    by_tensor = report.by_tensor()
+    assert [t["name"] for t in by_tensor] == ["a", "b"] and [t["norm"] for t in by_tensor] == [0, 2]
+    assert [t["kept"] for t in by_tensor] == [0, 0.25] and report.kept == pytest.approx(1 / 6)
+
+
 def test_a_dose_of_a_single_model_and_the_rule_alone():
     a, b = random_taus(2)
     assert torch.equal(merging.dose(rows(a, b), 1, 0.25)["w"], 0.25 * b)
@@ -525,6 +534,10 @@ def test_what_the_contract_forbids_is_refused(method, n, weights, options, messa
 def test_nan_is_refused_by_name():
     with pytest.raises(ValueError, match="w: b holds NaN"):
         merging.merge(rows([1.0, 2], [1.0, math.nan]), "linear", BOTH)
+    with pytest.raises(ValueError, match="w: 1 models for 2 labels"):
+        merging.merge(rows([1.0]), "linear", BOTH)
+    with pytest.raises(ValueError, match="not an iterator"):
+        merging.merge(iter(rows([1.0], [2.0])), "linear", BOTH)
     with pytest.raises(ValueError, match="needs the Gram matrices"):
         merging.merge(rows([1.0], [2.0]), "regmean", BOTH)
     with pytest.raises(ValueError, match="different labels"):
