@@ -88,6 +88,8 @@ def read_mergekit(file: Path) -> Recipe:
         return dict(parameters or {})
 
     config = yaml.safe_load(file.read_text())
+    if not isinstance(config, dict) or not config.get("models"):
+        raise refuse("no models are listed")
     for key in sorted(config.keys() - KEYS - {"tokenizer_source"}):
         raise refuse(f"{key} is not supported")
     if config.get("tokenizer_source") not in (None, "base"):
@@ -139,6 +141,8 @@ def read_mergekit(file: Path) -> Recipe:
         gamma = common("gamma", 0.01)
         options = options | {"outliers": gamma if options["density"] < 1 else 0.0}
     dtype = config.get("out_dtype") or config.get("dtype")
+    if dtype not in (None, *DTYPES):
+        raise refuse(f"dtype {dtype} is not supported: {', '.join(DTYPES)} are")
     scale = float(shared.get("lambda", 1.0))
     return Recipe(method, base, list(models), weights, options, scale, dtype=dtype)
 
@@ -393,7 +397,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--base", help="the base model: a name or a folder")
     parser.add_argument("--models", nargs="+", default=[], help="adapters or checkpoints of it")
     parser.add_argument("--weights", nargs="+", type=float, help="one per model")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on the merged change")
+    parser.add_argument("--scale", type=float, help="factor on the merged change")
     parser.add_argument("--match", choices=["norm", "dose"], help="find the scale that gives it")
     parser.add_argument("--seed", type=int, default=0, help="of DARE's masks")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the output; default: the base's")
@@ -403,24 +407,19 @@ def main(argv: list[str]) -> None:
     known = _add_method_options(parser)
     arguments = parser.parse_args(argv)
     options = {name: value for name in known if (value := getattr(arguments, name)) is not None}
+    stated = (arguments.base, arguments.models, arguments.weights, arguments.scale, options)
     if arguments.mergekit:
-        if arguments.base or arguments.models or arguments.weights or options:
-            raise ValueError("--mergekit states the whole recipe: leave out models and options")
+        if any(stated):
+            raise ValueError("--mergekit states models, weights, scale and options: leave them out")
         recipe = read_mergekit(arguments.mergekit)
+    elif not (arguments.base and arguments.models):
+        raise ValueError("--method needs --base and --models")
     else:
-        if not (arguments.base and arguments.models):
-            raise ValueError("--method needs --base and --models")
-        recipe = Recipe(
-            arguments.method,
-            arguments.base,
-            arguments.models,
-            arguments.weights,
-            options,
-            arguments.scale,
-            arguments.match,
-            arguments.seed,
-            arguments.dtype,
-        )
+        base, models, weights, scale, options = stated
+        scale = 1.0 if scale is None else scale
+        recipe = Recipe(arguments.method, base, models, weights, options, scale)
+    dtype = arguments.dtype or recipe.dtype
+    recipe = recipe._replace(match=arguments.match, seed=arguments.seed, dtype=dtype)
     report = merge_to_folder(recipe, arguments.out, arguments.shard_size, arguments.device)
     for model, dose in zip(recipe.models, report.own, strict=True):
         print(f"{_name(model)}: dose {'-' if dose is None else f'{dose:.3f}'}")

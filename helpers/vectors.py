@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -83,11 +82,18 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     for file in files:
         if not file.is_file():
             raise ValueError(f"{folder} lists {file.name} in its index, but it is not there")
-        with safe_open(file, framework="pt") as handle:
-            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        tensors |= _read_file(file)
     for name in tensors.keys() ^ (tensors if places is None else places).keys():
         raise ValueError(f"{folder}: the index and the files disagree about {name}")
     return tensors
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short: copy it again ({error})") from error
 
 
 def _no_weights(folder: Path, found: Sequence[Path] = ()) -> str:
@@ -132,7 +138,7 @@ def open_specialist(source: Path | str | Mapping[str, Tensor], label: str | None
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"{folder} {_no_weights(folder)}")
-    factors, copies = _lora_factors(label, _lora_config(folder), load_file(file))
+    factors, copies = _lora_factors(label, _lora_config(folder), _read_file(file))
     return Source(label, copies, factors, _recorded_digest(folder))
 
 

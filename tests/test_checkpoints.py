@@ -190,6 +190,9 @@ def test_requests_are_refused_before_any_work(tiny_base, tiny_adapters, tmp_path
     ]:
         assert main([*fine, *more]) == 2
         assert message in capsys.readouterr().err
+    file = config(tmp_path, "")
+    assert main([*fine, "--mergekit", str(file)]) == 2
+    assert "leave them out" in capsys.readouterr().err
     out.mkdir()
     assert main([*fine, "--method", "linear"]) == 2
     assert "exists" in capsys.readouterr().err
@@ -326,7 +329,12 @@ def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, full_models, tmp
     [
         ("merge_method: della\nbase_model: b\nmodels: [{model: a}]", "merge_method della is not"),
         ("merge_method: ties\nmodels: [{model: a}]", "ties needs a base_model"),
-        ("merge_method: slerp\nbase_model: b\nslices: []", "slices is not supported"),
+        ("merge_method: slerp\nbase_model: b\nslices: []", "no models are listed"),
+        (
+            "merge_method: linear\ndtype: float8\nmodels: [{model: a, parameters: {weight: 1}}]",
+            "dtype float8 is not supported",
+        ),
+        ("modules: {}\nmodels: [{model: a}]", "modules is not supported"),
         ("merge_method: linear\nmodels: [{model: a}]", "weight is missing"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [0, 1]}}]", "gradients"),
         ("merge_method: linear\ntokenizer_source: union\nmodels: [{model: a}]", "tokenizer_source"),

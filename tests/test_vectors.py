@@ -184,6 +184,17 @@ def test_folders_without_weights_or_with_missing_shards_are_refused(tmp_path, ti
         vectors.open_base(folder)
 
 
+def test_damaged_files_are_refused(tmp_path, tiny_base, tiny_adapters):
+    base, adapter = (
+        shutil.copytree(tiny_base, tmp_path / "b"),
+        edited(tiny_adapters[0], tmp_path / "a"),
+    )
+    for file in (base / "model.safetensors", adapter / "adapter_model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-100])  # a copy that broke off
+        with pytest.raises(ValueError, match="damaged or cut short"):
+            vectors.open_specialist(file.parent)
+
+
 def plain_state():
     return {"a": torch.ones(2, 3), "b": torch.zeros(4), "steps": torch.tensor([7])}
 
