@@ -78,6 +78,28 @@ def test_trimming_by_blocks_equals_a_stable_descending_sort():
         assert torch.equal(kept, expected.view(tau.shape))
 
 
+@pytest.mark.parametrize(
+    "rows_differ",
+    [
+        lambda n: torch.ones(n),
+        lambda n: (torch.arange(n) < 30) * 1.0,  # so few rows that the threshold is zero
+        lambda n: (torch.arange(n) < n // 4) * 1.0,
+        lambda n: 10.0 ** (torch.arange(n) % 7),  # with the sampled rows in step
+        lambda n: (torch.arange(n) % (n // 128) != 0) * 1.0,  # all sampled rows are zero
+    ],
+    ids=["alike", "sparse", "blocks", "periodic", "adversarial"],
+)
+@pytest.mark.parametrize("density", [0.0001, 0.2, 0.9])
+def test_selection_is_exact_whatever_the_sample_says(rows_differ, density):
+    n = 128 * 7
+    tau = random_taus(1, (n, 80))[0] * rows_differ(n)[:, None]
+    k = int(density * tau.numel())
+    kept = rules.trim(tau, rules.magnitude_cut(tau, density))
+    largest = tau.abs().flatten().topk(k).values
+    assert torch.equal(kept.abs().flatten().topk(k).values, largest)
+    assert kept.count_nonzero() == largest.count_nonzero()
+
+
 def test_ties_at_the_threshold_are_reported():
     tau = torch.tensor([2.0, -5, -2, 3, 1, 2])
     assert rules.magnitude_cut(tau, 0.6).tied == 3
