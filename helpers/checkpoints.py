@@ -75,76 +75,96 @@ def read_mergekit(file: Path) -> Recipe:
     Raises ValueError naming the first thing that this engine does not have: another method, slices,
     filters, layer gradients, another tokenizer than the base's, densities that differ.
     """
+    try:
+        return _recipe(yaml.safe_load(file.read_text()))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
-    def refuse(what: str) -> ValueError:
-        return ValueError(f"{file}: {what}")
 
-    def scalars(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-        for name, value in (parameters or {}).items():
-            if name not in PARAMETERS:
-                raise refuse(f"parameter {name} is not supported")
-            if isinstance(value, list | dict):
-                raise refuse(f"{name} must be one value: filters and gradients are not supported")
-        return dict(parameters or {})
+def _recipe(config: Any) -> Recipe:
+    name, base, shared, models, dtype = _stated(config)
+    method, normalize, options = MERGEKIT[name]
+    normalize = bool(shared.get("normalize", normalize))
+    if bool(shared.get("rescale", "rescale" in options)) != ("rescale" in options):
+        raise ValueError(f"rescale: {shared['rescale']} is not supported for {name}")
+    if name == "slerp":
+        if len(models) != 2:
+            raise ValueError("slerp needs two models, one of them the base_model")
+        t = _number(shared, "t")
+        models = {model: {"weight": 1 - t if model == base else t} for model in models}
+    weights = [_number(settings, "weight") for settings in models.values()]
+    if name in ("ties", "dare_ties"):
+        options = options | {"combine": "mean" if normalize else "sum"}
+    elif name == "linear" and not normalize:
+        raise ValueError("linear with normalize: false is not supported")
+    elif normalize and name != "linear":  # whose rule does it
+        weights = [weight / math.fsum(weights) for weight in weights]
+    if "density" in merging.options_of(method):
+        options = options | {"density": _common(models, "density", 1.0)}
+    if name == "breadcrumbs":
+        gamma = _common(models, "gamma", 0.01)
+        options = options | {"outliers": gamma if options["density"] < 1 else 0.0}
+    scale = float(shared.get("lambda", 1.0))
+    return Recipe(method, base, list(models), weights, options, scale, dtype=dtype)
 
-    config = yaml.safe_load(file.read_text())
+
+def _stated(config: Any) -> tuple[str, str, dict, dict[str, dict], str | None]:
+    """Method, base, shared parameters, all parameters of each model, dtype of the output."""
     if not isinstance(config, dict) or not config.get("models"):
-        raise refuse("no models are listed")
+        raise ValueError("no models are listed")
     for key in sorted(config.keys() - KEYS - {"tokenizer_source"}):
-        raise refuse(f"{key} is not supported")
+        raise ValueError(f"{key} is not supported")
     if config.get("tokenizer_source") not in (None, "base"):
-        raise refuse("only tokenizer_source: base is supported")
+        raise ValueError("only tokenizer_source: base is supported")
     name, base = config.get("merge_method"), config.get("base_model")
     if name not in MERGEKIT:
-        raise refuse(f"merge_method {name} is not supported: {', '.join(MERGEKIT)} are")
+        raise ValueError(f"merge_method {name} is not supported: {', '.join(MERGEKIT)} are")
     if base is None and name != "linear":
-        raise refuse(f"{name} needs a base_model")
-    method, normalize, options = MERGEKIT[name]
-    shared = scalars(config.get("parameters"))
-    models = {m["model"]: shared | scalars(m.get("parameters")) for m in config["models"]}
+        raise ValueError(f"{name} needs a base_model")
+    dtype = config.get("out_dtype") or config.get("dtype")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype {dtype} is not supported: {', '.join(DTYPES)} are")
+    shared = _scalars(config.get("parameters"))
+    models = {
+        _adapter(m["model"], base): shared | _scalars(m.get("parameters")) for m in config["models"]
+    }
     if base is None:
         base = next(iter(models))  # of linear: any base gives the same weighted mean
     elif name in ("linear", "slerp"):
         models.setdefault(base, shared)  # mergekit takes the base as one more model
     else:
         models.pop(base, None)  # the base has no task vector
+    return name, base, shared, models, dtype
 
-    def number(settings: Mapping[str, Any], parameter: str) -> float:
-        if parameter not in settings:
-            raise refuse(f"{parameter} is missing")
-        return float(settings[parameter])
 
-    def common(parameter: str, default: float) -> float:
-        values = {float(settings.get(parameter, default)) for settings in models.values()}
-        if len(values) > 1:
-            raise refuse(f"{parameter} must be the same for all models, not {sorted(values)}")
-        return values.pop()
+def _adapter(model: str, base: str | None) -> str:
+    """mergekit's base+adapter is the adapter here; anything else stays as it is."""
+    of, plus, adapter = model.partition("+")
+    if plus and of != base:
+        raise ValueError(f"{model}: only adapters of the base_model are supported")
+    return adapter or model
 
-    normalize = bool(shared.get("normalize", normalize))
-    if bool(shared.get("rescale", "rescale" in options)) != ("rescale" in options):
-        raise refuse(f"rescale: {shared['rescale']} is not supported for {name}")
-    if name == "slerp":
-        if len(models) != 2:
-            raise refuse("slerp needs two models, one of them the base_model")
-        t = number(shared, "t")
-        models = {base: {"weight": 1 - t}} | {m: {"weight": t} for m in models if m != base}
-    weights = [number(settings, "weight") for settings in models.values()]
-    if name in ("ties", "dare_ties"):
-        options = options | {"combine": "mean" if normalize else "sum"}
-    elif name == "linear" and not normalize:
-        raise refuse("linear with normalize: false is not supported")
-    elif normalize and name != "linear":  # whose rule does it
-        weights = [weight / math.fsum(weights) for weight in weights]
-    if "density" in merging.options_of(method):
-        options = options | {"density": common("density", 1.0)}
-    if name == "breadcrumbs":
-        gamma = common("gamma", 0.01)
-        options = options | {"outliers": gamma if options["density"] < 1 else 0.0}
-    dtype = config.get("out_dtype") or config.get("dtype")
-    if dtype not in (None, *DTYPES):
-        raise refuse(f"dtype {dtype} is not supported: {', '.join(DTYPES)} are")
-    scale = float(shared.get("lambda", 1.0))
-    return Recipe(method, base, list(models), weights, options, scale, dtype=dtype)
+
+def _scalars(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    for name, value in (parameters or {}).items():
+        if name not in PARAMETERS:
+            raise ValueError(f"parameter {name} is not supported")
+        if isinstance(value, list | dict):
+            raise ValueError(f"{name} must be one value: filters and gradients are not supported")
+    return dict(parameters or {})
+
+
+def _number(settings: Mapping[str, Any], parameter: str) -> float:
+    if parameter not in settings:
+        raise ValueError(f"{parameter} is missing")
+    return float(settings[parameter])
+
+
+def _common(models: Mapping[str, dict], parameter: str, default: float) -> float:
+    values = {float(settings.get(parameter, default)) for settings in models.values()}
+    if len(values) != 1:
+        raise ValueError(f"{parameter} must be the same for all models, not {sorted(values)}")
+    return values.pop()
 
 
 # The folder --------------------------------------------------------------------------------------
@@ -388,11 +408,15 @@ def _name(model: str) -> str:
     return folder.resolve().name if folder.is_dir() else model
 
 
+FROM_WEIGHTS = [method for method in merging.METHODS if method != "regmean"]  # which needs data
+
+
 def main(argv: list[str]) -> None:
     """`python -m helpers merge`: parse, merge, say what was done; ValueError if it cannot."""
-    parser = argparse.ArgumentParser(prog="python -m helpers merge", description=__doc__)
+    description = "Merge adapters or checkpoints of one base model into a folder."
+    parser = argparse.ArgumentParser(prog="python -m helpers merge", description=description)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--method", choices=[m for m in merging.METHODS if m != "regmean"])
+    what.add_argument("--method", choices=FROM_WEIGHTS)
     what.add_argument("--mergekit", type=Path, metavar="CONFIG", help="a mergekit configuration")
     parser.add_argument("--base", help="the base model: a name or a folder")
     parser.add_argument("--models", nargs="+", default=[], help="adapters or checkpoints of it")
@@ -434,7 +458,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> set[str]:
     """One flag per option of any method, from the annotations that are the methods' contracts."""
     users: dict[str, list[str]] = {}
     kinds = {}
-    for method in merging.METHODS:
+    for method in FROM_WEIGHTS:
         for name, parameter in merging.options_of(method).items():
             users.setdefault(name, []).append(method)
             kinds[name] = parameter.annotation

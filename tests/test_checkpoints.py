@@ -302,6 +302,13 @@ def test_mergekit_counts_a_base_model_of_linear_among_the_models(tmp_path):
     assert recipe.models == ["a", "b", "base"] and recipe.weights == [1, 1, 1]
 
 
+def test_a_mergekit_model_with_an_adapter_is_the_adapter(tmp_path):
+    text = "merge_method: {0}\nbase_model: b\nparameters: {{weight: 1}}\nmodels: [{{model: {1}}}]"
+    assert checkpoints.read_mergekit(config(tmp_path, text.format("ties", "b+x"))).models == ["x"]
+    with pytest.raises(ValueError, match="only adapters of the base_model"):
+        checkpoints.read_mergekit(config(tmp_path, text.format("ties", "c+x")))
+
+
 def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, full_models, tmp_path):
     text = f"""
         merge_method: slerp
@@ -334,6 +341,7 @@ def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, full_models, tmp
             "merge_method: linear\ndtype: float8\nmodels: [{model: a, parameters: {weight: 1}}]",
             "dtype float8 is not supported",
         ),
+        ("models: [", "config.yml: "),
         ("modules: {}\nmodels: [{model: a}]", "modules is not supported"),
         ("merge_method: linear\nmodels: [{model: a}]", "weight is missing"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [0, 1]}}]", "gradients"),
