@@ -108,8 +108,8 @@ def task_arithmetic(taus: Taus, weights: Sequence[float]) -> Kernel:
 def linear(taus: Taus, weights: Sequence[float]) -> Kernel:
     """Model averaging: sum_i w_i theta_i / sum_i w_i, so delta = sum_i w_i tau_i / sum_i w_i.
 
-    Equal weights: model soups (Wortsman et al. 2022). Every tensor alike. ValueError if sum w_i =
-    0.
+    Equal weights: model soups (Wortsman et al. 2022); the minimax weights of the hidden states
+    (`bound.minimax`): "chebyshev". Every tensor alike. ValueError if the weights sum to zero.
     """
     total = math.fsum(weights)
     if total == 0:
