@@ -21,6 +21,8 @@ from helpers.run import (
     environment,
     executed,
     finished,
+    pick,
+    profiles,
     run,
     shown,
 )
@@ -37,9 +39,10 @@ def refresh(profile: str = "demo", reuse: bool = False) -> None:
     Tables and records go to data/results/<profile>, minutes and memory to minutes.json beside it.
     The default profile also gives notebooks/, figures/ and the README's table; the figures of
     others go to figures/<profile>. `reuse` takes up what data/runs holds; its minutes would say
-    nothing of a first run, so they are left as they are. Raises ValueError on a tree with
-    uncommitted changes.
+    nothing of a first run, so they are left as they are. Raises ValueError for an unknown
+    profile and on a tree with uncommitted changes.
     """
+    pick(profile, profiles(), "profile")
     _check_clean()
     results = ROOT / "data" / "runs" / profile
     steps = store()
@@ -85,7 +88,7 @@ def _publish_tables(profile: str, results: Path) -> None:
     done = finished(results)
     for notebook in chain():
         if notebook.name in done:
-            for file in notebook.files:
+            for file in notebook.published:
                 shutil.copyfile(results / file, tables / file)
 
 

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -53,15 +54,21 @@ class Notebook(NamedTuple):
     question: str
     needs: list[str]
     produces: list[str]
+    keeps: list[str] = []
 
     @property
     def path(self) -> Path:
         return ROOT / "notebooks" / f"{self.name}.ipynb"
 
     @property
+    def published(self) -> list[str]:
+        """The files that `refresh` commits, but for figures."""
+        return [*self.produces, f"record_{self.name[:2]}.json"]
+
+    @property
     def files(self) -> list[str]:
         """Every file that it leaves in the results folder, but for figures."""
-        return [*self.produces, f"record_{self.name[:2]}.json"]
+        return [*self.published, *self.keeps]
 
 
 class Step(NamedTuple):
@@ -195,6 +202,8 @@ def plan(profile: str, only: list[str] | None, parameters: dict[str, Any]) -> li
         wanted = {pick(numbers.get(text, text), names, "notebook") for text in only}
         notebooks = [notebook for notebook in notebooks if notebook.name in wanted]
     here = _defaults(notebooks)
+    for name in {"PROFILE", "OUT"} & parameters.keys():
+        raise ValueError(f"{name} is set by the runner: name a profile, and -p RESULTS FOLDER")
     canonical(parameters)  # refuses what JSON cannot hold: it would arrive as text
     parameters = {
         name: conform(name, value, here[pick(name, here, "parameter")])
@@ -279,15 +288,22 @@ def _hashes(results: Path, files: Iterable[str]) -> dict[str, str | None]:
 
 
 def _check_needs(steps: list[Step], results: Path) -> None:
-    there = set(finished(results))
+    """Raise ValueError unless what a notebook reads is there, made with the same parameters."""
+    made = {name: row["parameters"] for name, row in finished(results).items()}
     for step in steps:
         for need in step.notebook.needs:
-            if need not in there:
+            if need not in made:
                 raise ValueError(
                     f"{step.notebook.name} reads what {need} writes, and {need} is not finished in "
                     f"{results}: run it as well"
                 )
-        there.add(step.notebook.name)
+            for name in sorted(made[need].keys() & step.parameters.keys() - {*SET_BY_RUNNER}):
+                if canonical(made[need][name]) != canonical(step.parameters[name]):
+                    raise ValueError(
+                        f"{need} was run with {name} = {made[need][name]!r}, {step.notebook.name} "
+                        f"is asked for {name} = {step.parameters[name]!r}: run it as well"
+                    )
+        made[step.notebook.name] = step.parameters
 
 
 def shown(parameters: dict[str, Any]) -> list[str]:
@@ -297,7 +313,7 @@ def shown(parameters: dict[str, Any]) -> list[str]:
 
 
 def _surroundings() -> str:
-    """Digest of what every notebook depends on: helpers, data files, pins, measured minutes.
+    """Digest of what every notebook depends on: helpers, data/*.toml, pins, measured minutes.
 
     The profiles and the list of notebooks come in through the parameters; results depend on us.
     """
@@ -306,8 +322,8 @@ def _surroundings() -> str:
     files += (ROOT / "data" / "results").glob("minutes.json")
     files += [
         path
-        for path in (ROOT / "data").iterdir()
-        if path.is_file() and path.name not in ("profiles.toml", "notebooks.toml")
+        for path in (ROOT / "data").glob("*.toml")
+        if path.name not in ("profiles.toml", "notebooks.toml")
     ]
     return digest([[path.name, digest(path)] for path in sorted(files)])
 
@@ -317,7 +333,32 @@ def _key(step: Step, surroundings: str, done: dict[str, dict]) -> str:
     source = [[cell.cell_type, cell.metadata.get("tags", []), cell.source] for cell in cells]
     needed = {need: done[need]["outputs"] for need in step.notebook.needs}
     committed = [digest(ROOT / folder) for folder in shown(step.parameters)]
-    return digest([source, step.parameters, step.threads, surroundings, needed, committed])[:16]
+    local = _local_files(step.parameters)
+    seen = [source, step.parameters, step.threads, surroundings, needed, committed, local]
+    return digest(seen)[:16]
+
+
+def _local_files(parameters: dict[str, Any]) -> list[list]:
+    """Path, size and time of the files that parameters name, such as a model's folder: one that
+    was edited in place is another model."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from texts(item)
+
+    written = (*SET_BY_RUNNER, "FINDINGS")  # tables, which a run writes itself
+    given = {name: value for name, value in parameters.items() if name not in written}
+    found = []
+    for text in texts(given):
+        if text and os.path.exists(ROOT / text):
+            path = ROOT / text
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            told = [(file, file.stat()) for file in files if file.is_file()]
+            found += [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in told]
+    return found
 
 
 def _advance(step: Step, results: Path, surroundings: str, title: str) -> bool:
@@ -384,13 +425,17 @@ def _execute(step: Step, part: Path, results: Path) -> None:
         (results / file).unlink(missing_ok=True)
     terminal = sys.stderr if sys.stderr.isatty() else None
     threads = str(step.threads)
-    with environment(
+    variables = environment(
         OMP_NUM_THREADS=threads,
         MKL_NUM_THREADS=threads,
         OPENBLAS_NUM_THREADS=threads,
         JUPYTER_PREFER_ENV_PATH="1",  # the kernel of this environment, whatever the user registered
         MPLBACKEND="module://matplotlib_inline.backend_inline",
-    ):
+    )
+    with variables, tempfile.TemporaryDirectory() as folder:
+        sockets = (
+            f"{folder}/kernel.json"  # files beside it carry the messages: no ports to race for
+        )
         try:
             book = papermill.execute_notebook(
                 step.notebook.path,
@@ -400,7 +445,7 @@ def _execute(step: Step, part: Path, results: Path) -> None:
                 cwd=ROOT,
                 progress_bar={"desc": name, "leave": False, "disable": None},
                 stderr_file=terminal,  # the bars of long steps
-                config=Config({"KernelManager": {"transport": "ipc"}}),  # no ports to race for
+                config=Config({"KernelManager": {"transport": "ipc", "connection_file": sockets}}),
                 extra_arguments=["--IPKernelApp.log_level=50"],  # it logs that it is told to stop
             )
         except papermill.PapermillExecutionError as error:

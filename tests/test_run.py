@@ -21,6 +21,7 @@ name = "01_make"
 question = "How are the numbers made?"
 needs = []
 produces = ["numbers.csv"]
+keeps = ["scratch.txt"]
 
 [[notebook]]
 name = "02_read"
@@ -57,6 +58,7 @@ MAKE = [
     from helpers import records
     folder = Path.cwd() / RESULTS
     (folder / "numbers.csv").write_text("".join(f"{i * RATE}\\n" for i in range(N)))
+    (folder / "scratch.txt").write_text("not for others")
     folder
     """,
     """
@@ -151,6 +153,7 @@ def stdout_of(path):
         (["demo", "-p", "RATE", "1e999"], "is inf"),
         (["demo", "-p", "RESULTS", "data/results/demo"], "RESULTS may not lie in data/results"),
         (["demo", "-p", "RESULTS", "data/runs/../results"], "RESULTS may not lie in data/results"),
+        (["demo", "-p", "PROFILE", "tiny"], "PROFILE is set by the runner"),
         (
             ["demo", "--only", "02"],
             "02_read reads what 01_make writes, and 01_make is not finished",
@@ -163,6 +166,27 @@ def test_bad_requests_are_one_sentence_and_exit_code_2(project, capsys, argument
     assert printed.err.startswith("error: ") and sentence in printed.err
     assert len(printed.err.splitlines()) == 1
     assert not (project / "data" / "runs").exists()
+
+
+def test_a_needed_notebook_that_was_run_otherwise_is_refused(project, monkeypatch):
+    monkeypatch.setattr(run, "finished", lambda results: {"01_make": {"parameters": {"N": 3}}})
+    step = run.plan("demo", ["02"], {})[0]
+    for parameters in ({"N": 3, "PROFILE": "x"}, {}):
+        run._check_needs([step._replace(parameters=parameters)], project)
+    with pytest.raises(ValueError, match="01_make was run with N = 3, 02_read is asked for N = 4"):
+        run._check_needs([step._replace(parameters={"N": 4})], project)
+
+
+def test_a_model_edited_in_place_and_no_stray_file_changes_the_key(project):
+    folder = project / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("1")
+    (step, _) = run.plan("demo", None, {"TASKS": ["model", "a"]})
+    before, around = run._key(step, "", {}), run._surroundings()
+    (project / "data" / ".DS_Store").write_text("x")
+    assert (run._key(step, "", {}), run._surroundings()) == (before, around)
+    (folder / "weights").write_text("22")
+    assert run._key(step, "", {}) != before
 
 
 def test_unknown_arguments_are_refused(project, capsys):
@@ -249,7 +273,7 @@ def test_the_chain_runs_once_and_again_only_where_something_changed(project, cap
     made, read = records.read_jsonl(results / "manifest.jsonl")
     assert made["status"] == read["status"] == "finished"
     assert made["parameters"]["RATE"] == 1.0 and made["peak_gb"] > 0.05
-    assert set(made["outputs"]) == {"numbers.csv", "record_01.json"}
+    assert set(made["outputs"]) == {"numbers.csv", "scratch.txt", "record_01.json"}
     assert made["outputs"]["numbers.csv"] == records.digest(results / "numbers.csv")
     assert made["versions"]["torch"] and "cores" in made["machine"]
     shown = (results / "index.html").read_text()
@@ -273,6 +297,11 @@ def test_the_chain_runs_once_and_again_only_where_something_changed(project, cap
     assert "01_make" not in run.finished(results)
     run.run("demo", only=["01"], parameters={"RATE": 1})
     assert (results / "numbers.csv").read_text() == "0.0\n1.0\n2.0\n"
+
+    # and so is a file that is not published
+    (results / "scratch.txt").unlink()
+    assert "01_make" not in run.finished(results)
+    assert not list(project.glob("kernel-*"))
 
 
 @pytest.mark.parametrize(
