@@ -74,7 +74,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     places = None
     if index.is_file():
-        places = json.loads(index.read_text())["weight_map"]
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted({folder / file for file in places.values()})
     elif len(files) != 1:
         raise ValueError(f"{folder} {_no_weights(folder, files)}")
@@ -144,7 +144,7 @@ def open_specialist(source: Path | str | Mapping[str, Tensor], label: str | None
 
 def _recorded_digest(folder: Path) -> str | None:
     file = folder / "base.json"
-    return json.loads(file.read_text())["digest"] if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")).get("digest") if file.is_file() else None
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,7 +161,9 @@ def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _without_tied_head(folder: Path, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Drop the copy of a tied output embedding that some tools write beside the input embedding."""
     config = folder / "config.json"
-    tied = config.is_file() and json.loads(config.read_text()).get("tie_word_embeddings", False)
+    tied = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get(
+        "tie_word_embeddings", False
+    )
     inputs = [name for name in tensors if name.endswith("embed_tokens.weight")]
     if not (tied and "lm_head.weight" in tensors and inputs):
         return tensors
@@ -194,7 +196,7 @@ COPY = re.compile(r"base_model\.model\.((?:(?!lora_).)+?)(?:\.base_layer)?\.weig
 
 def _lora_config(folder: Path) -> dict:
     """The adapter's settings; ValueError if its task vector is not scaling * B A of the base."""
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
     if kind != "LORA":
         raise ValueError(f"{folder} is a {kind} adapter: only LORA can be merged exactly")
@@ -264,10 +266,16 @@ def check(base: Source, specialists: Sequence[Source]) -> None:
     for name, tensor in base.tensors.items():
         if tensor.is_floating_point() and tensor.dtype not in FLOATS:
             raise ValueError(f"the base stores {name} as {tensor.dtype}: convert it to bfloat16")
+    recorded = [source for source in (base, *specialists) if source.base_digest]
+    for other in recorded[1:]:
+        if other.base_digest != recorded[0].base_digest:
+            than = "this one" if recorded[0] is base else recorded[0].label
+            raise ValueError(
+                f"specialist {other.label} was trained from another base than {than}: their "
+                "recorded digests differ"
+            )
     for specialist in specialists:
-        who, digests = f"specialist {specialist.label}", {base.base_digest, specialist.base_digest}
-        if len(digests - {None}) > 1:
-            raise ValueError(f"{who} was trained from another base: its recorded digest differs")
+        who = f"specialist {specialist.label}"
         fits = _check_adapter if specialist.factors else _check_checkpoint
         fits(who, base.tensors, specialist)
 

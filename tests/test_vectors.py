@@ -230,8 +230,13 @@ def test_equal_labels_and_foreign_bases_are_refused(tiny_base, tiny_adapters, tm
     (ours / "base.json").write_text('{"name": "base", "digest": "00"}')
     (ours / "seals.json").write_text("{}")
     (theirs / "base.json").write_text('{"name": "base", "digest": "11"}')
-    with pytest.raises(ValueError, match="trained from another base"):
+    with pytest.raises(ValueError, match="trained from another base than this one"):
         vectors.check(vectors.open_base(ours), [vectors.open_specialist(theirs)])
+    alike = edited(tiny_adapters[1], tmp_path / "c")
+    (alike / "base.json").write_text('{"name": "base", "digest": "00"}')
+    (ours / "seals.json").unlink()  # nothing is known of the base, but the two disagree
+    with pytest.raises(ValueError, match="specialist a was trained from another base than c"):
+        vectors.check(vectors.open_base(ours), [*map(vectors.open_specialist, (alike, theirs))])
 
 
 def test_an_adapter_of_a_tied_head_is_refused(tmp_path):
