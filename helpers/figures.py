@@ -152,6 +152,51 @@ def heat_map(
         ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
 
 
+def pair_maps(losses: pd.DataFrame, tasks: list[str]) -> Figure:
+    """One heat map per method of the loss (%) of each task (row) merged with each other (column).
+
+    `losses` has the columns group ("a+b"), task, method, loss and collapsed (framed where true).
+    """
+    partner = losses["group"].str.split("+").map(list)
+    cells = losses.assign(
+        partner=[
+            next(other for other in pair if other != task)
+            for pair, task in zip(partner, losses["task"], strict=True)
+        ]
+    ).set_index(["task", "partner"])
+    methods = list(dict.fromkeys(losses["method"]))
+    fig, axes = plt.subplots(-(-len(methods) // 2), 2, squeeze=False)
+    fig.set_size_inches(9, 4.2 * len(axes))
+    for ax, method in zip(axes.flat, methods, strict=False):
+        mine = cells[cells["method"] == method][["loss", "collapsed"]]
+        table, framed = (
+            mine[name].unstack().reindex(index=tasks, columns=tasks) for name in mine.columns
+        )
+        heat_map(ax, table, "merging loss (%)", framed.eq(True), colorbar=method == methods[-1])
+        ax.set_title(look(method)["label"])
+        ax.set(xlabel="merged with", ylabel="task scored")
+    for ax in axes.flat[len(methods) :]:
+        ax.remove()
+    return fig
+
+
+# The parts of a loss: no colour of a method that is drawn beside them.
+PARTS = {
+    "loss": {"color": BLACK, "marker": "o", "lw": 2.5, "label": "merging loss"},
+    "dilution": {"color": GREY, "marker": "x", "ls": "--", "label": "dilution"},
+    "overlap": {"color": SKY, "marker": "s", "label": "overlap"},
+    "interference": {"color": "#882255", "marker": "^", "label": "interference"},
+}
+
+
+def parts(ax: Axes, x: pd.Series, losses: pd.DataFrame) -> None:
+    """A merging loss and the three parts that add up to it, against `x`; columns as in PARTS."""
+    for name, how in PARTS.items():
+        ax.plot(x, losses[name], **how)
+    ax.axhline(0, color=GREY, lw=0.8)
+    ax.set_ylabel("percentage points of the specialist's score")
+
+
 def scatter(
     ax: Axes,
     x: np.ndarray,

@@ -92,3 +92,26 @@ def test_scatter_and_dose_curves_draw_each_point_once():
     figures.dose_curves(right, doses)
     np.testing.assert_array_equal(right.lines[0].get_xdata(), [0.0, 1.0])
     assert [line.get_label() for line in right.lines[:2]] == ["a", "b"]
+
+
+def test_pair_maps_put_the_loss_of_the_task_in_its_row():
+    rows = [("a+b", "a", -10.0), ("a+b", "b", -80.0), ("b+c", "b", np.nan), ("b+c", "c", 5.0)]
+    losses = pd.DataFrame(rows, columns=["group", "task", "loss"])
+    losses = losses.assign(method="linear", collapsed=losses["loss"] < -30)
+    fig = figures.pair_maps(losses, ["a", "b", "c"])
+    ax = fig.axes[0]
+    texts = {tuple(map(int, text.get_position())): text for text in ax.texts}
+    assert texts[(0, 1)].get_text() == "-80" and texts[(0, 1)].get_weight() == "bold"
+    assert texts[(1, 0)].get_text() == "-10" and texts[(1, 0)].get_weight() == "normal"
+    assert texts[(1, 2)].get_text() == "5" and (2, 1) not in texts
+
+
+def test_the_parts_of_a_loss_are_drawn_with_their_sum():
+    _, ax = plt.subplots()
+    x = pd.Series([0.5, 1.0])
+    split = {"dilution": [-20.0, 0.0], "overlap": [2.0, 0.0], "interference": [-5.0, -40.0]}
+    losses = pd.DataFrame(split).assign(loss=lambda d: d.sum(axis=1))
+    figures.parts(ax, x, losses)
+    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}
+    total = sum(drawn[name] for name in split)
+    assert np.allclose(total, drawn["merging loss"])
