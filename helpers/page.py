@@ -18,7 +18,11 @@ td, th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; vertical-a
 def figures_of(results: Path, notebook: str) -> list[str]:
     """Files of the figures that this notebook saved, relative to the results folder."""
     sidecars = sorted((results / "figures").glob("*.json"))
-    own = [path for path in sidecars if json.loads(path.read_text())["notebook"] == notebook]
+    own = [
+        path
+        for path in sidecars
+        if json.loads(path.read_text(encoding="utf-8"))["notebook"] == notebook
+    ]
     pictures = [path.with_suffix(".png") for path in own]
     return [path.relative_to(results).as_posix() for path in (*own, *pictures)]
 

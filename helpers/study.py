@@ -32,6 +32,9 @@ from helpers.tasks import (
 VERSION = 1  # raised by hand whenever a visit records something else
 BASE = "base"  # the digest of no delta
 
+# The settings of an adapter that its task vector depends on.
+SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
+
 Delta = Mapping[str, Tensor]
 
 
@@ -49,6 +52,7 @@ class Bench:
     def sources(self, labels: Iterable[str]) -> tuple[vectors.Source, list[vectors.Source]]:
         """The base and these specialists, open for streaming."""
         base = vectors.open_base(dict(self.model.named_parameters()))
+        base = base._replace(base_digest=self.base["digest"])
         return base, [vectors.open_specialist(self.specialists[x], x) for x in labels]
 
     def rows(self, labels: Iterable[str]) -> list[vectors.Row]:
@@ -57,10 +61,9 @@ class Bench:
 
     def parents(self, labels: Sequence[str]) -> dict:
         """What identifies a merge's parents: digests of the base and, in order, the specialists."""
-        weights = [next(self.specialists[x].glob("*.safetensors")) for x in labels]
         return {
             "base": self.base["digest"],
-            "specialists": [[x, records.digest(w)] for x, w in zip(labels, weights, strict=True)],
+            "specialists": [[x, _contents(self.specialists[x])] for x in labels],
         }
 
     def machine(self) -> dict:
@@ -73,6 +76,14 @@ class Bench:
         }
 
 
+def _contents(folder: Path) -> str:
+    """Digest of what a specialist's task vector is made of: its tensors and their scaling."""
+    weights = [records.digest(file) for file in sorted(folder.glob("*.safetensors"))]
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return records.digest([weights, {name: config.get(name) for name in SCALING}])
+
+
 # --- one visit -------------------------------------------------------------------------------
 
 
@@ -80,8 +91,8 @@ def visit(
     bench: Bench,
     digest: str,
     make: Callable[[], Delta],
-    scored: Iterable[str],
-    probed: Iterable[str] = (),
+    scored: Sequence[str],
+    probed: Sequence[str] = (),
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """Scores on the test examples of `scored` tasks, states on the probes of `probed` ones.
 
@@ -169,13 +180,13 @@ def on_dev(bench: Bench, label: str) -> pd.DataFrame:
         return _scores(bench, record["digest"], bench.tasks[label], "dev")
 
 
-def at_base(bench: Bench, probed: Iterable[str] = ()) -> tuple[pd.DataFrame, dict[str, Tensor]]:
+def at_base(bench: Bench, probed: Sequence[str] = ()) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """The base model itself: scores on every task (bare prompts), states on the probed ones."""
     return visit(bench, BASE, dict, list(bench.tasks), probed)
 
 
 def at_dose(
-    bench: Bench, label: str, dose: float, probed: Iterable[str] = ()
+    bench: Bench, label: str, dose: float, probed: Sequence[str] = ()
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """theta_0 + dose * tau of one specialist, on its own task; dose 1 is the specialist."""
     record, make = delta_at(bench, label, dose)
@@ -184,7 +195,7 @@ def at_dose(
 
 def delta_at(bench: Bench, label: str, dose: float) -> tuple[dict, Callable[[], Delta]]:
     """Record (its digest) and maker of dose * tau of one specialist."""
-    what = bench.parents([label]) | {"dose": dose}
+    what = bench.parents([label]) | bench.machine() | {"dose": dose}
     return _known("dose", what, lambda: (merging.dose(bench.rows([label]), 0, dose), {}))
 
 
@@ -205,10 +216,10 @@ def _known(
     def compute(folder: Path) -> None:
         delta, told = once()
         record = told | {"digest": merging.delta_digest(delta)}
-        (folder / "record.json").write_text(json.dumps(record, default=int))
+        (folder / "record.json").write_text(json.dumps(record, default=int), encoding="utf-8")
 
     folder = records.cached(step, VERSION, what, compute)
-    return json.loads((folder / "record.json").read_text()), lambda: once()[0]
+    return json.loads((folder / "record.json").read_text(encoding="utf-8")), lambda: once()[0]
 
 
 def dose_curves(bench: Bench, doses: Iterable[float]) -> pd.DataFrame:
@@ -255,7 +266,7 @@ def merge_group(
             delta, report = merging.merge(rows, labels=group, seed=seed, **recipe)
             return delta, report.as_dict()
 
-        what = bench.parents(group) | {"recipe": recipe, "seed": seed}
+        what = _merge_key(bench, group, group, recipe, seed)
         report, make_delta = _known("merge", what, make)
         twin = next((m for m in done if merging.same(m.report["sketch"], report["sketch"])), None)
         if twin:
@@ -267,12 +278,22 @@ def merge_group(
     return done
 
 
+def _merge_key(
+    bench: Bench, parents: Sequence[str], labels: Sequence[str], recipe: Mapping, seed: int
+) -> dict:
+    """What identifies a merge; the recipe with its defaults filled in, as those may change."""
+    planned = {name: value for name, value in recipe.items() if name != "match"}
+    plan = merging.plan(labels=labels, seed=seed, **planned)._asdict()
+    what = {"plan": plan, "match": recipe.get("match")}
+    return bench.parents(parents) | bench.machine() | what
+
+
 def at_solo(bench: Bench, label: str, n: int, recipe: dict, seed: int = 0) -> pd.DataFrame:
     """The method's own loss: its merge of `label` with n - 1 partners that changed nothing."""
-    what = bench.parents([label]) | {"n": n, "recipe": recipe, "seed": seed}
+    labels = [label, *(f"unchanged {i}" for i in range(1, n))]
+    what = _merge_key(bench, [label], labels, recipe, seed)
 
     def make() -> tuple[Delta, dict]:
-        labels = [label, *(f"unchanged {i}" for i in range(1, n))]
         rows = [
             vectors.Row(name, base, [tau] + [vectors.zero(tau.shape, tau.device)] * (n - 1))
             for name, base, (tau,) in bench.rows([label])
@@ -321,8 +342,9 @@ def loss_table(
     With L the merging loss (%) and the control scores read off the task's dose-response curve in
     `doses`: dilution = L(a), a the ingredient dose; overlap = L(c) - L(a), c the own-direction
     dose; interference = L_total - L(c). control_solo, for rules that are no weighted sum, is the
-    score of the same rule with partners that changed nothing. floor: a control below -90 %, where a
-    partner can do no more harm.
+    score of the same rule with partners that changed nothing, and solo its loss. floor: a control
+    (solo where it was run, else one of the two doses) below -90 %, where a partner can do no more
+    harm.
     """
     known = references(bench).set_index("task")
     curves = dict(list(doses.groupby("task")))
@@ -334,9 +356,15 @@ def loss_table(
             a, c = m.report["ingredient"][i], m.report["own"][i]
             at_a, at_c = (evaluate.read_dose(curves[x], dose, "score") for dose in (a, c))
             plain = merging.METHODS[m.report["method"]].coefficients is not None or m.same_as
-            solo = None if plain else at_solo(bench, x, len(m.group), recipes[m.method], seed)
+            alone = np.nan
+            if not plain:
+                run = at_solo(bench, x, len(m.group), recipes[m.method], seed)
+                alone = run["correct"].mean()
             lost = evaluate.losses(there["correct"], own, base, chance)
-            diluted, reached = (evaluate.merging_loss(score, own) for score in (at_a, at_c))
+            diluted, reached, solo = (
+                evaluate.merging_loss(score, own) for score in (at_a, at_c, alone)
+            )
+            controls = (diluted, reached) if plain else (solo,)
             rows.append(
                 {
                     "merge": m.name,
@@ -354,11 +382,12 @@ def loss_table(
                     "dose_own": c,
                     "control_ingredient": at_a,
                     "control_own": at_c,
-                    "control_solo": np.nan if solo is None else solo["correct"].mean(),
+                    "control_solo": alone,
+                    "solo": solo,
                     "dilution": diluted,
                     "overlap": reached - diluted,
                     "interference": lost["loss"] - reached,
-                    "floor": bool(min(diluted, reached) < -90),
+                    "floor": any(loss < -90 for loss in controls),  # never where undefined
                     "same_as": m.same_as or "",
                 }
             )
@@ -380,7 +409,7 @@ def save_bench(bench: Bench, settings: dict, file: Path) -> None:
         },
     }
     with records.atomic_write(file) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def open_bench(file: Path, model, tokenizer, base: dict) -> Bench:
@@ -391,7 +420,7 @@ def open_bench(file: Path, model, tokenizer, base: dict) -> Bench:
     """
     if not file.is_file():
         raise ValueError(f"{file.name} is not in {file.parent}: run notebook 01 with this profile")
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding="utf-8"))
     if content["base"] != base:
         raise ValueError(
             f"the specialists of {file} were made from {content['base']['name']}, "
@@ -400,6 +429,9 @@ def open_bench(file: Path, model, tokenizer, base: dict) -> Bench:
     specialists = {x: records.store() / path for x, path in content["specialists"].items()}
     lost = [label for label, folder in specialists.items() if not folder.is_dir()]
     if lost:
-        raise ValueError(f"the specialists {', '.join(lost)} are gone: run notebook 01 again")
+        raise ValueError(
+            f"the specialists {', '.join(lost)} are gone from the store: delete {file.name} in "
+            f"{file.parent.name} and run the same command again"
+        )
     tasks = {x: load_task(name, **content["settings"]) for x, name in content["tasks"].items()}
     return Bench(model, tokenizer, base, tasks, specialists)

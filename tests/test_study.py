@@ -1,6 +1,7 @@
 """Visits: applied, recorded once by content, resumed, and the base restored."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -121,6 +122,37 @@ def test_the_parts_of_a_loss_add_up_to_it(bench, monkeypatch):
     assert by_method["control_solo"].notna().groupby("method").all().to_dict() == {
         "linear": False, "halves": False, "ties": True,
     }  # fmt: skip
+    ratio = by_method["control_solo"] / by_method["specialist"]
+    np.testing.assert_allclose(by_method["solo"], 100 * (ratio - 1))
+
+
+@pytest.mark.parametrize(("alone", "floor"), [(0.05, True), (0.5, False), (np.nan, False)])
+def test_the_floor_of_a_rule_with_a_solo_run_is_read_off_that_run(bench, monkeypatch, alone, floor):
+    doses = pd.DataFrame([{"task": x, "dose": d, "score": 0.0} for x in "ab" for d in (0.0, 9.0)])
+    known = {"specialist": 1.0, "base": 0.0, "chance": 0.0}
+    known = pd.DataFrame([{"task": x} | known for x in "ab"])
+    monkeypatch.setattr(study, "references", lambda bench: known)
+    monkeypatch.setattr(study, "at_solo", lambda *a: pd.DataFrame({"correct": [alone]}))
+    merged = study.merge_group(bench, "ab", RECIPES)
+    table = study.loss_table(bench, merged, doses, RECIPES).set_index("method")
+    assert (table.loc["ties", "floor"] == floor).all() and table.loc["linear", "floor"].all()
+
+
+def test_what_decides_a_merge_is_in_its_key(bench, tmp_path):
+    def key(recipe):
+        return study._merge_key(bench, "ab", "ab", recipe, 0)
+
+    assert key({"method": "linear"}) == key({"method": "linear", "weights": [1, 1]})
+    assert key({"method": "ties"}) != key({"method": "ties", "match": "norm"})
+    assert key({"method": "linear"}) != key({"method": "linear", "scale": 2.0})
+    before, config = key(RECIPES["ties"]), bench.specialists["a"] / "adapter_config.json"
+    assert before != key({"method": "ties"}) and before != key({"method": "ties", "density": 0.4})
+    edited = tmp_path / "edited"
+    shutil.copytree(config.parent, edited)
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    (edited / config.name).write_text(json.dumps(settings | {"lora_alpha": 99}), encoding="utf-8")
+    other = replace(bench, specialists=bench.specialists | {"a": edited})
+    assert before != study._merge_key(other, "ab", "ab", RECIPES["ties"], 0)
 
 
 def test_a_bench_travels_between_notebooks(bench, tmp_path):
@@ -139,7 +171,7 @@ def test_a_bench_travels_between_notebooks(bench, tmp_path):
         with pytest.raises(ValueError, match="were made from tiny, not from other"):
             study.open_bench(file, bench.model, bench.tokenizer, {"name": "other", "digest": "1"})
         folders["b"].rmdir()
-        with pytest.raises(ValueError, match="the specialists b are gone"):
+        with pytest.raises(ValueError, match="b are gone from the store: delete bench.json in run"):
             study.open_bench(file, bench.model, bench.tokenizer, bench.base)
     with pytest.raises(ValueError, match="run notebook 01 with this profile"):
         study.open_bench(tmp_path / "none.json", bench.model, bench.tokenizer, bench.base)
