@@ -35,12 +35,20 @@ class Recipe:
     alpha: int = 32  # the update is alpha / rank * B A
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("examples", "epochs", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.rank < 0:
+            raise ValueError(f"rank must be 0 (train everything) or more, not {self.rank}")
+
 
 def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool = False) -> Path:
     """Folder of the specialist of `task`, trained once and then found in the store.
 
     `model` is the live base (an encoder is given as its sequence classifier) and is left as it
-    was; `base` is its base.json (name, digest). Equal inputs, device and threads give equal bits.
+    was; `base` is its base.json (name, digest). On the CPU, equal inputs and threads give equal
+    bits.
     """
     rows = task.splits["train"]
     if len(rows) < recipe.examples:

@@ -8,6 +8,7 @@ A task name is `source:name`: `bigbench:linguistic_mappings/plural_json` (embedd
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -79,16 +80,46 @@ def load_task(
     """The task's splits, disjoint by normalised input, drawn by a hash seeded with `seed`.
 
     `sources` says where `glue` (hub id or folder) and `sni` (folder) are to be read.
-    Raises ValueError for an unknown task or one with too few distinct inputs.
+    The metric is the catalogue's, else ROUGE-L for free answers of Super-NaturalInstructions and
+    exact match for all others. Raises ValueError for an unknown task or metric and for a task with
+    too few distinct inputs.
     """
     source, _, path = name.partition(":")
     if source not in READERS or not path:
         raise ValueError(
             f"unknown task {name!r}: a task is source:name with source one of {', '.join(READERS)}"
         )
+    metric = catalogue().get(name, {}).get("metric")
+    if metric not in (None, *METRICS):
+        raise ValueError(
+            f"task {name} has metric {metric!r} in {CATALOGUE.name}: choose one of "
+            f"{', '.join(METRICS)}"
+        )
     pool, held_out = READERS[source](path, (sources or {}).get(source))
-    metric = catalogue().get(name, {}).get("metric", "exact_match")
+    if metric is None:
+        free = source == "sni" and not any(row["options"] for row in pool)
+        metric = "rouge_l" if free else "exact_match"
     return Task(name, metric, split(pool, held_out, Sizes(*sizes), seed, name))
+
+
+def load_tasks(names: Iterable[str], **settings) -> dict[str, Task]:
+    """Several tasks by their labels, in this order; `settings` are those of `load_task`.
+
+    Raises ValueError, before any is read, if two have the same label: tables could not tell them
+    apart.
+    """
+    labels: dict[str, str] = {}
+    for name in names:
+        if short(name) in labels:
+            raise ValueError(
+                f"tasks {labels[short(name)]} and {name} are both called {short(name)!r} in tables "
+                "and figures: choose one of them"
+            )
+        labels[short(name)] = name
+    archived = [name.split(":", 1)[1] for name in labels.values() if name.startswith("bigbench:")]
+    if archived:
+        assets.bigbench_files(archived)  # in one pass over the archive
+    return {label: load_task(name, **settings) for label, name in labels.items()}
 
 
 def split(
@@ -180,21 +211,25 @@ def length_buckets(lengths: list[int], batch_size: int) -> list[list[int]]:
 
 
 def read_bigbench(path: str, source: str | None) -> tuple[list[dict], None]:
-    """BIG-bench JSON with the benchmark's own zero-shot prompt; the best-scored targets count."""
+    """BIG-bench JSON with the benchmark's own zero-shot prompt, without the listed choices.
+
+    The best-scored targets count; examples without any answer are left out.
+    """
     task = json.loads(assets.bigbench_json(path).read_text(encoding="utf-8"))
     before = task.get("task_prefix", "") + task.get("example_input_prefix", "\nQ: ")
     after = task.get("example_output_prefix", "\nA: ")
     rows = []
     for example in task["examples"]:
         scores = example.get("target_scores") or {}
-        answers = example.get("target") or [o for o in scores if scores[o] == max(scores.values())]
+        found = example.get("target") or [o for o in scores if scores[o] == max(scores.values())]
+        answers = [str(a).strip() for a in ([found] if isinstance(found, str) else found)]
+        if not any(answers):
+            continue
         rows.append(
             {
                 "prompt": (before + example["input"] + after).strip(),
-                "answers": [
-                    str(a).strip() for a in ([answers] if isinstance(answers, str) else answers)
-                ],
-                "options": sorted(scores) if "target" not in example else [],
+                "answers": answers,
+                "options": sorted(o.strip() for o in scores) if "target" not in example else [],
             }
         )
     return rows, None

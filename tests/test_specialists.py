@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -92,7 +93,7 @@ def test_what_is_finished_is_not_trained_again(store, monkeypatch):
 
 def test_a_killed_training_leaves_nothing_and_can_be_repeated(store):
     script = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import os, signal, tiny\n"
         "from helpers import specialists\n"
         "def die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -104,6 +105,15 @@ def test_a_killed_training_leaves_nothing_and_can_be_repeated(store):
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
     assert not list((store / "specialist").glob("[0-9a-f]*"))
     assert (train(tiny.toy("a"), Recipe(8, 1, 4, 0.05, 4)) / "training.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("examples", 0), ("epochs", 0), ("batch_size", -1), ("learning_rate", 0.0), ("rank", -1)],
+)
+def test_a_recipe_that_trains_nothing_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        replace(RECIPE, **{name: value})
 
 
 def test_too_few_examples_are_refused(store):

@@ -64,6 +64,39 @@ def test_free_answers_have_no_options_though_scores_are_listed(tmp_path, monkeyp
     assert (row["answers"], row["options"]) == (["4", "four"], [])
 
 
+def test_bigbench_options_are_stripped_and_examples_without_answer_left_out(tmp_path, monkeypatch):
+    examples = [
+        {"input": "sky", "target_scores": {" blue": 1, "red ": 0}},
+        {"input": "sea", "target": ""},
+        {"input": "sun", "target": []},
+    ]
+    bigbench(tmp_path, monkeypatch, examples=examples)
+    row = tasks.load_task("bigbench:toy", (0, 0, 0, 1)).splits["test"][0]
+    assert (row["answers"], row["options"]) == (["blue"], ["blue", "red"])
+    with pytest.raises(ValueError, match="only 1 of the 2 different inputs"):
+        tasks.load_task("bigbench:toy", (0, 0, 0, 2))
+
+
+def test_several_tasks_are_loaded_by_label(tmp_path, monkeypatch):
+    bigbench(tmp_path, monkeypatch, examples=numbered(4))
+    asked = []
+    monkeypatch.setattr(assets, "bigbench_files", asked.append)
+    loaded = tasks.load_tasks(["bigbench:x/b_json", "bigbench:a"], sizes=(1, 1, 1, 1))
+    assert {label: task.name for label, task in loaded.items()} == {
+        "b": "bigbench:x/b_json",
+        "a": "bigbench:a",
+    }
+    assert asked == [["x/b_json", "a"]]
+    with pytest.raises(ValueError, match="tasks bigbench:x/a and sni:a are both called 'a'"):
+        tasks.load_tasks(["bigbench:x/a", "sni:a"], sizes=(1, 1, 1, 1))
+
+
+def test_an_unknown_metric_is_refused(monkeypatch):
+    monkeypatch.setattr(tasks, "catalogue", lambda: {"bigbench:toy": {"metric": "bleu"}})
+    with pytest.raises(ValueError, match="bigbench:toy has metric 'bleu' in tasks.toml"):
+        tasks.load_task("bigbench:toy", (1, 1, 1, 1))
+
+
 def test_glue_from_a_folder_tests_on_validation(tmp_path):
     for split, n in (("train", 12), ("validation", 6)):
         rows = [
@@ -94,7 +127,14 @@ def test_natural_instructions(tmp_path):
     task = tasks.load_task("sni:task1_toy", (10, 5, 5, 10), sources={"sni": str(tmp_path)})
     row = task.splits["test"][0]
     assert row["prompt"].startswith("Say A or B.\n\nInput: text ")
-    assert row["options"] == ["A", "B"]
+    assert row["options"] == ["A", "B"] and task.metric == "exact_match"
+
+
+def test_free_natural_instructions_are_graded_by_rouge(tmp_path):
+    rows = [{"definition": "Go on.", "input": str(i), "output": f"so {i}"} for i in range(12)]
+    (tmp_path / "task2_toy.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = tasks.load_task("sni:task2_toy", (1, 1, 1, 1), sources={"sni": str(tmp_path)})
+    assert task.splits["test"][0]["options"] == [] and task.metric == "rouge_l"
 
 
 @pytest.mark.parametrize(
