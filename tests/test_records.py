@@ -146,7 +146,7 @@ def _slow(folder):
 
 
 def test_two_processes_make_one_result():
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(target=records.cached, args=("step", 1, {}, _slow)) for _ in range(4)
     ]

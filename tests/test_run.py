@@ -475,7 +475,9 @@ def test_merge_gets_its_arguments_as_they_were_typed(monkeypatch):
     assert seen == [typed]
 
 
-@pytest.mark.parametrize("error", [assets.AssetError, ValueError, FileNotFoundError])
+@pytest.mark.parametrize(
+    "error", [assets.AssetError, ValueError, FileNotFoundError, PermissionError]
+)
 def test_a_bad_merge_is_one_sentence_and_exit_code_2(monkeypatch, capsys, error):
     def refuse(argv):
         raise error("there are no weights in x")

@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tomllib
 from importlib import metadata
 
@@ -129,7 +128,3 @@ def test_what_the_code_imports_is_pinned():
         if not {package.lower().replace("_", "-") for package in packages[name]} & set(pins())
     }
     assert not missing
-
-
-def test_the_suite_runs_on_the_project_environment():
-    assert sys.version_info[:2] >= (3, 11) and sys.prefix != sys.base_prefix
