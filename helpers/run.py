@@ -291,6 +291,8 @@ def _check_needs(steps: list[Step], results: Path) -> None:
     """Raise ValueError unless what a notebook reads is there, made with the same parameters."""
     made = {name: row["parameters"] for name, row in finished(results).items()}
     for step in steps:
+        made[step.notebook.name] = {}  # made anew, so nothing to compare with
+    for step in steps:
         for need in step.notebook.needs:
             if need not in made:
                 raise ValueError(
@@ -303,7 +305,6 @@ def _check_needs(steps: list[Step], results: Path) -> None:
                         f"{need} was run with {name} = {made[need][name]!r}, {step.notebook.name} "
                         f"is asked for {name} = {step.parameters[name]!r}: run it as well"
                     )
-        made[step.notebook.name] = step.parameters
 
 
 def shown(parameters: dict[str, Any]) -> list[str]:
