@@ -34,6 +34,7 @@ SIZES = {  # vocabulary, width, key/value width, MLP width, layers: tied embeddi
     "1M": (2048, 64, 32, 128, 20),
     "135M": (49152, 576, 192, 1536, 30),
     "500M": (49152, 1024, 256, 4096, 30),
+    "1B": (49152, 1024, 256, 4096, 60),
     "3B": (49152, 2560, 512, 9216, 33),
 }
 CELLS = [
@@ -213,6 +214,7 @@ def cell(name: str, work: Path, repeats: int, others: bool) -> list[dict]:
         size_out = sum(f.stat().st_size for f in models[0].glob("*.safetensors"))
         floor = [sys.executable, "-c", FLOOR, work / "floor", size_out, *inputs]
         subjects |= {"mergekit": theirs, "floor": floor}
+    load = round(os.getloadavg()[0], 1)  # of others' work: CPU seconds grow with it too
     runs: dict[str, list[dict]] = {subject: [] for subject in subjects}
     for _ in range(repeats):
         for subject, command in subjects.items():
@@ -223,6 +225,7 @@ def cell(name: str, work: Path, repeats: int, others: bool) -> list[dict]:
     for subject, measurements in runs.items():
         medians = {k: statistics.median(m[k] for m in measurements) for k in measurements[0]}
         cell_of = {"size": size, "dtype": dtype, "method": method, "models": int(n)}
+        cell_of |= {"threads": 1, "repeats": repeats, "torch": torch.__version__, "load": load}
         rows.append(cell_of | {"subject": subject} | medians | (same if subject == "ours" else {}))
         remove(work / command_out(subject))
     return rows
@@ -266,6 +269,14 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def write(file: Path, rows: list[dict]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", nargs="+", default=CELLS, metavar="SIZE:DTYPE:METHOD:MODELS")
@@ -280,12 +291,7 @@ def main() -> None:
         found = cell(name, arguments.work, arguments.repeats, not arguments.ours_only)
         print(table(found).splitlines()[-1], flush=True)
         rows += found
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(rows)
+        write(arguments.out, rows)  # after every cell: a long run may be broken off
     print(
         f"\nCPU seconds of the merge itself, one thread, torch {torch.__version__}\n\n{table(rows)}"
     )
