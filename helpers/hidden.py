@@ -315,13 +315,6 @@ def pair_table(
     return pd.DataFrame(rows)
 
 
-def square(pairs: pd.DataFrame, column: str, labels: Sequence[str]) -> pd.DataFrame:
-    """A column of a table of pairs as a symmetric table, labels by labels; NaN on the diagonal."""
-    mirrored = pairs.rename(columns={"task_a": "task_b", "task_b": "task_a"})
-    both = pd.concat([pairs, mirrored])
-    return both.pivot(index="task_a", columns="task_b", values=column).loc[labels, labels]
-
-
 # Readings of the Merging Difficulty Score: several pair distances in one number. The paper calls it
 # reciprocal and leaves the formula open; the first is primary here.
 MDS_READINGS = {

@@ -299,13 +299,6 @@ def test_layer_curve_is_the_measure_layer_by_layer():
     assert curve.tolist() == [hidden.debiased_cka(STATES[0, :, i], STATES[1, :, i]) for i in (0, 1)]
 
 
-def test_square_is_symmetric_in_the_order_asked_for():
-    pairs = pd.DataFrame({"task_a": ["a", "a", "b"], "task_b": ["b", "c", "c"], "x": [1.0, 2, 3]})
-    table = hidden.square(pairs, "x", ["c", "a", "b"])
-    assert table.index.tolist() == table.columns.tolist() == ["c", "a", "b"]
-    np.testing.assert_equal(table.to_numpy(), [[np.nan, 2, 3], [2, np.nan, 1], [3, 1, np.nan]])
-
-
 def test_mds_of_a_group_and_of_its_members():
     pairs = pd.DataFrame(
         [("a", "b", 1.0), ("a", "c", 2.0), ("b", "c", 3.0), ("c", "d", 9.0)],
