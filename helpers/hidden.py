@@ -1,9 +1,9 @@
 """How do representations differ? Pooled hidden states, and measures between two models.
 
 A state array is (n_probes, d): one row per probe input, for both models the same inputs in the same
-order. The measures are NumPy in float64; only `pool` and `layer_names` see a model. They differ in
-what they overlook (rotation, scale, shift: tests/test_hidden.py asserts the whole table), and
-MEASURES says of each which way it points and what it needs.
+order. The measures are NumPy in float64; only `prompt_states` and `layer_names` see a model. They
+differ in what they overlook (rotation, scale, shift: tests/test_hidden.py asserts the whole table),
+and MEASURES says of each which way it points and what it needs.
 
     distances:    0 for equal states, larger is further apart
     similarities: 1 for equal states, smaller is further apart
@@ -22,7 +22,48 @@ from scipy import linalg, special, stats
 from scipy.spatial.distance import pdist
 from torch import Tensor, nn
 
+from helpers.tasks import length_buckets, pad
+
 HOW = ("last", "mean", "first_decoder")
+
+
+@torch.no_grad()
+def prompt_states(
+    model: nn.Module, encoded: Sequence[list[int]], how: str = "last", batch_size: int = 20
+) -> Tensor:
+    """States (prompts, layers, d) of a model at prompts, all layers from one pass, fp32 on the CPU.
+
+    Args:
+        model: a decoder, an encoder or an encoder-decoder of transformers, with or without a head.
+        encoded: token ids of each prompt; they are batched by length and padded on the right.
+        how: as in `pool`. An encoder-decoder reads the prompt with its encoder; its state is that
+            of the decoder's start token, "first_decoder", which no other model has.
+
+    Memory: beside the model's own activations prompts * layers * d * 4 bytes.
+
+    Raises:
+        ValueError: "first_decoder" for a model that is no encoder-decoder, or the reverse; a prompt
+            without tokens.
+    """
+    two_stacks = model.config.is_encoder_decoder
+    if (how == "first_decoder") != two_stacks:
+        takes = '"first_decoder"' if two_stacks else '"last" or "mean"'
+        raise ValueError(f"{type(model).__name__} has no {how!r} state of a prompt: use {takes}")
+    batches, parts = length_buckets([len(ids) for ids in encoded], batch_size), []
+    for batch in batches:
+        ids, mask = (t.to(model.device) for t in pad([encoded[i] for i in batch], 0))
+        last = mask.sum(1) - 1
+        if two_stacks:
+            start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
+            about = {"attention_mask": mask, "decoder_input_ids": start}
+            states = model(ids, **about, output_hidden_states=True).decoder_hidden_states
+            mask, last = torch.ones_like(start), torch.zeros_like(last)
+        else:  # the stack below the head: logits are not wanted
+            stack = model.base_model
+            states = stack(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        parts.append(pool(states, mask, last, how).cpu())
+    order = torch.tensor([i for batch in batches for i in batch])
+    return torch.cat(parts)[order.argsort()].contiguous()
 
 
 def pool(

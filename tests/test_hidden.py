@@ -10,7 +10,7 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import spearmanr
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from helpers import hidden
 
@@ -42,6 +42,51 @@ def test_state_depends_neither_on_batch_nor_on_padding_side(how):
     assert alone.shape == (4, 3, 16) and alone.dtype == torch.float32
     for side in ("right", "left"):
         torch.testing.assert_close(pooled(model, PROMPTS, how, side), alone, rtol=1e-4, atol=1e-5)
+
+
+def bert():
+    size = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 100}
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig(num_hidden_layers=2, **size)).eval()
+
+
+def t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=100,
+        d_model=8,
+        d_ff=16,
+        d_kv=4,
+        num_layers=1,
+        num_decoder_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(
+    "make, how", [(tiny.llama, "last"), (tiny.llama, "mean"), (bert, "mean"), (t5, "first_decoder")]
+)
+def test_prompt_states_are_those_of_each_prompt_read_alone(make, how):
+    model = make()
+    together = hidden.prompt_states(model, PROMPTS, how, batch_size=3)
+    assert together.dtype == torch.float32 and together.is_contiguous()
+    for prompt, states in zip(PROMPTS, together, strict=True):
+        ids = torch.tensor([prompt])
+        extra = {"decoder_input_ids": torch.tensor([[0]])} if how == "first_decoder" else {}
+        with torch.no_grad():
+            out = model(ids, output_hidden_states=True, **extra)
+        layers = out.decoder_hidden_states if extra else out.hidden_states
+        expected = [h[0].mean(0) if how == "mean" else h[0, -1] for h in layers]
+        assert len(states) == len(hidden.layer_names(model)) == 3
+        torch.testing.assert_close(states, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make, how", [(tiny.llama, "first_decoder"), (t5, "last")])
+def test_prompt_states_refuse_a_state_that_the_model_has_not(make, how):
+    with pytest.raises(ValueError, match=f"has no '{how}' state"):
+        hidden.prompt_states(make(), PROMPTS, how)
 
 
 def test_pool_by_hand_and_nan_padding_never_counts():
@@ -77,22 +122,8 @@ def test_pool_refuses(mask, last, how, message):
 def test_layer_names_tell_final_norm_from_raw_stream():
     assert hidden.layer_names(tiny.llama()) == ["embeddings", "block 1", "final norm"]
     assert hidden.layer_names(tiny.llama(tie_last_hidden_states=False))[-1] == "block 2"
-    size = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 20}
-    bert = BertModel(BertConfig(num_hidden_layers=2, **size))
-    assert hidden.layer_names(bert.eval()) == ["embeddings", "block 1", "block 2"]
-    t5 = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=20,
-            d_model=8,
-            d_ff=16,
-            d_kv=4,
-            num_layers=1,
-            num_decoder_layers=2,
-            num_heads=2,
-            decoder_start_token_id=0,
-        )
-    )
-    assert hidden.layer_names(t5.eval()) == ["embeddings", "block 1", "final norm"]
+    assert hidden.layer_names(bert()) == ["embeddings", "block 1", "block 2"]
+    assert hidden.layer_names(t5()) == ["embeddings", "block 1", "final norm"]
 
 
 # --- measures ---------------------------------------------------------------------------------
