@@ -65,7 +65,9 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
             else:
                 publish.refresh(arguments.profile, arguments.reuse)
         else:
-            _merge(rest)
+            from helpers import checkpoints
+
+            checkpoints.main(rest)
     except NotebookFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -76,15 +78,6 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
         print("interrupted; the same command takes up what is not finished", file=sys.stderr)
         return 130
     return 0
-
-
-def _merge(arguments: list[str]) -> None:
-    from helpers import assets, checkpoints
-
-    try:
-        checkpoints.main(arguments)
-    except assets.AssetError as error:
-        raise ValueError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ MEMBER_LIMIT = 2 * 1024**3  # bytes that one archive member may unpack to
 TASK_PATTERN = re.compile(r"[^/]+/bigbench/benchmark_tasks/((?:[\w-]+/)*[\w-]+)/task\.json")
 
 
-class AssetError(Exception):
+class AssetError(ValueError):
     """A model or a task that cannot be had: the reason and the remedy in one sentence."""
 
 

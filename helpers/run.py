@@ -250,6 +250,8 @@ def run(
     surroundings = _surroundings()
     with _alone(results):
         _say_plan(profile, steps)
+        if not all(_is_finished(step, results, surroundings) for step in steps):
+            _check_inputs(steps)
         ran = [
             _advance(step, results, surroundings, f"[{i}/{len(steps)}] {step.notebook.name}")
             for i, step in enumerate(steps, 1)
@@ -313,6 +315,17 @@ def shown(parameters: dict[str, Any]) -> list[str]:
     return [text for text in texts if isinstance(text, str) and text.startswith("data/results/")]
 
 
+def _check_inputs(steps: list[Step]) -> None:
+    """Fetch the model that the notebooks will open, before the first one runs.
+
+    Raises ValueError (an AssetError is one) for what cannot be had.
+    """
+    from helpers import assets  # seconds: not paid by a run that has nothing to do
+
+    for model in dict.fromkeys(x.parameters["MODEL"] for x in steps if "MODEL" in x.parameters):
+        assets.model_folder(model)
+
+
 def _surroundings() -> str:
     """Digest of what every notebook depends on: helpers, data/*.toml, pins, measured minutes.
 
@@ -360,6 +373,13 @@ def _local_files(parameters: dict[str, Any]) -> list[list]:
             told = [(file, file.stat()) for file in files if file.is_file()]
             found += [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in told]
     return found
+
+
+def _is_finished(step: Step, results: Path, surroundings: str) -> bool:
+    """Whether the notebook, and each that it needs, finished with this code and parameters."""
+    done = finished(results)
+    name = step.notebook.name
+    return name in done and done[name]["key"] == _key(step, surroundings, done)
 
 
 def _advance(step: Step, results: Path, surroundings: str, title: str) -> bool:

@@ -35,7 +35,7 @@ PROFILES = """
 about = "toy"
 N = 3
 RATE = 0.5
-TASKS = ["a", "b"]
+WORDS = ["a", "b"]
 FAIL = ""
 THREADS = 2
 
@@ -47,7 +47,7 @@ MAKE = [
     """
     N = 3  # how many numbers
     RATE: float = 0.5  # factor
-    TASKS = ["a", "b"]
+    WORDS = ["a", "b"]
     FAIL = ""  # how to fail
     PROFILE = "demo"
     RESULTS = "data/runs/demo"
@@ -75,7 +75,7 @@ MAKE = [
     result = {"name": f"count of {PROFILE}", "value": N, "unit": "numbers", "n": N}
     if FAIL != "silent":
         records.write_record(folder / "record_01.json", [result])
-    print("threads", os.environ["OMP_NUM_THREADS"], "tasks", TASKS, type(RATE).__name__)
+    print("threads", os.environ["OMP_NUM_THREADS"], "words", WORDS, type(RATE).__name__)
     """,
 ]
 
@@ -148,8 +148,8 @@ def stdout_of(path):
         (["demo", "-p", "N", "true"], "N takes an integer, as in 3; got True"),
         (["demo", "-p", "N", "many"], "N takes an integer, as in 3; got 'many'"),
         (["demo", "-p", "RATE", "fast"], "RATE takes a number"),
-        (["demo", "-p", "TASKS", "a,b"], "TASKS takes a list"),
-        (["demo", "-p", "TASKS", "['a', 3]"], "each of TASKS takes text, as in 'a'; got 3"),
+        (["demo", "-p", "WORDS", "a,b"], "WORDS takes a list"),
+        (["demo", "-p", "WORDS", "['a', 3]"], "each of WORDS takes text, as in 'a'; got 3"),
         (["demo", "-p", "RATE", "1e999"], "is inf"),
         (["demo", "-p", "RESULTS", "data/results/demo"], "RESULTS may not lie in data/results"),
         (["demo", "-p", "RESULTS", "data/runs/../results"], "RESULTS may not lie in data/results"),
@@ -181,7 +181,7 @@ def test_a_model_edited_in_place_and_no_stray_file_changes_the_key(project):
     folder = project / "model"
     folder.mkdir()
     (folder / "weights").write_text("1")
-    (step, _) = run.plan("demo", None, {"TASKS": ["model", "a"]})
+    (step, _) = run.plan("demo", None, {"WORDS": ["model", "a"]})
     before, around = run._key(step, "", {}), run._surroundings()
     (project / "data" / ".DS_Store").write_text("x")
     assert (run._key(step, "", {}), run._surroundings()) == (before, around)
@@ -224,7 +224,7 @@ def test_values_take_the_type_of_the_default():
 
 def test_a_profile_overrides_demo_and_parameters_override_a_profile(project):
     make, read = run.plan("tiny", None, {"RATE": 2})
-    assert make.parameters["N"] == 1 and make.parameters["TASKS"] == ["a", "b"]
+    assert make.parameters["N"] == 1 and make.parameters["WORDS"] == ["a", "b"]
     assert make.parameters["RATE"] == 2.0 and type(make.parameters["RATE"]) is float
     assert read.parameters == {"PROFILE": "tiny, RATE = 2.0", "RESULTS": "data/runs/tiny"}
     assert run.plan("tiny", ["02"], {"RESULTS": "elsewhere"})[0].parameters == {
@@ -269,7 +269,7 @@ def test_the_chain_runs_once_and_again_only_where_something_changed(project, cap
     assert results == project / "data" / "runs" / "demo"
     assert json.loads((results / "record_02.json").read_text())[0]["value"] == 3.0
     text = stdout_of(results / "notebooks" / "01_make.ipynb")
-    assert text == "threads 2 tasks ['a', 'b'] float\n"
+    assert text == "threads 2 words ['a', 'b'] float\n"
     made, read = records.read_jsonl(results / "manifest.jsonl")
     assert made["status"] == read["status"] == "finished"
     assert made["parameters"]["RATE"] == 1.0 and made["peak_gb"] > 0.05
