@@ -222,8 +222,28 @@ def test_group_variance_is_the_variance_over_its_members():
     rows = some_rows()
     whole = np.array([np.concatenate([r.taus[i].flatten() for r in rows]) for i in range(3)])
     pairs = pair_metrics(rows, LABELS)
-    assert group_variance(pairs, LABELS) == pytest.approx(whole.var(axis=0).mean(), rel=1e-6)
+    raw = whole.var(axis=0).mean()
+    assert group_variance(pairs, LABELS) == pytest.approx(raw, rel=1e-6)
+    relative = raw / (whole**2).mean()
+    assert group_variance(pairs, LABELS, relative=True) == pytest.approx(relative, rel=1e-6)
     assert group_variance(pairs, LABELS[:2]) == pytest.approx(pairs.variance[0])
+    share = group_variance(pairs, LABELS[:2], relative=True)
+    assert share == pytest.approx(pairs.variance_share[0])
+    with pytest.raises(ValueError, match="3 members have 3 pairs, but 2 are given"):
+        group_variance(pairs[:2], LABELS)
+
+
+@pytest.mark.parametrize(
+    "vectors, share",
+    [
+        ([[1.0, 2, 0], [1.0, 2, 0], [1.0, 2, 0]], 0),
+        ([[3.0, 0, 0], [0, 1.0, 0], [0, 0, 2.0]], 2 / 3),
+        ([[1.0, 0, 0], [-1.0, 0, 0], [0, 0, 0.0]], 1),
+    ],
+)
+def test_relative_group_variance_of_equal_orthogonal_and_cancelling_vectors(vectors, share):
+    pairs = pair_metrics(one_row(*vectors), LABELS)
+    assert group_variance(pairs, LABELS, relative=True) == pytest.approx(share, abs=1e-12)
 
 
 @pytest.mark.parametrize(
