@@ -19,15 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers import evaluate, hidden, merging, records, vectors
-from helpers.tasks import (
-    SHOT_END,
-    Task,
-    encode_prompt,
-    few_shot,
-    length_buckets,
-    load_task,
-    pad,
-)
+from helpers.tasks import SHOT_END, Task, encode_prompt, few_shot, load_tasks
 
 VERSION = 1  # raised by hand whenever a visit records something else
 BASE = "base"  # the digest of no delta
@@ -142,26 +134,12 @@ def _state_key(bench: Bench, digest: str, task: Task) -> tuple[str, int, dict]:
 
 def _states(bench: Bench, digest: str, task: Task) -> Tensor:
     def compute(folder: Path) -> None:
-        prompts = task.splits["probe"]["prompt"]
-        states = prompt_states(bench.model, bench.tokenizer, prompts, bench.batch_size)
+        prompts = [encode_prompt(bench.tokenizer, x) for x in task.splits["probe"]["prompt"]]
+        states = hidden.prompt_states(bench.model, prompts, batch_size=bench.batch_size)
         save_file({"states": states}, folder / "states.safetensors")
 
     folder = records.cached(*_state_key(bench, digest, task), compute)
     return load_file(folder / "states.safetensors")["states"]
-
-
-@torch.no_grad()
-def prompt_states(model, tokenizer, prompts: list[str], batch_size: int = 20) -> Tensor:
-    """States (prompts, layers, d) at the last prompt token, all layers from one pass, fp32."""
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    batches = length_buckets([len(e) for e in encoded], batch_size)
-    parts = []
-    for batch in batches:
-        ids, mask = (t.to(model.device) for t in pad([encoded[i] for i in batch], 0))
-        out = model(ids, attention_mask=mask, output_hidden_states=True, logits_to_keep=1)
-        parts.append(hidden.pool(out.hidden_states, mask, mask.sum(1) - 1).cpu())
-    order = torch.tensor([i for batch in batches for i in batch])
-    return torch.cat(parts)[order.argsort()].contiguous()
 
 
 # --- what is visited -------------------------------------------------------------------------
@@ -398,7 +376,7 @@ def loss_table(
 
 
 def save_bench(bench: Bench, settings: dict, file: Path) -> None:
-    """Write what `open_bench` needs: `settings` of `tasks.load_task`, names and store folders."""
+    """Write what `open_bench` needs: `settings` of `tasks.load_tasks`, names and store folders."""
     content = {
         "base": bench.base,
         "settings": settings,
@@ -433,5 +411,5 @@ def open_bench(file: Path, model, tokenizer, base: dict) -> Bench:
             f"the specialists {', '.join(lost)} are gone from the store: delete {file.name} in "
             f"{file.parent.name} and run the same command again"
         )
-    tasks = {x: load_task(name, **content["settings"]) for x, name in content["tasks"].items()}
+    tasks = load_tasks(content["tasks"].values(), **content["settings"])
     return Bench(model, tokenizer, base, tasks, specialists)

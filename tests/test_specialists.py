@@ -141,3 +141,26 @@ def test_an_encoder_is_tuned_whole_with_a_head_of_its_own(store, encoder):
     assert opened.config.id2label == {0: "no", 1: "yes"}
     with pytest.raises(ValueError, match="needs a task with options"):
         train(tiny.toy("b"), recipe, encoder)
+
+
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
+
+
+def test_a_training_that_computes_something_else_has_a_new_version(store, encoder):
+    """Golden values beside VERSION: if one changes, raise VERSION and renew the value.
+
+    The tolerance is rounding's between machines; a changed computation is far outside it.
+    """
+
+    def seen(folder: Path) -> dict[str, float]:
+        losses = json.loads((folder / "training.json").read_text())["loss"]
+        weights = load_file(next(folder.glob("*.safetensors"))).values()
+        norm = sum(tensor.double().square().sum() for tensor in weights).sqrt()
+        return {"first_loss": losses[0], "last_loss": losses[-1], "norm": float(norm)}
+
+    lora = train(tiny.toy("a"), Recipe(8, 2, 4, 0.01, 4))
+    full = train(tiny.toy("a", options=("no", "yes")), Recipe(8, 2, 4, 0.001, 0), encoder)
+    found = {"version": specialists.VERSION, "lora": seen(lora), "full": seen(full)}
+    assert found["version"] == GOLDEN["specialist"]["version"]
+    for kind in ("lora", "full"):
+        assert found[kind] == pytest.approx(GOLDEN["specialist"][kind], rel=1e-3)
