@@ -159,6 +159,12 @@ def input_grams(
     return {name: gram / tokens for name, gram in grams.items()}
 
 
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a model, first to last; of the decoder of an encoder-decoder."""
+    modules = model.get_decoder().modules()
+    return next(module for module in modules if isinstance(module, nn.ModuleList))
+
+
 def layer_names(model: nn.Module) -> list[str]:
     """Names of the entries of `hidden_states`, the final-normed state told apart from raw ones.
 
@@ -167,8 +173,7 @@ def layer_names(model: nn.Module) -> list[str]:
     must not join the two. BERT-type encoders have no final norm. Which of the two a model does is
     read off a forward pass of one token: is the last entry the output of the last block, or not?
     """
-    stack = model.get_decoder()
-    blocks = next(module for module in stack.modules() if isinstance(module, nn.ModuleList))
+    stack, blocks = model.get_decoder(), blocks_of(model)
     seen = []
     handle = blocks[-1].register_forward_hook(lambda *call: seen.append(call[-1]))
     token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
