@@ -81,21 +81,19 @@ def load_task(
 
     `sources` says where `glue` (hub id or folder) and `sni` (folder) are to be read.
     The metric is the catalogue's, else ROUGE-L for free answers of Super-NaturalInstructions and
-    exact match for all others. Raises ValueError for an unknown task or metric and for a task with
-    too few distinct inputs.
+    exact match for all others. A task with fewer inputs than are asked for has a smaller train
+    split. Raises ValueError for an unknown task or metric and for a task with too few distinct
+    inputs for the other splits.
     """
-    source, _, path = name.partition(":")
-    if source not in READERS or not path:
-        raise ValueError(
-            f"unknown task {name!r}: a task is source:name with source one of {', '.join(READERS)}"
-        )
+    sources = sources or {}
+    source, path = _known(name, sources)
     metric = catalogue().get(name, {}).get("metric")
     if metric not in (None, *METRICS):
         raise ValueError(
             f"task {name} has metric {metric!r} in {CATALOGUE.name}: choose one of "
             f"{', '.join(METRICS)}"
         )
-    pool, held_out = READERS[source](path, (sources or {}).get(source))
+    pool, held_out = READERS[source](path, sources.get(source))
     if metric is None:
         free = source == "sni" and not any(row["options"] for row in pool)
         metric = "rouge_l" if free else "exact_match"
@@ -105,21 +103,56 @@ def load_task(
 def load_tasks(names: Iterable[str], **settings) -> dict[str, Task]:
     """Several tasks by their labels, in this order; `settings` are those of `load_task`.
 
-    Raises ValueError, before any is read, if two have the same label: tables could not tell them
-    apart.
+    Raises ValueError, before any is read, for the names that `check_names` refuses.
+    """
+    names = list(names)
+    check_names(names, settings.get("sources"))
+    archived = _archived(names)
+    if archived:
+        assets.bigbench_files(archived)  # in one pass over the archive
+    return {short(name): load_task(name, **settings) for name in names}
+
+
+def check_names(names: Iterable[str], sources: dict[str, str] | None = None) -> None:
+    """Raise ValueError for a task that cannot be had, and for two of one label.
+
+    Reads nothing of the tasks. BIG-bench's own list is asked (and its archive fetched, if it never
+    was) only for names that are not in the catalogue.
     """
     labels: dict[str, str] = {}
     for name in names:
+        _known(name, sources or {})
         if short(name) in labels:
             raise ValueError(
                 f"tasks {labels[short(name)]} and {name} are both called {short(name)!r} in tables "
                 "and figures: choose one of them"
             )
         labels[short(name)] = name
-    archived = [name.split(":", 1)[1] for name in labels.values() if name.startswith("bigbench:")]
-    if archived:
-        assets.bigbench_files(archived)  # in one pass over the archive
-    return {label: load_task(name, **settings) for label, name in labels.items()}
+    listed = catalogue()
+    strange = _archived(name for name in labels.values() if name not in listed)
+    if strange:
+        assets.bigbench_files(strange)
+
+
+def _known(name: str, sources: dict[str, str]) -> tuple[str, str]:
+    """Source and name within it of a task; ValueError for one that the source cannot have."""
+    source, _, path = name.partition(":")
+    if source not in READERS or not path:
+        raise ValueError(
+            f"unknown task {name!r}: a task is source:name with source one of {', '.join(READERS)}"
+        )
+    if source == "glue" and path not in GLUE:
+        raise ValueError(f"unknown GLUE task {path!r}: choose one of {', '.join(GLUE)}")
+    if source == "sni" and not (file := _sni_file(path, sources.get("sni"))).is_file():
+        raise ValueError(
+            f"task file {file.name} is not in {file.parent}: name the folder that holds it"
+        )
+    return source, path
+
+
+def _archived(names: Iterable[str]) -> list[str]:
+    """Names in the BIG-bench archive of those tasks that come from it."""
+    return [name.split(":", 1)[1] for name in names if name.startswith("bigbench:")]
 
 
 def split(
@@ -128,7 +161,8 @@ def split(
     """Rows (prompt, answers, options) in four splits, none sharing a normalised prompt.
 
     The order is that of sha256(seed, normalised prompt), so a row keeps its place when rows are
-    added. Test rows come from `held_out` where the source has such a split.
+    added. Test rows come from `held_out` where the source has such a split; train is what is left,
+    up to its size.
     """
     rest = shuffled(pool, seed)
     chosen = {}
@@ -141,7 +175,8 @@ def split(
             wanted = getattr(sizes, part)
             chosen[part], rest = rest[:wanted], rest[wanted:]
     for part, rows in chosen.items():
-        if len(rows) < getattr(sizes, part):
+        wanted = getattr(sizes, part) if part != "train" else min(sizes.train, 1)
+        if len(rows) < wanted:
             raise ValueError(
                 f"task {name} has only {len(rows)} of the {getattr(sizes, part)} different inputs "
                 f"asked for its {part} split: ask for fewer examples"
@@ -183,6 +218,11 @@ def few_shot(task: Task, split: str, shots: int = 4) -> Dataset:
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """Token ids of a prompt, behind the model's own start token if it has one."""
     return tokenizer(prompt)["input_ids"]
+
+
+def encode_input(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt as an encoder reads it: between its marks, cut at its last position."""
+    return tokenizer(prompt, truncation=True)["input_ids"]
 
 
 def encode_answer(tokenizer, answer: str, end: str | None = None) -> list[int]:
@@ -237,8 +277,6 @@ def read_bigbench(path: str, source: str | None) -> tuple[list[dict], None]:
 
 def read_glue(path: str, source: str | None) -> tuple[list[dict], list[dict]]:
     """A GLUE task; its validation split is held out for testing (the test labels are hidden)."""
-    if path not in GLUE:
-        raise ValueError(f"unknown GLUE task {path!r}: choose one of {', '.join(GLUE)}")
     fields, labels = GLUE[path]
     data = load_dataset(source or "nyu-mll/glue", path)
     ask = f" {labels[0]} or {labels[1]}?" if len(labels) == 2 else f" {', '.join(labels)}?"
@@ -261,11 +299,7 @@ def read_glue(path: str, source: str | None) -> tuple[list[dict], list[dict]]:
 
 def read_sni(path: str, source: str | None) -> tuple[list[dict], None]:
     """A Super-NaturalInstructions task: definition, input, output(s); any listed output counts."""
-    file = Path(source or ".") / f"{path.removesuffix('.jsonl')}.jsonl"
-    if not file.is_file():
-        raise ValueError(
-            f"task file {file.name} is not in {file.parent}: name the folder that holds it"
-        )
+    file = _sni_file(path, source)
     raw = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
     answers = [
         [o.strip() for o in ([r["output"]] if isinstance(r["output"], str) else r["output"])]
@@ -282,6 +316,10 @@ def read_sni(path: str, source: str | None) -> tuple[list[dict], None]:
         }
         for row, accepted in zip(raw, answers, strict=True)
     ], None
+
+
+def _sni_file(path: str, source: str | None) -> Path:
+    return Path(source or ".") / f"{path.removesuffix('.jsonl')}.jsonl"
 
 
 READERS = {"bigbench": read_bigbench, "glue": read_glue, "sni": read_sni}
