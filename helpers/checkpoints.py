@@ -382,12 +382,12 @@ def model_card(recipe: Recipe, report: merging.Report, name: str) -> str:
     """The README of a merged model: base, tags, recipe, and what the merge did. Names, no paths."""
     base, models = _name(recipe.base), [_name(model) for model in recipe.models]
     front = {"base_model": [base, *models], "tags": ["merge"], "library_name": "transformers"}
-    stated = recipe._asdict() | {"base": base, "models": models, "weights": report.weights}
-    stated |= {"options": report.options, "scale": report.scale}
+    stated = recipe._asdict() | {"base": base, "models": models, "weights": report.plan.weights}
+    stated |= {"options": report.plan.options, "scale": report.plan.scale}
     doses = ["-" if dose is None else f"{dose:.3f}" for dose in report.own]
     table = [
         f"| {model} | {weight:g} | {dose} |"
-        for model, weight, dose in zip(models, report.weights, doses, strict=True)
+        for model, weight, dose in zip(models, report.plan.weights, doses, strict=True)
     ]
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),

@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -38,6 +38,10 @@ class Plan(NamedTuple):
     options: dict[str, Any]
     cuts: list[rules.Cut] | None = None  # of the whole model, for ties with scope="model"
     grams: Mapping[str, Sequence[Tensor]] | None = None  # by tensor name, for regmean
+
+    def choices(self) -> dict[str, Any]:
+        """The plan without what is computed from the models' data."""
+        return {k: v for k, v in self._asdict().items() if k not in ("cuts", "grams")}
 
 
 State = Callable[[Row, Plan], tuple[dict[str, Any], dict[str, Any]]]
@@ -163,12 +167,7 @@ class Report:
     G_ii: how far the merge goes along tau_i, whoever moved it there (None if tau_i = 0).
     """
 
-    method: str
-    labels: list[str]
-    weights: list[float]
-    seed: int
-    scale: float
-    options: dict[str, Any]
+    plan: Plan
     per_tensor: list[dict[str, Any]]
     sketch: list[float]
 
@@ -177,11 +176,11 @@ class Report:
 
     @property
     def gram(self) -> np.ndarray:
-        return self._sum("gram", np.zeros((len(self.labels), len(self.labels))))
+        return self._sum("gram", np.zeros((len(self.plan.labels),) * 2))
 
     @property
     def dots(self) -> np.ndarray:
-        return self._sum("dots", np.zeros(len(self.labels)))
+        return self._sum("dots", np.zeros(len(self.plan.labels)))
 
     @property
     def norms(self) -> list[float]:
@@ -207,7 +206,7 @@ class Report:
     def tie_mass(self) -> float | None:
         if not any("tied" in t for t in self.per_tensor):
             return None
-        return _ratio(float(self._sum("tied")), len(self.labels) * float(self._sum("numel")))
+        return _ratio(float(self._sum("tied")), len(self.plan.labels) * float(self._sum("numel")))
 
     @property
     def slerp(self) -> dict[str, int]:
@@ -215,9 +214,9 @@ class Report:
 
     @property
     def ingredient(self) -> list[float]:
-        coefficients = METHODS[self.method].coefficients
+        coefficients = METHODS[self.plan.method].coefficients
         if coefficients:
-            return [self.scale * c for c in coefficients(self.weights)]
+            return [self.plan.scale * c for c in coefficients(self.plan.weights)]
         return (np.linalg.pinv(self.gram, rcond=1e-10, hermitian=True) @ self.dots).tolist()
 
     @property
@@ -237,7 +236,7 @@ class Report:
             for t in self.per_tensor
         ]
         sketch = [factor * x for x in self.sketch]
-        return replace(self, scale=self.scale * factor, per_tensor=tensors, sketch=sketch)
+        return Report(self.plan._replace(scale=self.plan.scale * factor), tensors, sketch)
 
     def by_tensor(self) -> list[dict[str, Any]]:
         """The totals of `as_row` for each tensor apart, with its name and size."""
@@ -250,8 +249,8 @@ class Report:
         """The totals, flat: one row of a table of merges."""
         own = [c for c in self.own if c is not None]
         return {
-            "method": self.method,
-            "scale": self.scale,
+            "method": self.plan.method,
+            "scale": self.plan.scale,
             "norm": self.norm,
             "effective_scale": self.effective_scale,
             "cos_sum": self.cos_sum,
@@ -265,8 +264,9 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, JSON-able."""
+        data = {"per_tensor": self.per_tensor, "sketch": self.sketch}
         totals = {"ingredient": self.ingredient, "own": self.own, "norms": self.norms}
-        return asdict(self) | self.as_row() | totals
+        return self.plan.choices() | data | self.as_row() | totals
 
 
 def _ratio(a: float, b: float) -> float:
@@ -375,8 +375,7 @@ def summary(chosen: Plan, records: Iterable[dict[str, Any]]) -> Report:
     """The report of a merge from the records of its tensors."""
     records = list(records)
     sketch = np.sum([record.pop("sketch") for record in records] or [np.zeros(SKETCH)], axis=0)
-    fields = {name: getattr(chosen, name) for name in Plan._fields if name not in ("cuts", "grams")}
-    return Report(**fields, per_tensor=records, sketch=sketch.tolist())
+    return Report(Plan(**chosen.choices()), records, sketch.tolist())
 
 
 def merge(
@@ -424,8 +423,8 @@ def match_factor(report: Report, match: str) -> float:
         raise ValueError(f"match must be 'norm' or 'dose', not {match!r}")
     now = report.effective_scale if match == "norm" else report.as_row()["own_mean"]
     if not now or now < 0:
-        raise ValueError(f"{report.method} cannot be matched by {match}: its {match} is {now}")
-    return report.scale / now
+        raise ValueError(f"{report.plan.method} cannot be matched by {match}: its {match} is {now}")
+    return report.plan.scale / now
 
 
 def solo(

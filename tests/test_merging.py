@@ -330,9 +330,9 @@ def test_matched_merges_have_the_norm_or_the_dose_asked_for(method):
     for match, asked in [("norm", "effective_scale"), ("dose", "own_mean")]:
         delta, report = merging.merge(rows(a, b), method, BOTH, match=match, scale=0.5)
         assert report.as_row()[asked] == pytest.approx(0.5)
-        factor = 0.5 * before.scale / before.as_row()[asked]
+        factor = 0.5 * before.plan.scale / before.as_row()[asked]
         torch.testing.assert_close(delta["w"], factor * plain["w"])
-        _, again = merging.merge(rows(a, b), method, BOTH, scale=report.scale)
+        _, again = merging.merge(rows(a, b), method, BOTH, scale=report.plan.scale)
         assert again.own == pytest.approx(report.own)
         assert again.norm == pytest.approx(report.norm)
 
