@@ -121,12 +121,12 @@ def check_names(names: Iterable[str], sources: dict[str, str] | None = None) -> 
     """
     labels: dict[str, str] = {}
     for name in names:
-        _known(name, sources or {})
         if short(name) in labels:
             raise ValueError(
                 f"tasks {labels[short(name)]} and {name} are both called {short(name)!r} in tables "
                 "and figures: choose one of them"
             )
+        _known(name, sources or {})
         labels[short(name)] = name
     listed = catalogue()
     strange = _archived(name for name in labels.values() if name not in listed)
