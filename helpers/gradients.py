@@ -1,8 +1,7 @@
-"""Do two tasks pull the base in opposite directions, and what lies between their specialists?
+"""Do two tasks pull the base in opposite directions?
 
-Rivals that look at losses instead of states or task vectors. The gradient of a task's loss at the
-base needs labels, but neither a specialist nor a merge; the loss barrier needs both specialists and
-scores of models between them.
+The gradient of a task's loss, at the base, over the tensors that fine-tuning changes. It needs
+labelled training examples and a backward pass, but neither a specialist nor a merge.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -182,20 +181,3 @@ def pair_table(gram: NDArray, labels: Sequence[str]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def barrier(segment: pd.DataFrame, column: str = "nll") -> float:
-    """Loss barrier on the segment between two models (Frankle et al. 2020), from points on it.
-
-    max over alpha of L(alpha) - ((1 - alpha) L(0) + alpha L(1)), L the mean of `column` over the
-    tasks. At least 0, the value at the ends. `segment` has one row for each task and alpha.
-
-    Raises:
-        ValueError: unless alpha 0 and 1 are there, and every task at every alpha.
-    """
-    loss = segment.pivot(index="alpha", columns="task", values=column)
-    if not {0.0, 1.0} <= set(loss.index) or loss.isna().any(axis=None):
-        raise ValueError("a barrier needs both ends, alpha 0 and 1, and every task at every alpha")
-    mean = loss.mean(axis=1)
-    alpha = mean.index.to_numpy()
-    return float((mean - ((1 - alpha) * mean[0.0] + alpha * mean[1.0])).max())

@@ -1,9 +1,8 @@
-"""Streamed gradients against autograd; the barrier of curves that are known."""
+"""Streamed gradients against autograd on whole vectors; the pair table on known gradients."""
 
 from itertools import combinations
 
 import numpy as np
-import pandas as pd
 import pytest
 import tiny
 import torch
@@ -105,23 +104,3 @@ def test_invariance(change, alike, stays):
 def test_grams_refuse(tasks, names, message):
     with pytest.raises(ValueError, match=message):
         gradients.grams(tiny.llama(), tasks, names)
-
-
-def segment(curves, alphas=(0.0, 0.5, 1.0)):
-    rows = [(t, a, v) for t, values in curves.items() for a, v in zip(alphas, values, strict=True)]
-    return pd.DataFrame(rows, columns=["task", "alpha", "nll"])
-
-
-def test_barrier_of_known_curves():
-    assert gradients.barrier(segment({"a": [1, 2, 3], "b": [4, 3, 2]})) == 0  # straight
-    assert gradients.barrier(segment({"a": [1, 0, 1], "b": [1, 0, 1]})) == 0  # a valley
-    # mean 2, 4, 1: 4 - 1.5
-    assert gradients.barrier(segment({"a": [1, 3, 1], "b": [3, 5, 1]})) == pytest.approx(2.5)
-    four = segment({"a": [0, 2, 1, 3]}, (0.0, 0.25, 0.5, 1.0))
-    assert gradients.barrier(four) == pytest.approx(1.25)
-
-
-@pytest.mark.parametrize("lost", [0, 1, 5])
-def test_barrier_refuses_a_segment_with_gaps(lost):
-    with pytest.raises(ValueError, match="needs both ends"):
-        gradients.barrier(segment({"a": [1, 2, 3], "b": [4, 3, 2]}).drop(index=lost))
