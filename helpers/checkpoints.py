@@ -6,6 +6,7 @@ folder is written under another name and renamed when it is complete.
 """
 
 import argparse
+import glob
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, get_args, get_origin
 
+import psutil
 import torch
 import yaml
 from torch import Tensor
@@ -172,8 +174,17 @@ def _common(models: Mapping[str, dict], parameter: str, default: float) -> float
 
 @contextmanager
 def _complete_or_absent(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, renamed to `out` at the end or removed on failure."""
-    part = out.parent / f".{out.name}.part-{os.getpid()}"
+    """A folder beside `out` to write into, renamed to `out` at the end or removed on failure.
+
+    What killed merges into `out` have left is removed first.
+    """
+    prefix = f".{out.name}.part-"
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        process = left.name.removeprefix(prefix)
+        running = process != str(os.getpid()) and psutil.pid_exists(int(process))
+        if not running:
+            shutil.rmtree(left)
+    part = out.parent / f"{prefix}{os.getpid()}"
     part.mkdir(parents=True)
     try:
         yield part
@@ -282,6 +293,8 @@ def merge_to_folder(
     plan = merging.plan(
         recipe.method, labels, recipe.weights, recipe.seed, recipe.scale, **recipe.options
     )
+    merging.check_match(recipe.match)
+    _check_device(device)
     base_folder = _folder(recipe.base)
     base = vectors.open_base(base_folder)
     specialists = [
@@ -300,6 +313,14 @@ def merge_to_folder(
         (part / "merge_report.json").write_text(json.dumps(report.as_dict()) + "\n")
         (part / "README.md").write_text(model_card(recipe, report, out.name))
     return report
+
+
+def _check_device(device: str) -> None:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device must be cpu, cuda, or one of several as cuda:1, not {device!r}")
+    number = int(device.partition(":")[2] or 0)
+    if device != "cpu" and number >= torch.cuda.device_count():
+        raise ValueError(f"torch finds no device {device} on this machine: use cpu")
 
 
 def _folder(model: str) -> Path:
@@ -422,12 +443,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--models", nargs="+", default=[], help="adapters or checkpoints of it")
     parser.add_argument("--weights", nargs="+", type=float, help="one per model")
     parser.add_argument("--scale", type=float, help="factor on the merged change")
-    parser.add_argument("--match", choices=["norm", "dose"], help="find the scale that gives it")
+    parser.add_argument("--match", choices=merging.MATCHES, help="find the scale that gives it")
     parser.add_argument("--seed", type=int, default=0, help="of DARE's masks")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the output; default: the base's")
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument("--shard-size", type=_bytes, default="5GB", help="such as 500MB")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda, one tensor at a time")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1, a tensor at a time")
     known = _add_method_options(parser)
     arguments = parser.parse_args(argv)
     options = {name: value for name in known if (value := getattr(arguments, name)) is not None}

@@ -277,11 +277,14 @@ def _own_doses(dots: np.ndarray, squares: np.ndarray) -> list[float | None]:
     return [float(b / g) if g > 0 else None for b, g in zip(dots, squares, strict=True)]
 
 
-def _record(row: Row, delta: Tensor, products: np.ndarray, labels: Sequence[str]) -> dict:
-    """The numbers of one tensor that every total of the report is made of."""
-    for label, square in zip([*labels, "the merge"], products.diagonal(), strict=True):
+def _check_finite(name: str, labels: Sequence[str], squares: np.ndarray) -> None:
+    for label, square in zip(labels, squares, strict=True):
         if not np.isfinite(square):
-            raise ValueError(f"{row.name}: {label} holds NaN or infinite values")
+            raise ValueError(f"{name}: {label} holds NaN or infinite values")
+
+
+def _record(row: Row, delta: Tensor, products: np.ndarray) -> dict[str, Any]:
+    """The numbers of one tensor that every total of the report is made of."""
     return {
         "name": row.name,
         "numel": delta.numel(),
@@ -318,6 +321,8 @@ def delta_digest(delta: Mapping[str, Tensor]) -> str:
 
 
 # The merge ---------------------------------------------------------------------------------------
+
+MATCHES = ("norm", "dose")
 
 
 def plan(
@@ -360,14 +365,17 @@ def _merge_tensor(row: Row, chosen: Plan, position: int) -> tuple[Row, Tensor, d
     if len(row.taus) != len(chosen.labels):
         raise ValueError(f"{row.name}: {len(row.taus)} models for {len(chosen.labels)} labels")
     contract = METHODS[chosen.method]
+    if not hasattr(contract.rule, "kernel"):  # linear algebra stops at NaN without naming it
+        _check_finite(row.name, chosen.labels, rules.gram_matrix(row.taus).diagonal())
     arguments, notes = contract.state(row, chosen)
     options = chosen.options | arguments
     delta, products = rules.with_products(contract.rule, row.taus, chosen.weights, **options)
+    _check_finite(row.name, [*chosen.labels, "the merge"], products.diagonal())
     if chosen.scale != 1:
         delta.mul_(chosen.scale)
         products[-1] *= chosen.scale
         products[:, -1] *= chosen.scale
-    record = _record(row, delta, products, chosen.labels) | notes
+    record = _record(row, delta, products) | notes
     return row, delta, record | {"sketch": np.roll(_sketch(delta), position)}
 
 
@@ -385,7 +393,7 @@ def merge(
     weights: Sequence[float] | None = None,
     seed: int = 0,
     scale: float = 1.0,
-    match: Literal["norm", "dose"] | None = None,
+    match: str | None = None,
     grams: Mapping[str, Sequence[Tensor]] | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], Report]:
@@ -398,6 +406,7 @@ def merge(
     for NaN or infinite values.
     """
     chosen = plan(method, labels, weights, seed, scale, grams, **options)
+    check_match(match)
     delta, records = {}, []
     for row, change, record in merge_tensors(rows, chosen):
         delta[row.name] = change
@@ -417,10 +426,14 @@ def matched(rows: Rows, chosen: Plan, match: str) -> Plan:
     return chosen._replace(scale=chosen.scale * match_factor(summary(chosen, records), match))
 
 
+def check_match(match: str | None) -> None:
+    """Raise ValueError unless `match` is one that `merge` knows, or None."""
+    if match not in (None, *MATCHES):
+        raise ValueError(f"match must be one of {', '.join(MATCHES)}, not {match!r}")
+
+
 def match_factor(report: Report, match: str) -> float:
     """The factor that brings a merge to `match` (`merge`); ValueError if there is none."""
-    if match not in ("norm", "dose"):
-        raise ValueError(f"match must be 'norm' or 'dose', not {match!r}")
     now = report.effective_scale if match == "norm" else report.as_row()["own_mean"]
     if not now or now < 0:
         raise ValueError(f"{report.plan.method} cannot be matched by {match}: its {match} is {now}")

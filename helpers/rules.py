@@ -141,7 +141,8 @@ def spherical(gram: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, i
     for i in range(1, len(weights)):
         total += weights[i]
         t = weights[i] / total if total else 0.0
-        length, other = math.sqrt(coefficients @ gram @ coefficients), math.sqrt(gram[i, i])
+        square = max(coefficients @ gram @ coefficients, 0.0)  # of opposite points: 0 or below
+        length, other = math.sqrt(square), math.sqrt(gram[i, i])
         both = length > 1e-8 and other > 1e-8
         cosine = coefficients @ gram[i] / (length * other) if both else 0.0
         if abs(cosine) > SLERP_THRESHOLD:

@@ -1,6 +1,7 @@
 """The merge command: what it writes is the merge, complete or not there at all."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -174,9 +175,12 @@ def test_a_killed_merge_leaves_no_folder_that_looks_finished(tiny_base, tiny_ada
     done = subprocess.run([sys.executable, "-c", code, *arguments, "--out", tmp_path / "out"])
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    assert all(p.name.startswith(".out.part-") for p in tmp_path.iterdir())
+    assert [p.name.startswith(".out.part-") for p in tmp_path.iterdir()] == [True]
+    running = tmp_path / f".out.part-{os.getppid()}"  # another process may still write this one
+    running.mkdir()
     merge(tiny_base, tiny_adapters[:1], tmp_path / "out", "--method", "linear")
     assert llama(tmp_path / "out")
+    assert set(tmp_path.iterdir()) == {tmp_path / "out", running}
 
 
 def test_requests_are_refused_before_any_work(tiny_base, tiny_adapters, tmp_path, capsys):
@@ -187,6 +191,8 @@ def test_requests_are_refused_before_any_work(tiny_base, tiny_adapters, tmp_path
         (["--method", "ties", "--density", "2"], "density of ties must be a number from 0 to 1"),
         (["--method", "linear", "--density", ".2"], "linear has no option 'density'"),
         (["--method", "linear", "--weights", "1", "1"], "2 weights for 1 models"),
+        (["--method", "linear", "--device", "gpu"], "device must be cpu, cuda, or one of"),
+        (["--method", "linear", "--device", "cuda:99"], "finds no device cuda:99"),
     ]:
         assert main([*fine, *more]) == 2
         assert message in capsys.readouterr().err

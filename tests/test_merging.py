@@ -135,6 +135,9 @@ def test_slerp_of_orthogonal_and_close_models():
     torch.testing.assert_close(third, torch.tensor([math.cos(math.pi / 6), 0.5]))
     opposite = merged("slerp", [1.0, 2], [-1, -2], base=zero_base)  # |cos| = 1: linear
     assert opposite.tolist() == [0, 0]
+    gram = np.outer([1, -1, 1], [1, -1, 1]) - 1e-15 * (1 - np.eye(3))  # rounded: a, -a, a
+    coefficients, _ = rules.spherical(gram, [1.0, 1.0, 1.0])  # the mean of two has a square < 0
+    assert np.isfinite(coefficients).all()
     ends = [
         merged("slerp", [1, 0], [0, 2], weights=w, base=zero_base).tolist()
         for w in ([1, 0], [0, 1])
@@ -341,8 +344,8 @@ def test_matching_is_refused_where_nothing_can_be_matched():
     zero = torch.zeros(3)
     with pytest.raises(ValueError, match="cannot be matched"):
         merging.merge(rows(zero, zero), "linear", BOTH, match="norm")
-    with pytest.raises(ValueError, match="must be 'norm' or 'dose'"):
-        merging.merge(rows([1.0], [2.0]), "linear", BOTH, match="length")
+    with pytest.raises(ValueError, match="must be one of norm, dose"):
+        merging.merge(iter([]), "linear", BOTH, match="length")  # before a row is asked for
 
 
 def test_rounding_to_bf16_loses_part_of_a_small_dose():
@@ -509,10 +512,11 @@ def test_the_report_tells_tensors_apart():
 def test_a_dose_of_a_single_model_and_the_rule_alone():
     a, b = random_taus(2)
     assert torch.equal(merging.dose(rows(a, b), 1, 0.25)["w"], 0.25 * b)
-    alone, report = merging.solo(rows(a, b), "ties", 0, BOTH)
+    nothing = vectors.zero(a.shape)
+    alone, report = merging.merge([vectors.Row("w", a, [a, nothing])], "ties", BOTH)
     assert torch.equal(alone["w"], merged("ties", a))
     assert report.own[1] is None and report.norms[1] == 0
-    half, _ = merging.solo(rows(a, b), "linear", 1, BOTH)
+    half, _ = merging.merge([vectors.Row("w", a, [nothing, b])], "linear", BOTH)
     assert torch.equal(half["w"], 0.5 * b)
 
 
@@ -553,9 +557,17 @@ def test_what_the_contract_forbids_is_refused(method, n, weights, options, messa
         merging.check_method(method, n, weights, options)
 
 
-def test_nan_is_refused_by_name():
-    with pytest.raises(ValueError, match="w: b holds NaN"):
-        merging.merge(rows([1.0, 2], [1.0, math.nan]), "linear", BOTH)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("method", merging.METHODS)
+def test_nan_and_infinity_are_refused_by_name(method, bad):
+    fine, broken = random_taus(2)
+    broken[3, 4] = bad
+    grams = {"w": [torch.eye(30)] * 2} if method == "regmean" else None
+    with pytest.raises(ValueError, match="w: b holds NaN or infinite"):
+        merging.merge(rows(fine, broken), method, BOTH, grams=grams)
+
+
+def test_calls_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="w: 1 models for 2 labels"):
         merging.merge(rows([1.0]), "linear", BOTH)
     with pytest.raises(ValueError, match="not an iterator"):
