@@ -306,13 +306,15 @@ def rsa(a: ArrayLike, b: ArrayLike) -> float:
     return float(stats.spearmanr(pdist(a), pdist(b)).statistic)
 
 
-def mutual_knn(a: ArrayLike, b: ArrayLike, k: int = 10) -> float:
+def mutual_knn(a: ArrayLike, b: ArrayLike, k: int | None = None) -> float:
     """Mean share of the k nearest probes, by cosine, that both models agree on, in [0, 1].
 
     Huh et al. 2024, arXiv:2405.07987. Chance level k / (n_probes - 1); ties go to the lower index.
+    By default k is 10, or half of the probes if these are fewer than 20.
     """
     a, b = _pair(a, b, same_width=False)
     n = len(a)
+    k = min(10, n // 2) if k is None else k
     if not 1 <= k < n:
         raise ValueError(f"mutual k-NN needs 1 <= k < n_probes, got k = {k} and {n} probes")
 
@@ -333,6 +335,29 @@ def logit_kl(a: ArrayLike, b: ArrayLike) -> float:
     a, b = _pair(a, b)
     log_p, log_q = special.log_softmax(a, axis=1), special.log_softmax(b, axis=1)
     return float(((np.exp(log_p) - np.exp(log_q)) * (log_p - log_q)).sum(axis=1).mean() / 2)
+
+
+def logit_kls(states: NDArray, readout: NDArray, block: int = 8) -> NDArray:
+    """`logit_kl` of every two models on every single probe: (models, models, n_probes), nats.
+
+    Args:
+        states: (models, n_probes, d), the states that feed the readout (final-normed).
+        readout: (vocabulary, d), the output layer, the same for all models (true of adapters that
+            leave the embeddings alone).
+        block: probes at a time; memory models * block * vocabulary * 16 bytes.
+
+    (KL(p|q) + KL(q|p)) / 2 = (p - q)(log p - log q) / 2 needs only the products of every p with
+    every log q, so a model's logits are computed once for all its pairs.
+    """
+    out = np.empty((len(states), len(states), states.shape[1]))
+    for start in range(0, states.shape[1], block):
+        logits = np.asarray(states[:, start : start + block] @ readout.T, dtype=np.float64)
+        log_p = special.log_softmax(logits, axis=-1).swapaxes(0, 1)  # (probes, models, vocabulary)
+        products = np.exp(log_p) @ log_p.swapaxes(1, 2)
+        own = np.diagonal(products, axis1=1, axis2=2)
+        both = own[:, :, None] + own[:, None] - products - products.swapaxes(1, 2)
+        out[:, :, start : start + block] = np.moveaxis(both, 0, -1) / 2
+    return out
 
 
 class Measure(NamedTuple):
@@ -371,11 +396,12 @@ def layer_curve(function: Callable[..., float], *states: NDArray) -> NDArray:
 def pair_table(
     states: NDArray,
     labels: Sequence[str],
-    probe_task: Sequence[str] | None = None,
+    probe_task: ArrayLike | None = None,
     base: NDArray | None = None,
-    readout: NDArray | None = None,
+    kls: NDArray | None = None,
     layer: int = -1,
     measures: Sequence[str] = tuple(MEASURES),
+    others: bool = False,
 ) -> pd.DataFrame:
     """All measures of all pairs of models: columns task_a, task_b and one per measure.
 
@@ -384,12 +410,12 @@ def pair_table(
         probe_task: the task that each probe belongs to: a pair is then judged on the probes of its
             own two tasks (the primary reading). None: on all probes.
         base: (n_probes, layers, d) states of the base; without it `change_cosine` is left out.
-        readout: (vocabulary, d) matrix that turns final-normed states into logits, the same for all
-            models (true of adapters that leave the embeddings alone); without it no `logit_kl`.
-        layer: which layer; the readout belongs to the last.
+        kls: from `logit_kls`, for the last layer; without it `logit_kl` is left out.
+        layer: which layer.
+        others: judge each pair on the probes of all tasks but its own two.
 
     Raises:
-        ValueError: as many labels as models; a task without probes; an unknown measure.
+        ValueError: as many labels as models; a pair without probes; an unknown measure.
     """
     if len(states) != len(labels):
         raise ValueError(f"{len(labels)} labels for the states of {len(states)} models")
@@ -399,21 +425,59 @@ def pair_table(
     lonely = set() if probe_task is None else set(labels) - set(probe_task)
     if lonely:
         raise ValueError(f"no probe belongs to {sorted(lonely)}")
-    given = {"states": True, "base": base is not None, "logits": readout is not None}
+    if others and len(set(() if probe_task is None else probe_task)) < 3:
+        raise ValueError("probes of other tasks need `probe_task` and three tasks or more")
+    given = {"states": True, "base": base is not None, "logits": kls is not None}
     chosen = [name for name in measures if given[MEASURES[name].needs]]
 
     rows = []
     for (i, task_a), (j, task_b) in combinations(enumerate(labels), 2):
-        probes = slice(None) if probe_task is None else np.isin(probe_task, (task_a, task_b))
+        probes = slice(None)
+        if probe_task is not None:
+            probes = np.isin(probe_task, (task_a, task_b), invert=others)
         a, b = states[i, probes, layer], states[j, probes, layer]
-        arguments = {"states": (a, b)}
-        if base is not None:
-            arguments["base"] = (a, b, base[probes, layer])
-        if "logit_kl" in chosen:
-            arguments["logits"] = (a @ readout.T, b @ readout.T)
-        values = {m: MEASURES[m].function(*arguments[MEASURES[m].needs]) for m in chosen}
+        values = {}
+        for name in chosen:
+            function, _, needs = MEASURES[name]
+            if needs == "logits":
+                values[name] = kls[i, j, probes].mean()
+            else:
+                values[name] = function(a, b, *([base[probes, layer]] if needs == "base" else []))
         rows.append({"task_a": task_a, "task_b": task_b, **values})
     return pd.DataFrame(rows)
+
+
+def half_samples(
+    states: NDArray,
+    labels: Sequence[str],
+    probe_task: ArrayLike,
+    base: NDArray | None = None,
+    kls: NDArray | None = None,
+    draws: int = 100,
+    seed: int = 0,
+    **options,
+) -> pd.DataFrame:
+    """`pair_table` on random halves of every task's probes, `draws` times: a column draw more.
+
+    The delete-half jackknife (Shao and Wu 1989): a half drawn without replacement varies around the
+    full sample as that does around the truth (for a mean: 1 / (n/2) - 1 / n = 1 / n). A bootstrap
+    would repeat probes, which RSA, CKA and nearest neighbours would take for agreement.
+    """
+    rng, probe_task = np.random.default_rng(seed), np.asarray(probe_task)
+    tables = []
+    for draw in range(draws):
+        of_task = [rng.permutation(np.flatnonzero(probe_task == task)) for task in labels]
+        at = np.concatenate([probes[: len(probes) // 2] for probes in of_task])
+        table = pair_table(
+            states[:, at],
+            labels,
+            probe_task[at],
+            None if base is None else base[at],
+            None if kls is None else kls[:, :, at],
+            **options,
+        )
+        tables.append(table.assign(draw=draw))
+    return pd.concat(tables, ignore_index=True)
 
 
 # Readings of the Merging Difficulty Score: several pair distances in one number. The paper calls it

@@ -347,11 +347,45 @@ def test_pair_table_uses_the_probes_of_the_pairs_own_tasks():
     assert pool.hidden_sim[1] == pytest.approx(hidden.hidden_sim(STATES[0, :, 0], STATES[2, :, 0]))
 
 
+def test_pair_table_on_the_probes_of_other_tasks():
+    other = hidden.pair_table(STATES, LABELS, PROBE_TASK, others=True, measures=["cka"])
+    expected = hidden.debiased_cka(STATES[0][24:, -1], STATES[1][24:, -1])
+    assert other.cka[0] == pytest.approx(expected)
+
+
+def test_logit_kls_are_those_of_each_pair_and_probe():
+    readout = RNG.normal(size=(7, 10))
+    kls = hidden.logit_kls(STATES[:, :, -1], readout, block=5)
+    assert kls.shape == (3, 3, 36)
+    logits = STATES[:, :, -1].astype(float) @ readout.T
+    for i, j in [(0, 1), (1, 2), (2, 2)]:
+        each = [
+            hidden.logit_kl(a[None], b[None]) for a, b in zip(logits[i], logits[j], strict=True)
+        ]
+        np.testing.assert_allclose(kls[i, j], each, atol=1e-6)
+
+
+def test_half_samples_spread_as_means_of_the_probes_do():
+    """HiddenSim is a mean over probes: its spread must be s / sqrt(n), within tasks."""
+    kls = hidden.logit_kls(STATES[:, :, -1], RNG.normal(size=(7, 10)))
+    asked = {"base": STATES.mean(0), "kls": kls, "draws": 2}
+    assert set(hidden.MEASURES) < set(hidden.half_samples(STATES, LABELS, PROBE_TASK, **asked))
+    halves = hidden.half_samples(
+        STATES, LABELS, PROBE_TASK, draws=300, measures=["hidden_sim"], seed=1
+    )
+    assert halves.groupby(["task_a", "task_b"]).size().eq(300).all()
+    apart = hidden.probe_distances(STATES[0, :24, -1], STATES[1, :24, -1]).reshape(2, 12)
+    expected = np.sqrt((apart.var(axis=1, ddof=1) / 12).sum()) / 2
+    found = halves[(halves.task_a == "red") & (halves.task_b == "green")].hidden_sim.std()
+    assert found == pytest.approx(expected, rel=0.15)
+
+
 def test_pair_table_has_the_columns_that_its_inputs_allow():
     optional = {"change_cosine", "logit_kl"}
     assert set(hidden.MEASURES) - set(hidden.pair_table(STATES, LABELS)) == optional
     readout = RNG.normal(size=(7, 10))
-    full = hidden.pair_table(STATES, LABELS, base=STATES.mean(0), readout=readout)
+    kls = hidden.logit_kls(STATES[:, :, -1], readout, block=5)
+    full = hidden.pair_table(STATES, LABELS, base=STATES.mean(0), kls=kls)
     assert set(hidden.MEASURES) < set(full) and full.notna().all(axis=None)
     expected = hidden.logit_kl(STATES[0, :, -1] @ readout.T, STATES[1, :, -1] @ readout.T)
     assert full.logit_kl[0] == pytest.approx(expected)
@@ -363,6 +397,7 @@ def test_pair_table_has_the_columns_that_its_inputs_allow():
         ({"labels": LABELS[:2]}, "2 labels for the states of 3"),
         ({"measures": ["cka", "vibe"]}, "vibe"),
         ({"probe_task": ["red"] * 36}, "no probe belongs"),
+        ({"others": True}, "three tasks or more"),
     ],
 )
 def test_pair_table_refuses(options, message):
