@@ -1,4 +1,4 @@
-"""The command line: python -m helpers run|refresh|merge."""
+"""The command line: python -m helpers run|refresh|merge|advise."""
 
 import argparse
 import sys
@@ -38,9 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     commands.add_parser("merge", add_help=False, help="merge checkpoints or adapters")
+    commands.add_parser("advise", add_help=False, help="say before merging which will go together")
 
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "merge":
+    if rest and arguments.command not in ("merge", "advise"):
         parser.error(f"unknown argument: {rest[0]}")
     sentence = supported.problem()
     if sentence:
@@ -64,10 +65,14 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
                 publish.write_readme()
             else:
                 publish.refresh(arguments.profile, arguments.reuse)
-        else:
+        elif arguments.command == "merge":
             from helpers import checkpoints
 
             checkpoints.main(rest)
+        else:
+            from helpers import advise
+
+            advise.main(rest)
     except NotebookFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

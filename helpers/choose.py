@@ -1,0 +1,366 @@
+"""Does a score choose well? Predictions, swaps and subsets, tried on tables of measured losses.
+
+A score sees a group of tasks before it is merged; higher says that it will merge better. What it is
+worth is what its choices are worth: which member to swap out, which subset to keep, which loss to
+expect. Whatever a score learns from measured losses, it learns from pairs that share no task with
+those it is tried on (leave-task-out). Losses are in % of the specialist's score, negative is loss;
+`pairs`, `losses`, `groups` and `doses` are the tables of a study (data/results).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats as distributions
+
+from helpers import bound, conflict, evaluate
+from helpers.stats import Interval
+
+LEVEL = 0.9  # of prediction intervals
+FEWEST_PAIRS = 3  # that a line is fitted to
+
+Score = Callable[[Sequence[str]], float]  # of a group of tasks; higher: will merge better
+Criterion = Callable[[frozenset[str]], Score]  # the score that knows no loss of these tasks
+
+
+# --- what a pair will lose -----------------------------------------------------------------------
+
+
+def pair_losses(losses: pd.DataFrame) -> pd.DataFrame:
+    """Mean merging loss of the two tasks of each measured pair: task_a, task_b, method, loss (%).
+
+    Undefined losses are left out, and so are rules that only repeat another (`same_as`).
+    """
+    two = losses[losses["n"] == 2]
+    repeats = two["same_as"].fillna("").ne("").groupby(two["method"]).transform("all")
+    two = two[~repeats].sort_values(["merge", "task"])
+    table = two.groupby(["group", "method"], sort=False)["loss"].agg(lambda x: x.mean(skipna=False))
+    table = table.dropna().reset_index()
+    ends = table["group"].str.split("+", expand=True)
+    return table.assign(task_a=ends[0], task_b=ends[1]).drop(columns="group")
+
+
+def joined(pairs: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
+    """Measures and losses of each pair and rule in one row; a pair may be listed either way."""
+    flipped = pairs.rename(columns={"task_a": "task_b", "task_b": "task_a"})
+    return pair_losses(losses).merge(pd.concat([pairs, flipped]), on=["task_a", "task_b"])
+
+
+class Line(NamedTuple):
+    """loss = intercept + slope x, and what is known of its misses.
+
+    error: root mean square miss (points of loss) on pairs whose two tasks took no part in the fit;
+    nan below 5 tasks. low, high: the range of x it was fitted on.
+    """
+
+    slope: float
+    intercept: float
+    error: float
+    tasks: int
+    low: float
+    high: float
+
+
+def _ends(table: pd.DataFrame) -> NDArray:
+    """The two tasks of each pair as numbers, (pairs, 2)."""
+    names = table[["task_a", "task_b"]].to_numpy(str)
+    return np.unique(names, return_inverse=True)[1].reshape(names.shape)
+
+
+def _least_squares(x: NDArray, y: NDArray) -> tuple[float, float]:
+    """Slope and intercept; a predictor that does not vary predicts the mean."""
+    centred = x - x.mean()
+    spread = centred @ centred
+    slope = centred @ y / spread if spread > 0 else 0.0
+    return float(slope), float(y.mean() - slope * x.mean())
+
+
+def _unseen(ends: NDArray, x: NDArray, y: NDArray) -> NDArray:
+    """Each pair's loss predicted by a line fitted to the pairs that share no task with it."""
+    out = np.full(len(x), np.nan)
+    for k, (a, b) in enumerate(ends):
+        others = ~np.isin(ends, (a, b)).any(1)
+        if others.sum() >= FEWEST_PAIRS:
+            slope, intercept = _least_squares(x[others], y[others])
+            out[k] = intercept + slope * x[k]
+    return out
+
+
+def fit(table: pd.DataFrame, x: str = "hidden_sim") -> Line:
+    """The line from column `x` of pairs to their loss (columns task_a, task_b, loss).
+
+    Raises ValueError with fewer than three pairs: a line through two points misses nothing.
+    """
+    if len(table) < FEWEST_PAIRS:
+        raise ValueError(
+            f"{len(table)} measured pairs cannot calibrate a prediction: {FEWEST_PAIRS} are needed"
+        )
+    ends, at, loss = _ends(table), table[x].to_numpy(float), table["loss"].to_numpy(float)
+    miss = loss - _unseen(ends, at, loss)
+    known = ~np.isnan(miss)
+    error = math.sqrt(np.mean(miss[known] ** 2)) if known.any() else math.nan
+    return Line(*_least_squares(at, loss), error, len(np.unique(ends)), at.min(), at.max())
+
+
+def predict(line: Line, x: ArrayLike, level: float = LEVEL) -> pd.DataFrame:
+    """Predicted loss (%) at `x`, with a prediction interval for a pair of tasks never seen.
+
+    predicted +- t error, t the quantile of Student's t with tasks - 2 degrees of freedom: pairs
+    share tasks, so the tasks are what is counted. Of simulated 90 % intervals 91-99 % cover (14 to
+    5 tasks). Cut at -100, below which there is no loss.
+    outside: how far x lies beyond the range of the fit, in widths of that range (0: within).
+    """
+    x = np.asarray(x, float)
+    value = line.intercept + line.slope * x
+    reach = line.error * distributions.t.ppf(0.5 + level / 2, max(line.tasks - 2, 1))
+    beyond = np.maximum(line.low - x, x - line.high).clip(0) / (line.high - line.low or np.inf)
+    cut = {"predicted": value, "low": value - reach, "high": value + reach}
+    return pd.DataFrame(cut).clip(lower=-100).assign(outside=beyond)
+
+
+def held_out(table: pd.DataFrame, x: str = "hidden_sim", level: float = LEVEL) -> pd.DataFrame:
+    """The table of pairs with predictions by lines, intervals and all, that saw neither task.
+
+    Adds predicted, low, high, outside and covered (nan without an interval: below 7 tasks).
+    """
+    names, rows = table[["task_a", "task_b"]].to_numpy(str), []
+    for k, ends in enumerate(names):
+        others = table[~np.isin(names, ends).any(1)]
+        enough = len(others) >= FEWEST_PAIRS
+        line = fit(others, x) if enough else Line(*[math.nan] * 6)
+        rows.append(predict(line, table[x].iloc[[k]], level))
+    found = pd.concat(rows).set_axis(table.index)
+    covered = table["loss"].between(found["low"], found["high"]).astype(float)
+    return table.join(found).assign(covered=covered.where(found["low"].notna()))
+
+
+# --- scores of a group ---------------------------------------------------------------------------
+
+
+def by_pair(pairs: pd.DataFrame, values: ArrayLike, over: Callable) -> Score:
+    """The score of a group from the values of the pairs inside it."""
+    names = pairs[["task_a", "task_b"]].to_numpy(str)
+    of = dict(zip(map(frozenset, names), np.asarray(values, float).tolist(), strict=True))
+    return lambda group: over([of[frozenset(pair)] for pair in combinations(group, 2)])
+
+
+def _by_task(values: Mapping[str, float]) -> Score:
+    return lambda group: sum(values[task] for task in group) / len(group)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def worst_predicted(pairs: pd.DataFrame, known: pd.DataFrame, x: str = "hidden_sim") -> Score:
+    """The advisor's score: least predicted loss of a pair in the group, by a line from `x`.
+
+    `known`: measured pairs to learn from. Without enough of them the score is nan: no advice.
+    """
+    if len(known) < FEWEST_PAIRS:
+        return lambda group: math.nan
+    slope, intercept = _least_squares(known[x].to_numpy(float), known["loss"].to_numpy(float))
+    return by_pair(pairs, intercept + slope * pairs[x], min)
+
+
+def _best_parameter(pairs: pd.DataFrame, known: pd.DataFrame, metrics: Sequence[str]) -> Score:
+    """Predicted by whichever parameter metric follows the known losses most closely."""
+    if len(known) < FEWEST_PAIRS:
+        return lambda group: math.nan
+    follows = known[list(metrics)].corrwith(known["loss"]).abs()
+    return worst_predicted(pairs, known, follows.idxmax())
+
+
+def criteria(
+    pairs: pd.DataFrame,
+    losses: pd.DataFrame,
+    doses: pd.DataFrame,
+    d2: pd.DataFrame,
+    method: str,
+) -> dict[str, Criterion]:
+    """The scores that compete, by name, for one merge rule.
+
+    MDS: minus the mean HiddenSim distance inside the group (arXiv:2603.09463). radius: minus the
+    squared minimax radius of `d2`, squared state distances by task. dilution: the mean loss of the
+    members alone at dose 1/n, from their dose curves. base accuracy: mean few-shot score of the
+    base. advisor: `worst_predicted`. parameters: the same from the one of conflict.PRIMARY that
+    follows the known losses best. random: no preference. The first four learn nothing; their
+    direction is that of the claims they stand for.
+    """
+    known = joined(pairs, losses).query("method == @method")
+    curves = dict(list(doses.groupby("task")))
+    base = losses.groupby("task")["base"].first()
+
+    def radius(group: Sequence[str]) -> float:
+        return -bound.minimax(d2.loc[list(group), list(group)]).r2
+
+    def alone(group: Sequence[str]) -> float:
+        return _mean([lost_alone(task, len(group)) for task in group])
+
+    @cache
+    def lost_alone(task: str, n: int) -> float:
+        scores = [evaluate.read_dose(curves[task], dose, "score") for dose in (1 / n, 1.0)]
+        return evaluate.merging_loss(*scores)
+
+    def without(held: frozenset[str]) -> pd.DataFrame:
+        return known[~(known["task_a"].isin(held) | known["task_b"].isin(held))]
+
+    parameters = list(conflict.PRIMARY)
+    fixed = {
+        "MDS": by_pair(pairs, -pairs["hidden_sim"], _mean),
+        "radius": cache(radius),
+        "dilution": alone,
+        "base accuracy": _by_task(base),
+        "random": lambda group: 0.0,
+    }
+    learned = {
+        "advisor": lambda held: worst_predicted(pairs, without(held)),
+        "parameters": lambda held: _best_parameter(pairs, without(held), parameters),
+    }
+    return {name: (lambda held, score=score: score) for name, score in fixed.items()} | learned
+
+
+# --- swaps and subsets ---------------------------------------------------------------------------
+
+
+def swaps(groups: pd.DataFrame) -> pd.DataFrame:
+    """Every swap of one member that leads from one measured group to another, by rule.
+
+    `groups`: columns group ("a+b"), n, method, loss (%). Where all pairs of the tasks are measured
+    the swaps of groups of two are complete: each member against each outside task. Columns method,
+    n, group, leaves, enters, swapped (the new group), before, after, change (after - before,
+    points: positive is better).
+    """
+    rows = []
+    known = groups.dropna(subset=["loss"])
+    for (method, n), measured in known.groupby(["method", "n"], sort=False):
+        loss = {frozenset(name.split("+")): (name, value) for name, value in
+                measured[["group", "loss"]].itertuples(index=False)}  # fmt: skip
+        for one, other in combinations(loss, 2):
+            if len(one & other) == n - 1:
+                for here, there in ((one, other), (other, one)):
+                    (leaves,), (enters,) = here - there, there - here
+                    told = (method, n, loss[here][0], leaves, enters, loss[there][0])
+                    rows.append((*told, loss[here][1], loss[there][1]))
+    columns = ["method", "n", "group", "leaves", "enters", "swapped", "before", "after"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(change=table["after"] - table["before"])
+
+
+POLICIES = ("member", "swap")
+
+
+def _taken(score: NDArray, outcome: NDArray, hit: NDArray) -> dict[str, float]:
+    """The outcome of the option that scores best (mean over ties), beside the others' outcomes."""
+    best = score >= score.max()
+    value = outcome[best].mean()
+    compared = {"gain": value - outcome.mean(), "regret": outcome.max() - value}
+    return {"outcome": value, **compared, "hit": hit[best].mean()}
+
+
+def swap_test(table: pd.DataFrame, scores: Mapping[str, Criterion]) -> pd.DataFrame:
+    """What each criterion's swap does to each group: one row per group, criterion and policy.
+
+    `table`: the swaps of one rule (`swaps`). "member": the criterion says who leaves (the one whose
+    leaving gives the best expected score) and the newcomer is drawn at random; "swap": it says who
+    leaves and who enters. outcome: change of the group's loss (points), expected over random
+    newcomers and ties; gain: outcome less that of a random choice; regret: outcome of the best
+    choice less this one; hit: chance that the group gets better. A criterion that has too few
+    losses to learn from abstains: no row.
+    """
+    rows = []
+    for group, options in table.groupby("group", sort=False):
+        leaves, change = options["leaves"].to_numpy(str), options["change"].to_numpy(float)
+        by_member = np.array([leaves == member for member in np.unique(leaves)], float)
+        by_member /= by_member.sum(1, keepdims=True)
+        new = [tuple(name.split("+")) for name in options["swapped"]]
+        for name, criterion in scores.items():
+            score = criterion(frozenset(group.split("+")))
+            values = np.array([score(members) for members in new])
+            if np.isnan(values).any():
+                continue
+            for policy, over in zip(POLICIES, (by_member, np.eye(len(new))), strict=True):
+                done = _taken(over @ values, over @ change, over @ (change > 0))
+                rows.append({"group": group, "criterion": name, "policy": policy, **done})
+    return pd.DataFrame(rows)
+
+
+def subset_test(
+    known: pd.DataFrame,
+    scores: Mapping[str, Criterion],
+    pool: int = 5,
+    keep: int = 3,
+    most: int = 500,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Which `keep` of `pool` tasks each criterion keeps: one row per pool and criterion.
+
+    `known`: columns task_a, task_b, loss of one rule. Every pool of that many tasks whose pairs are
+    all measured is tried (`most` of them, drawn at random, if there are more). outcome: the worst
+    pair loss (%) inside the subset; gain: outcome less that of a random subset; regret: outcome of
+    the best subset, by exhaustive search, less this one; hit: chance that the subset is that best.
+    Raises ValueError unless 2 <= keep < pool.
+    """
+    if not 2 <= keep < pool:
+        raise ValueError(f"a subset test keeps 2 or more of a larger pool, not {keep} of {pool}")
+    worst = by_pair(known, known["loss"], min)
+    measured = {frozenset(pair) for pair in known[["task_a", "task_b"]].to_numpy(str)}
+    tasks = sorted(frozenset().union(*measured))
+    pools = [
+        chosen
+        for chosen in combinations(tasks, pool)
+        if measured.issuperset(map(frozenset, combinations(chosen, 2)))
+    ]
+    if len(pools) > most:
+        drawn = np.random.default_rng(seed).choice(len(pools), most, replace=False)
+        pools = [pools[i] for i in sorted(drawn)]
+    rows = []
+    for chosen in pools:
+        subsets = list(combinations(chosen, keep))
+        outcome = np.array([worst(subset) for subset in subsets])
+        for name, criterion in scores.items():
+            score = criterion(frozenset(chosen))
+            values = np.array([score(subset) for subset in subsets])
+            if not np.isnan(values).any():
+                done = _taken(values, outcome, outcome == outcome.max())
+                rows.append({"group": "+".join(chosen), "criterion": name, **done})
+    return pd.DataFrame(rows)
+
+
+def over_tasks(
+    table: pd.DataFrame, column: str, draws: int = 1000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean of a column over groups, with a percentile interval over tasks; n = tasks.
+
+    Tasks are drawn with replacement; a group ("a+b") counts as often as the product of the draws of
+    its members, so groups that share tasks move together. Nothing to average: nan.
+    """
+    if table.empty:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    members = [name.split("+") for name in table["group"]]
+    tasks, at = np.unique(np.array(members), return_inverse=True)
+    values, n = table[column].to_numpy(float), len(tasks)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    weight = drawn[:, at.reshape(len(members), -1)].prod(2)
+    total = weight.sum(1)
+    means = (weight @ values)[total > 0] / total[total > 0]
+    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(float(values.mean()), float(low), float(high), n)
+
+
+def summary(table: pd.DataFrame, by: Sequence[str], draws: int = 1000, seed: int = 0):
+    """Per `by`: gain and regret with 95 % intervals over tasks; mean outcome, share of hits."""
+    rows = []
+    for key, rows_of in table.groupby(list(by), sort=False):
+        row = dict(zip(by, key, strict=True))
+        row |= {"outcome": rows_of["outcome"].mean(), "hit": rows_of["hit"].mean()}
+        for column in ("gain", "regret"):
+            found = over_tasks(rows_of, column, draws, seed)
+            row |= {column: found.value, f"{column}_low": found.low, f"{column}_high": found.high}
+        rows.append(row | {"groups": len(rows_of), "tasks": found.n})
+    return pd.DataFrame(rows)
