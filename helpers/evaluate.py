@@ -3,16 +3,17 @@
 A decoder reads each prompt once; the cached keys and values then serve every candidate answer
 (accepted answers and options), teacher-forced. Greedy decoding gives an answer exactly when each
 of its tokens, the end token included, is the most likely one after those before it, so exact match
-needs no generation; only ROUGE-L does.
+needs no generation; only ROUGE-L does. An encoder answers with its head's most likely label.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 
-from helpers.tasks import Task, encode_answer, encode_prompt, length_buckets, pad
+from helpers.tasks import Task, encode_answer, encode_input, encode_prompt, length_buckets, pad
 
 VERSION = 1  # raised by hand whenever a score changes
 
@@ -130,6 +131,64 @@ def rouge_l(text: str, references: list[str]) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"]).score_multi(references, text)["rougeL"].fmeasure
+
+
+@torch.no_grad()
+def classify(model, tokenizer, rows, labels: Sequence[str], batch_size: int = 16) -> pd.DataFrame:
+    """What `score` gives of a decoder, of an encoder whose head has these outputs (`graded`)."""
+    rows = list(rows)
+    encoded = [encode_input(tokenizer, row["prompt"]) for row in rows]
+    batches = length_buckets([len(ids) for ids in encoded], batch_size)
+    parts = []
+    for batch in batches:
+        ids, mask = (t.to(model.device) for t in pad([encoded[i] for i in batch], 0))
+        parts.append(model(ids, attention_mask=mask).logits.float().log_softmax(1).cpu())
+    order = torch.tensor([i for batch in batches for i in batch])
+    return graded(rows, labels, torch.cat(parts)[order.argsort()])
+
+
+def graded(rows, labels: Sequence[str], logprobs: torch.Tensor) -> pd.DataFrame:
+    """One row per example from the log-probabilities (examples, labels) of a classifier.
+
+    correct, option_correct: the most likely label is accepted; nll: of the first answer, in nats;
+    invalid: undefined, as a classifier can give nothing but a label.
+    """
+    out = []
+    for row, logprob in zip(rows, logprobs, strict=True):
+        correct = float(labels[int(logprob.argmax())] in row["answers"])
+        nll = -float(logprob[labels.index(row["answers"][0])])
+        out.append(
+            {"id": row["id"], "correct": correct, "nll": nll}
+            | {"option_correct": correct, "invalid": np.nan}
+        )
+    return pd.DataFrame(out)
+
+
+def linear_probe(
+    known: torch.Tensor, targets: torch.Tensor, asked: torch.Tensor, classes: int
+) -> torch.Tensor:
+    """Log-probabilities (n_asked, classes) by multinomial logistic regression on frozen features.
+
+    `known` (n, d) with `targets` (n,) are its training examples, `asked` (n_asked, d) the others.
+    Minimises the mean NLL + |W|^2 / (2 n) over standardised features (the penalty of scikit-learn's
+    default, C = 1), in float64 by L-BFGS from zero.
+    """
+    centre, width = known.double().mean(0), known.double().std(0).clamp(min=1e-6)
+    known, asked = ((x.double() - centre) / width for x in (known, asked))
+    weight = torch.zeros(known.shape[1], classes, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    descent = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
+
+    def objective() -> torch.Tensor:
+        descent.zero_grad()
+        nll = torch.nn.functional.cross_entropy(known @ weight + bias, targets)
+        loss = nll + weight.square().sum() / (2 * len(known))
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        descent.step(objective)
+    return (asked @ weight + bias).detach().log_softmax(1)
 
 
 def constant_answer(task: Task, split: str = "test") -> float:

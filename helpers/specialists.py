@@ -17,7 +17,15 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from helpers import records
-from helpers.tasks import Task, encode_answer, encode_prompt, length_buckets, pad
+from helpers.tasks import (
+    Task,
+    encode_answer,
+    encode_input,
+    encode_prompt,
+    label_set,
+    length_buckets,
+    pad,
+)
 
 VERSION = 1  # raised by hand whenever training computes something else
 IGNORED = -100  # label of a position that the loss does not count
@@ -55,6 +63,11 @@ def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool 
         raise ValueError(
             f"task {task.name} was loaded with {len(rows)} training examples, the recipe wants "
             f"{recipe.examples}: load it with more"
+        )
+    if (model.get_output_embeddings() is None) == bool(recipe.rank):
+        raise ValueError(
+            "a decoder is tuned by LoRA (rank 1 or more) and an encoder whole (rank 0), "
+            f"not {type(model).__name__} at rank {recipe.rank}"
         )
     rows = rows.select(range(recipe.examples))
     determinants = {
@@ -130,15 +143,13 @@ def train_full(
     model, tokenizer, base, rows, recipe: Recipe, folder: Path, desc: str | None
 ) -> dict:
     """Fine-tune a copy of an encoder with a fresh classification head, and save all of it."""
-    labels = sorted({option for row in rows for option in row["options"]})
-    if not labels:
-        raise ValueError("an encoder needs a task with options: its head has one output for each")
+    labels = label_set(rows)
     specialist = AutoModelForSequenceClassification.from_pretrained(
         model.config._name_or_path, num_labels=len(labels), use_safetensors=True, dtype=model.dtype
     ).to(model.device)
     specialist.config.label2id = {label: i for i, label in enumerate(labels)}
     specialist.config.id2label = dict(enumerate(labels))
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    prompts = [encode_input(tokenizer, row["prompt"]) for row in rows]
     targets = torch.tensor([labels.index(row["answers"][0]) for row in rows])
 
     def loss_of(encoder, batch: list[int]) -> tuple[torch.Tensor, int]:

@@ -2,12 +2,19 @@
 
 A visit is keyed by the content of its delta, so equal merges under two names are visited once and a
 killed run resumes where it was. Dose curves, controls, pairs and groups are all lists of visits.
+
+The base is a decoder, which answers in words, or an encoder (no LM head): each task's specialist
+then brings its own classification head, which is attached while that task is scored and never
+merged.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +24,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from helpers import evaluate, hidden, merging, records, vectors
-from helpers.tasks import SHOT_END, Task, encode_prompt, few_shot, load_tasks
+from helpers import assets, evaluate, hidden, merging, records, vectors
+from helpers.tasks import (
+    SHOT_END,
+    Task,
+    encode_input,
+    encode_prompt,
+    few_shot,
+    label_set,
+    load_tasks,
+)
 
 VERSION = 1  # raised by hand whenever a visit records something else
 BASE = "base"  # the digest of no delta
+SHOTS = 4  # solved examples before a question, where the base's own ability is measured
 
 # The settings of an adapter that its task vector depends on.
 SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
@@ -41,11 +58,24 @@ class Bench:
     specialists: dict[str, Path]
     batch_size: int = 20
 
+    @property
+    def encoder(self) -> bool:
+        """Whether the model has no LM head."""
+        return self.model.get_output_embeddings() is None
+
     def sources(self, labels: Iterable[str]) -> tuple[vectors.Source, list[vectors.Source]]:
-        """The base and these specialists, open for streaming."""
+        """The base and these specialists, open for streaming; of encoders without their heads."""
         base = vectors.open_base(dict(self.model.named_parameters()))
         base = base._replace(base_digest=self.base["digest"])
-        return base, [vectors.open_specialist(self.specialists[x], x) for x in labels]
+        specialists = [vectors.open_specialist(self.specialists[x], x) for x in labels]
+        if self.encoder:
+            base, *specialists = (
+                source._replace(
+                    tensors={n: t for n, t in source.tensors.items() if not _in_head(self.model, n)}
+                )
+                for source in (base, *specialists)
+            )
+        return base, specialists
 
     def rows(self, labels: Iterable[str]) -> list[vectors.Row]:
         """Their task vectors tensor by tensor, to pass over at will."""
@@ -68,12 +98,50 @@ class Bench:
         }
 
 
+@cache  # the store's folders never change, and an encoder's is as large as the model
 def _contents(folder: Path) -> str:
     """Digest of what a specialist's task vector is made of: its tensors and their scaling."""
     weights = [records.digest(file) for file in sorted(folder.glob("*.safetensors"))]
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return records.digest([weights, {name: config.get(name) for name in SCALING}])
+
+
+def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any, dict]:
+    """(model, tokenizer, name and digest) of a base: a decoder, or an encoder below some head.
+
+    Raises ValueError (AssetError) for a model that cannot be had, and for an encoder-decoder.
+    """
+    config = AutoConfig.from_pretrained(assets.model_folder(name), trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder: name a decoder or an encoder")
+    writes = any(kind.endswith("ForCausalLM") for kind in config.architectures or [])
+    auto_class = AutoModelForCausalLM if writes else AutoModelForSequenceClassification
+    return *assets.load_model(name, dtype, device, auto_class), assets.base_info(name)
+
+
+# --- an encoder's heads ----------------------------------------------------------------------
+
+
+def _in_head(model, name: str) -> bool:
+    """Whether a parameter of a sequence classifier lies outside its body."""
+    return not name.startswith(f"{model.base_model_prefix}.")
+
+
+@contextmanager
+def with_head(model, specialist: Path) -> Iterator[list[str]]:
+    """`model` with the classification head of a specialist inside the `with`: yields its labels."""
+    named = json.loads((specialist / "config.json").read_text(encoding="utf-8"))["id2label"]
+    stored = vectors.read_folder(specialist)
+    head = {name: tensor for name, tensor in stored.items() if _in_head(model, name)}
+    own = {name: model.get_parameter(name).data for name in head}
+    try:
+        for name, tensor in head.items():
+            model.get_parameter(name).data = tensor.to(model.device)
+        yield [named[str(i)] for i in range(len(named))]
+    finally:
+        for name, tensor in own.items():
+            model.get_parameter(name).data = tensor
 
 
 # --- one visit -------------------------------------------------------------------------------
@@ -90,41 +158,64 @@ def visit(
 
     `digest` identifies the delta and `make()` builds it, which happens only if something is not
     recorded yet. Returns the examples (column task and those of `evaluate.score`) and, by task, the
-    states (probes, layers, d) at the last prompt token, fp32.
+    states (probes, layers, d), fp32: at the last prompt token, of an encoder the mean over tokens.
     """
-
-    wanted = [_score_key(bench, digest, bench.tasks[x]) for x in scored]
+    wanted = [_score_key(bench, digest, x) for x in scored]
     wanted += [_state_key(bench, digest, bench.tasks[x]) for x in probed]
     seen = all(records.finished(*key) for key in wanted)
     with nullcontext() if seen else vectors.applied(bench.model, make()):
-        examples = [_scores(bench, digest, bench.tasks[x]).assign(task=x) for x in scored]
+        examples = [_scores(bench, digest, x).assign(task=x) for x in scored]
         states = {x: _states(bench, digest, bench.tasks[x]) for x in probed}
     return pd.concat(examples, ignore_index=True), states
 
 
 def _score_key(
-    bench: Bench, digest: str, task: Task, split: str = "test", shots: int = 0
+    bench: Bench, digest: str, label: str, split: str = "test", shots: int = 0
 ) -> tuple[str, int, dict]:
+    task = bench.tasks[label]
     what = {"base": bench.base["digest"], "delta": digest, "task": task.name, "shots": shots}
     what |= {"split": task.digest(split), "evaluate": evaluate.VERSION} | bench.machine()
-    if shots:
+    probe = bench.encoder and digest == BASE
+    if bench.encoder:
+        what["head"] = "linear probe" if probe else _contents(bench.specialists[label])
+    if shots or probe:
         what["shown"] = task.digest("train")
     return "scores", VERSION, what
 
 
 def _scores(
-    bench: Bench, digest: str, task: Task, split: str = "test", shots: int = 0
+    bench: Bench, digest: str, label: str, split: str = "test", shots: int = 0
 ) -> pd.DataFrame:
+    """Scores of the live model on one split of a task, recorded as those of the delta `digest`."""
+    task, model, size = bench.tasks[label], bench.model, bench.batch_size
+
     def compute(folder: Path) -> None:
-        rows = few_shot(task, split, shots) if shots else task.splits[split]
-        end = SHOT_END if shots else None
-        frame = evaluate.score(
-            bench.model, bench.tokenizer, rows, task.metric, bench.batch_size, end
-        )
+        if not bench.encoder:
+            rows = few_shot(task, split, shots) if shots else task.splits[split]
+            end = SHOT_END if shots else None
+            frame = evaluate.score(model, bench.tokenizer, rows, task.metric, size, end)
+        elif digest == BASE:
+            frame = _probe_scores(bench, task, split)
+        else:
+            with with_head(model, bench.specialists[label]) as labels:
+                rows = task.splits[split]
+                frame = evaluate.classify(model, bench.tokenizer, rows, labels, size)
         frame.to_csv(folder / "examples.csv", index=False)
 
-    folder = records.cached(*_score_key(bench, digest, task, split, shots), compute)
+    folder = records.cached(*_score_key(bench, digest, label, split, shots), compute)
     return pd.read_csv(folder / "examples.csv", dtype={"id": str})
+
+
+def _probe_scores(bench: Bench, task: Task, split: str) -> pd.DataFrame:
+    """Scores of a linear probe on the live encoder's last states, fitted to the train split."""
+    train, asked = (list(task.splits[part]) for part in ("train", split))
+    labels = label_set(train)
+    known, unknown = (
+        _read(bench, [row["prompt"] for row in rows])[:, -1] for rows in (train, asked)
+    )
+    targets = torch.tensor([labels.index(row["answers"][0]) for row in train])
+    logprobs = evaluate.linear_probe(known, targets, unknown, len(labels))
+    return evaluate.graded(asked, labels, logprobs)
 
 
 def _state_key(bench: Bench, digest: str, task: Task) -> tuple[str, int, dict]:
@@ -134,39 +225,53 @@ def _state_key(bench: Bench, digest: str, task: Task) -> tuple[str, int, dict]:
 
 def _states(bench: Bench, digest: str, task: Task) -> Tensor:
     def compute(folder: Path) -> None:
-        prompts = [encode_prompt(bench.tokenizer, x) for x in task.splits["probe"]["prompt"]]
-        states = hidden.prompt_states(bench.model, prompts, batch_size=bench.batch_size)
+        states = _read(bench, task.splits["probe"]["prompt"])
         save_file({"states": states}, folder / "states.safetensors")
 
     folder = records.cached(*_state_key(bench, digest, task), compute)
     return load_file(folder / "states.safetensors")["states"]
 
 
+def _read(bench: Bench, prompts: Iterable[str]) -> Tensor:
+    """States (prompts, layers, d) of the live model at prompts."""
+    encode, how = (encode_input, "mean") if bench.encoder else (encode_prompt, "last")
+    encoded = [encode(bench.tokenizer, prompt) for prompt in prompts]
+    return hidden.prompt_states(bench.model, encoded, how, bench.batch_size)
+
+
 # --- what is visited -------------------------------------------------------------------------
 
 
-def few_shot_base(bench: Bench, label: str, split: str = "test", shots: int = 4) -> pd.DataFrame:
-    """Scores of the base behind `shots` solved training examples: what it can do untaught."""
-    return _scores(bench, BASE, bench.tasks[label], split, shots)
+def base_ability(bench: Bench, label: str, split: str = "test") -> pd.DataFrame:
+    """Scores of the base as it is: what it can do untaught.
+
+    Of a decoder behind SHOTS solved training examples, as a bare prompt tells it neither task nor
+    format. An encoder has nothing to answer with: a linear probe on its frozen last states (mean
+    over tokens) is fitted to the train split.
+    """
+    return _scores(bench, BASE, label, split, 0 if bench.encoder else SHOTS)
 
 
 def on_dev(bench: Bench, label: str) -> pd.DataFrame:
     """Scores of a specialist on its dev split: what screening and tuning may read."""
     record, make = delta_at(bench, label, 1.0)
-    key = _score_key(bench, record["digest"], bench.tasks[label], "dev")
+    key = _score_key(bench, record["digest"], label, "dev")
     with nullcontext() if records.finished(*key) else vectors.applied(bench.model, make()):
-        return _scores(bench, record["digest"], bench.tasks[label], "dev")
+        return _scores(bench, record["digest"], label, "dev")
 
 
 def at_base(bench: Bench, probed: Sequence[str] = ()) -> tuple[pd.DataFrame, dict[str, Tensor]]:
-    """The base model itself: scores on every task (bare prompts), states on the probed ones."""
+    """The base itself: scores on every task (bare prompts; linear probes), states on `probed`."""
     return visit(bench, BASE, dict, list(bench.tasks), probed)
 
 
 def at_dose(
     bench: Bench, label: str, dose: float, probed: Sequence[str] = ()
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
-    """theta_0 + dose * tau of one specialist, on its own task; dose 1 is the specialist."""
+    """theta_0 + dose * tau of one specialist, on its own task; dose 1 is the specialist.
+
+    An encoder has the specialist's own head at every dose, 0 included.
+    """
     record, make = delta_at(bench, label, dose)
     return visit(bench, record["digest"], make, [label], probed)
 
@@ -201,7 +306,8 @@ def _known(
 
 
 def dose_curves(bench: Bench, doses: Iterable[float]) -> pd.DataFrame:
-    """Dose-response of every specialist: columns task, dose, score, nll. Dose 0 is the base."""
+    """Dose-response of every specialist: columns task, dose, score, nll. Dose 0 is the base (of an
+    encoder, below the specialist's head)."""
     plan = [(label, dose) for label in bench.tasks for dose in doses]
     out = []
     for label, dose in tqdm(plan, desc="dose-response", unit="visit", mininterval=5):
@@ -213,11 +319,14 @@ def dose_curves(bench: Bench, doses: Iterable[float]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merge that was visited. `report` is merging.Report.as_dict(); `examples` and `states` as
-    `visit` gives them; `same_as` names the earlier method of the group with the same delta."""
+    """A merge that was visited. `recipe` is {"method": …, options…}; `report` is that of
+    merging.Report.as_dict(); `examples` and `states` as `visit` gives them; `same_as` names the
+    earlier method of the group with the same delta."""
 
     group: tuple[str, ...]
     method: str
+    arm: str
+    recipe: dict
     report: dict
     examples: pd.DataFrame
     states: dict[str, Tensor]
@@ -225,35 +334,93 @@ class Merged:
 
     @property
     def name(self) -> str:
-        return f"{'+'.join(self.group)}|{self.method}"
+        arm = "" if self.arm == "default" else f"|{self.arm}"
+        return f"{'+'.join(self.group)}|{self.method}{arm}"
+
+
+def draw_groups(
+    labels: Sequence[str], size: int, count: int, seed: int = 0
+) -> list[tuple[str, ...]]:
+    """A seeded sample of `count` different groups of `size` tasks; all, if there are no more.
+
+    Members and groups are in the order of `labels`. A larger `count` adds groups to the same draw.
+    """
+    if math.comb(len(labels), size) <= count:
+        return list(combinations(labels, size))
+    rng, drawn = np.random.default_rng([seed, size]), set()
+    while len(drawn) < count:
+        drawn.add(tuple(sorted(rng.choice(len(labels), size, replace=False).tolist())))
+    return [tuple(labels[i] for i in group) for group in sorted(drawn)]
 
 
 def merge_group(
-    bench: Bench, group: Iterable[str], methods: Mapping[str, dict], seed: int = 0
+    bench: Bench,
+    group: Iterable[str],
+    recipes: Mapping[str, dict],
+    seed: int = 0,
+    arm: str = "default",
 ) -> list[Merged]:
-    """Merge the specialists of `group` by each method and visit every distinct delta once.
+    """Merge the specialists of `group` by each recipe and visit every distinct delta once.
 
-    `methods`: the name of each recipe -> {"method": …, options…}. Every member is scored on its
-    test examples and probed; probes are pooled over the group.
+    `recipes`: name -> {"method": …, options…}; `arm` says which family of scales they belong to
+    (`in_arm`). Every member is scored on its test examples and probed; probes are pooled over the
+    group.
     """
     group, done = tuple(group), []
-    rows = bench.rows(group)
-    for name, recipe in methods.items():
-
-        def make(recipe: dict = recipe) -> tuple[Delta, dict]:
-            delta, report = merging.merge(rows, labels=group, seed=seed, **recipe)
-            return delta, report.as_dict()
-
-        what = _merge_key(bench, group, group, recipe, seed)
-        report, make_delta = _known("merge", what, make)
+    for name, recipe in recipes.items():
+        report, make = _merge(bench, group, recipe, seed)
         twin = next((m for m in done if merging.same(m.report["sketch"], report["sketch"])), None)
         if twin:
-            same_as = twin.same_as or twin.method
-            done.append(Merged(group, name, report, twin.examples, twin.states, same_as))
+            seen, same_as = (twin.examples, twin.states), twin.same_as or twin.method
         else:
-            seen = visit(bench, report["digest"], make_delta, group, group)
-            done.append(Merged(group, name, report, *seen))
+            seen, same_as = visit(bench, report["digest"], make, group, group), None
+        done.append(Merged(group, name, arm, recipe, report, *seen, same_as))
     return done
+
+
+def in_arm(recipe: dict, arm: str, linear: dict, n: int) -> dict:
+    """A recipe for n models at another scale, so that rules can differ in direction alone.
+
+    arm: "norm": as long as the linear average; "dose": mean own-direction dose as the linear
+    average; "sum": n times itself (the total weight of task arithmetic). `linear` is the report of
+    the group's linear average.
+    """
+    if arm == "sum":
+        return recipe | {"scale": float(n)}
+    if arm not in ("norm", "dose"):
+        raise ValueError(f"unknown arm {arm!r}: choose norm, dose or sum")
+    asked = linear["effective_scale" if arm == "norm" else "own_mean"]
+    return recipe | {"match": arm, "scale": asked}
+
+
+def _merge(
+    bench: Bench, group: Sequence[str], recipe: dict, seed: int
+) -> tuple[dict, Callable[[], Delta]]:
+    """The report of a merge (with its digest), and a maker of its delta."""
+
+    def make() -> tuple[Delta, dict]:
+        delta, report = merging.merge(bench.rows(group), labels=group, seed=seed, **recipe)
+        return delta, report.as_dict()
+
+    return _known("merge", _merge_key(bench, group, group, recipe, seed), make)
+
+
+def segment(
+    bench: Bench, pair: Sequence[str], alphas: Iterable[float], seed: int = 0
+) -> pd.DataFrame:
+    """Scores along the straight line theta_0 + (1 - alpha) tau_1 + alpha tau_2 of two specialists.
+
+    Columns task (each of the pair), alpha (0: the first specialist, 1: the second), score, nll.
+    """
+    out = []
+    for alpha in alphas:
+        recipe = {"method": "task_arithmetic", "weights": [1 - alpha, alpha]}
+        report, make = _merge(bench, pair, recipe, seed)
+        examples, _ = visit(bench, report["digest"], make, pair)
+        for x, rows in examples.groupby("task", sort=False):
+            mean = rows[["correct", "nll"]].mean()
+            out.append({"task": x, "alpha": alpha, "score": mean["correct"], "nll": mean["nll"]})
+    return pd.DataFrame(out)
 
 
 def _merge_key(
@@ -288,8 +455,8 @@ def at_solo(bench: Bench, label: str, n: int, recipe: dict, seed: int = 0) -> pd
 def references(bench: Bench) -> pd.DataFrame:
     """What each task's losses are measured against; one row per task, on its test examples.
 
-    specialist, nll_specialist: at dose 1; base: few-shot score of the base model; nll_base: from
-    bare prompts; chance: score of the commonest training answer.
+    specialist, nll_specialist: at dose 1; base: `base_ability`; nll_base: of the base from bare
+    prompts (an encoder's: of its linear probe); chance: score of the commonest training answer.
     """
     bare = at_base(bench)[0].groupby("task")["nll"].mean()
     rows = []
@@ -299,7 +466,7 @@ def references(bench: Bench) -> pd.DataFrame:
             {
                 "task": label,
                 "specialist": own["correct"].mean(),
-                "base": few_shot_base(bench, label)["correct"].mean(),
+                "base": base_ability(bench, label)["correct"].mean(),
                 "chance": evaluate.constant_answer(task),
                 "nll_specialist": own["nll"].mean(),
                 "nll_base": bare[label],
@@ -312,7 +479,6 @@ def loss_table(
     bench: Bench,
     merged: Iterable[Merged],
     doses: pd.DataFrame,
-    recipes: Mapping[str, dict],
     seed: int = 0,
 ) -> pd.DataFrame:
     """One row per merge and task: its losses, its controls, and the parts of its loss.
@@ -336,7 +502,10 @@ def loss_table(
             plain = merging.METHODS[m.report["method"]].coefficients is not None or m.same_as
             alone = np.nan
             if not plain:
-                run = at_solo(bench, x, len(m.group), recipes[m.method], seed)
+                # at the scale that the merge had: matched alone, the rule would be another one
+                recipe = {name: value for name, value in m.recipe.items() if name != "match"}
+                recipe |= {"scale": m.report["scale"]}
+                run = at_solo(bench, x, len(m.group), recipe, seed)
                 alone = run["correct"].mean()
             lost = evaluate.losses(there["correct"], own, base, chance)
             diluted, reached, solo = (
@@ -349,7 +518,7 @@ def loss_table(
                     "group": "+".join(m.group),
                     "n": len(m.group),
                     "method": m.method,
-                    "arm": "default",
+                    "arm": m.arm,
                     "task": x,
                     "score": there["correct"],
                     **known.loc[x],

@@ -212,6 +212,17 @@ def few_shot(task: Task, split: str, shots: int = 4) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def label_set(rows: Iterable[dict]) -> list[str]:
+    """The labels of a classification task, sorted; ValueError if the rows do not share them."""
+    sets = {tuple(sorted(row["options"])) for row in rows}
+    if len(sets) != 1 or sets == {()}:
+        raise ValueError(
+            "an encoder needs a task with options, the same for every example: its head has one "
+            "output for each"
+        )
+    return list(sets.pop())
+
+
 # --- text to tokens --------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import AutoModelForSequenceClassification
 
 from helpers import specialists
 from helpers.specialists import Recipe
@@ -123,13 +123,7 @@ def test_too_few_examples_are_refused(store):
 
 @pytest.fixture
 def encoder(tmp_path):
-    config = BertConfig(
-        vocab_size=257, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=64,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(tmp_path / "bert")
-    return AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert")
+    return AutoModelForSequenceClassification.from_pretrained(tiny.save_encoder(tmp_path / "bert"))
 
 
 def test_an_encoder_is_tuned_whole_with_a_head_of_its_own(store, encoder):
@@ -139,8 +133,12 @@ def test_an_encoder_is_tuned_whole_with_a_head_of_its_own(store, encoder):
     assert log["loss"][-1] < log["loss"][0]
     opened = AutoModelForSequenceClassification.from_pretrained(folder)
     assert opened.config.id2label == {0: "no", 1: "yes"}
-    with pytest.raises(ValueError, match="needs a task with options"):
+    with pytest.raises(ValueError, match="needs a task with options, the same"):
         train(tiny.toy("b"), recipe, encoder)
+    with pytest.raises(ValueError, match="not BertForSequenceClassification at rank 4"):
+        train(tiny.toy("a", options=("no", "yes")), RECIPE, encoder)
+    with pytest.raises(ValueError, match="not LlamaForCausalLM at rank 0"):
+        train(tiny.toy("a", options=("no", "yes")), recipe)
 
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))

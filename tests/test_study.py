@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from helpers import evaluate, merging, study, tasks, vectors
+from helpers import evaluate, hidden, merging, specialists, study, tasks, vectors
 
 RECIPES = {
     "linear": {"method": "linear"},
@@ -113,7 +113,7 @@ def test_the_parts_of_a_loss_add_up_to_it(bench, monkeypatch):
         study, "_scores", lambda *a, f=study._scores: f(*a).assign(correct=lambda d: np.exp(-d.nll))
     )
     merged = study.merge_group(bench, "ab", RECIPES)
-    table = study.loss_table(bench, merged, doses, RECIPES)
+    table = study.loss_table(bench, merged, doses)
     assert len(table) == 6
     parts = table[["dilution", "overlap", "interference"]].sum(axis=1)
     np.testing.assert_allclose(parts, table["loss"])
@@ -134,7 +134,7 @@ def test_the_floor_of_a_rule_with_a_solo_run_is_read_off_that_run(bench, monkeyp
     monkeypatch.setattr(study, "references", lambda bench: known)
     monkeypatch.setattr(study, "at_solo", lambda *a: pd.DataFrame({"correct": [alone]}))
     merged = study.merge_group(bench, "ab", RECIPES)
-    table = study.loss_table(bench, merged, doses, RECIPES).set_index("method")
+    table = study.loss_table(bench, merged, doses).set_index("method")
     assert (table.loc["ties", "floor"] == floor).all() and table.loc["linear", "floor"].all()
 
 
@@ -164,7 +164,8 @@ def test_a_bench_travels_between_notebooks(bench, tmp_path):
     study.save_bench(kept, {"sizes": [1, 1, 1, 1], "seed": 0, "sources": {}}, file)
     assert str(tmp_path) not in file.read_text()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "load_task", lambda name, **settings: bench.tasks[tasks.short(name)])
+        named = {f"toy:{x}": task for x, task in bench.tasks.items()}
+        patch.setattr(study, "load_tasks", lambda names, **_: {n[-1]: named[n] for n in names})
         opened = study.open_bench(file, bench.model, bench.tokenizer, bench.base)
         assert opened.specialists == folders and list(opened.tasks) == list("abc")
         with pytest.raises(ValueError, match="were made from tiny, not from other"):
@@ -174,6 +175,126 @@ def test_a_bench_travels_between_notebooks(bench, tmp_path):
             study.open_bench(file, bench.model, bench.tokenizer, bench.base)
     with pytest.raises(ValueError, match="run notebook 01 with this profile"):
         study.open_bench(tmp_path / "none.json", bench.model, bench.tokenizer, bench.base)
+
+
+def test_a_sample_of_groups_is_seeded_and_grows():
+    labels = list("abcdefg")
+    assert study.draw_groups(labels, 2, 21) == study.draw_groups(labels, 2, 99)
+    assert len(study.draw_groups(labels, 2, 21)) == 21
+    few, more = (study.draw_groups(labels, 4, n, seed=3) for n in (5, 9))
+    assert len(few) == 5 and set(few) < set(more)
+    assert all(list(group) == sorted(set(group)) for group in more)
+    assert few != study.draw_groups(labels, 4, 5, seed=4)
+
+
+def test_arms_bring_rules_to_the_scale_of_the_average(bench):
+    (la, ties) = study.merge_group(bench, "abc", {x: RECIPES[x] for x in ("linear", "ties")})
+    recipes = {arm: study.in_arm(ties.recipe, arm, la.report, 3) for arm in ("norm", "dose", "sum")}
+    norm, dose, summed = (
+        study.merge_group(bench, "abc", {"ties": recipe}, arm=arm)[0]
+        for arm, recipe in recipes.items()
+    )
+    assert norm.report["norm"] == pytest.approx(la.report["norm"])
+    assert dose.report["own_mean"] == pytest.approx(la.report["own_mean"])
+    assert summed.report["norm"] == pytest.approx(3 * ties.report["norm"])
+    assert [norm.name, ties.name] == ["a+b+c|ties|norm", "a+b+c|ties"]
+    doses = study.dose_curves(bench, [0.0, 1.0])
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        solo = study.at_solo
+        patch.setattr(
+            study, "at_solo", lambda b, x, n, r, s: asked.append(r) or solo(b, x, n, r, s)
+        )
+        table = study.loss_table(bench, [norm], doses)
+    assert set(table["arm"]) == {"norm"}
+    # alone, the rule is run at the factor that matching gave the merge, not matched again
+    factor = norm.report["norm"] / ties.report["norm"]
+    assert all("match" not in r and r["scale"] == pytest.approx(factor) for r in asked)
+    with pytest.raises(ValueError, match="unknown arm 'length': choose norm, dose or sum"):
+        study.in_arm(ties.recipe, "length", la.report, 3)
+
+
+def test_a_segment_leads_from_one_specialist_to_the_other(bench):
+    line = study.segment(bench, ("a", "b"), [0.0, 0.5, 1.0]).set_index(["alpha", "task"])["nll"]
+    assert line[0.0, "a"] == pytest.approx(study.at_dose(bench, "a", 1.0)[0]["nll"].mean())
+    assert line[1.0, "b"] == pytest.approx(study.at_dose(bench, "b", 1.0)[0]["nll"].mean())
+    (middle,) = study.merge_group(bench, "ab", {"linear": RECIPES["linear"]})
+    there = middle.examples.groupby("task")["nll"].mean()
+    assert line[0.5].to_dict() == pytest.approx(there.to_dict())
+
+
+# --- an encoder ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoders(tmp_path, monkeypatch):
+    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "store"))
+    folder = tiny.save_encoder(tmp_path / "bert")
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    toys = {"a": tiny.toy("a", 8, ("no", "yes")), "b": tiny.toy("b", 8, ("x", "y", "z"))}
+    tokenizer, base = tiny.byte_tokenizer(), {"name": "tiny bert", "digest": "0"}
+    recipe = specialists.Recipe(8, 6, 8, 0.01, rank=0)
+    folders = {
+        x: specialists.train(model, tokenizer, base, task, recipe, quiet=True)
+        for x, task in toys.items()
+    }
+    return study.Bench(model, tokenizer, base, toys, folders, batch_size=4)
+
+
+def test_an_encoder_is_visited_with_the_head_of_the_task(encoders):
+    """At dose 1 the live base gives what the specialist's own folder gives, opened by itself."""
+    before = {name: p.clone() for name, p in encoders.model.named_parameters()}
+    for x, task in encoders.tasks.items():
+        seen, states = study.at_dose(encoders, x, 1.0, [x])
+        alone = AutoModelForSequenceClassification.from_pretrained(encoders.specialists[x])
+        for i, row in enumerate(task.splits["test"]):
+            ids = torch.tensor([tasks.encode_input(encoders.tokenizer, row["prompt"])])
+            with torch.no_grad():
+                logprobs = alone(ids).logits[0].log_softmax(0)
+            label = alone.config.label2id[row["answers"][0]]
+            assert seen["nll"][i] == pytest.approx(-float(logprobs[label]), abs=1e-4)
+            assert seen["correct"][i] == (int(logprobs.argmax()) == label)
+        prompts = [
+            tasks.encode_input(encoders.tokenizer, p) for p in task.splits["probe"]["prompt"]
+        ]
+        expected = hidden.prompt_states(alone, prompts, "mean")
+        torch.testing.assert_close(states[x], expected, atol=1e-5, rtol=1e-4)
+    after = dict(encoders.model.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_heads_of_encoders_are_never_merged(encoders):
+    rows = encoders.rows("ab")
+    assert rows and all(row.name.startswith("bert.") for row in rows)
+    merged = study.merge_group(encoders, "ab", RECIPES)
+    assert [m.same_as for m in merged] == [None, "linear", None]
+    doses = study.dose_curves(encoders, [0.0, 0.5, 1.0, 1.5])
+    table = study.loss_table(encoders, merged, doses).set_index(["method", "task"])
+    defined = table["loss"].notna()
+    parts = table.loc[defined, ["dilution", "overlap", "interference"]].sum(axis=1)
+    np.testing.assert_allclose(parts, table.loc[defined, "loss"], atol=1e-9)
+    assert table.loc["ties", "control_solo"].notna().all() and table["invalid"].isna().all()
+    assert np.isfinite(table["nll"]).all() and np.isfinite(table["nll_base"]).all()
+    line = study.segment(encoders, ("a", "b"), [0.0, 1.0])
+    assert line["score"].between(0, 1).all()
+
+
+def test_the_base_of_encoders_answers_through_a_linear_probe(encoders):
+    """The probe is the minimum of its objective: its gradient vanishes there."""
+    probed, _ = study.at_base(encoders, ["a"])
+    assert set(probed["task"]) == {"a", "b"} and probed["correct"].isin([0.0, 1.0]).all()
+    generator = torch.Generator().manual_seed(0)
+    known = torch.randn(60, 5, generator=generator)
+    targets = (known @ torch.tensor([2.0, -1, 0, 0, 0]) > 0.3).long()
+    logprobs = evaluate.linear_probe(known, targets, known, 2)
+    assert (logprobs.argmax(1) == targets).float().mean() > 0.9
+    standard = (known.double() - known.double().mean(0)) / known.double().std(0)
+    residual = logprobs.exp() - torch.nn.functional.one_hot(targets, 2)
+    # d/dW: X'(p - y) / n + W / n = 0, so W = -X'(p - y), which must give the same odds
+    weight = -standard.T @ residual
+    odds = standard @ (weight[:, 1] - weight[:, 0])
+    found = logprobs[:, 1] - logprobs[:, 0]
+    torch.testing.assert_close(odds - odds.mean(), found - found.mean(), atol=1e-2, rtol=1e-2)
 
 
 GOLDEN = json.loads((study.records.ROOT / "tests" / "golden.json").read_text())

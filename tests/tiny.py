@@ -1,11 +1,17 @@
-"""Tiny random models on disk, so that tests need no download: a Llama, its LoRA adapters."""
+"""Tiny random models on disk, so that tests need no download: a Llama, its adapters, a BERT."""
 
 from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from helpers.tasks import SPLITS, Task
 
@@ -45,6 +51,22 @@ def llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
 def save_base(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overrides) -> Path:
     """The tiny Llama with its tokenizer as a transformers folder."""
     llama(seed, **overrides).save_pretrained(folder, max_shard_size=max_shard_size)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_encoder(folder: Path, seed: int = 0) -> Path:
+    """A two-layer BERT of 16 dimensions, without a head, with the byte tokenizer."""
+    config = BertConfig(
+        vocab_size=257,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(seed)
+    BertModel(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
