@@ -78,9 +78,9 @@ def grams(
             raise ValueError(f"task {label} has no answer tokens to take the gradient of")
     kept = {label: _kept(model, blocks, examples, batch_size) for label, examples in tasks.items()}
     total = np.zeros((len(blocks), len(tasks), len(tasks)))
-    for at in reversed(range(len(blocks))):
-        wanted = where[at]
-        of_tasks = [_through(blocks[at], at, wanted, batches) for batches in kept.values()]
+    lowest = min(at for at, wanted in enumerate(where) if wanted)
+    for at in reversed(range(lowest, len(blocks))):
+        of_tasks = [_through(blocks[at], at, where[at], batches) for batches in kept.values()]
         for tensors in zip(*of_tasks, strict=True):
             total[at] += gram_matrix(tensors)
     return total
@@ -169,7 +169,7 @@ def pair_table(gram: NDArray, labels: Sequence[str]) -> pd.DataFrame:
     norm = np.sqrt(np.diagonal(gram))
     rows = []
     for (i, a), (j, b) in combinations(enumerate(labels), 2):
-        apart = max(0.0, norm[i] ** 2 + norm[j] ** 2 - 2 * gram[i, j])
+        apart = np.maximum(0.0, norm[i] ** 2 + norm[j] ** 2 - 2 * gram[i, j])
         rows.append(
             {
                 "task_a": a,

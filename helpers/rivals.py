@@ -9,6 +9,7 @@ answers look, and the loss barrier between the two specialists, which needs mode
 from collections import Counter
 from collections.abc import Mapping
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,61 @@ from helpers.evaluate import merging_loss, read_dose
 from helpers.tasks import Task, encode_answer
 
 PAIR = ["task_a", "task_b"]
+
+
+class Rival(NamedTuple):
+    """A rival as data: its meaning for a pair, which way it points, and what it needs."""
+
+    meaning: str
+    harmful: bool  # True: the larger, the more a merge is expected to lose
+    data: str  # "none", "prompts" or "labels"
+    passes: str  # forward passes of a model over one example
+    gradients: bool = False
+    merge: bool = False
+
+
+# Those of single tasks are the mean of the pair's two.
+RIVALS = {
+    "dose_loss": Rival("loss (%) at half of the own vector", False, "labels", "examples x doses"),
+    "dose_nll": Rival("rise of NLL at half of the own vector", True, "labels", "examples x doses"),
+    "own_dose_loss_linear": Rival(
+        "loss (%) at the own-direction dose of plain averaging", False, "labels", "examples x doses"
+    ),
+    "own_dose_loss_task_arithmetic": Rival(
+        "loss (%) at the own-direction dose of the sum", False, "labels", "examples x doses"
+    ),
+    "base_score": Rival("few-shot score of the base", False, "labels", "examples"),
+    "gain": Rival("score of the specialist less that of the base", True, "labels", "examples"),
+    "base_nll": Rival("NLL of the answers under the base", True, "labels", "examples"),
+    "nll_gain": Rival("what training took off the NLL", True, "labels", "examples"),
+    "steps": Rival("steps of training", True, "none", "none"),
+    "norm": Rival("norm of the task vector", True, "none", "none"),
+    "base_distance": Rival("HiddenSim of base and specialist", True, "prompts", "probes"),
+    "first_token_overlap": Rival("shared mass of first answer tokens", False, "labels", "none"),
+    "answer_overlap": Rival("Jaccard index of the sets of answers", False, "labels", "none"),
+    "length_ratio": Rival("shorter over longer mean answer", False, "labels", "none"),
+    "same_format": Rival("both with options, or both without", False, "labels", "none"),
+    "gradient_l2": Rival(
+        "distance of the loss gradients at the base", True, "labels", "3 x examples", gradients=True
+    ),
+    "gradient_cosine": Rival(
+        "cosine of the loss gradients at the base", False, "labels", "3 x examples", gradients=True
+    ),
+    "gradient_norm": Rival(
+        "norm of the loss gradient at the base", True, "labels", "3 x examples", gradients=True
+    ),
+    "cross_nll": Rival("NLL of each specialist on the partner's task", True, "labels", "examples"),
+    "barrier": Rival(
+        "loss barrier between the specialists", True, "labels", "examples x merges", merge=True
+    ),
+    "linearity_gap": Rival(
+        "states of the average away from the average of states",
+        True,
+        "prompts",
+        "probes x merges",
+        merge=True,
+    ),
+}
 
 
 def of_tasks(losses: pd.DataFrame, doses: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
