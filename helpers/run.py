@@ -316,14 +316,17 @@ def shown(parameters: dict[str, Any]) -> list[str]:
 
 
 def _check_inputs(steps: list[Step]) -> None:
-    """Fetch the model that the notebooks will open, before the first one runs.
+    """Fetch the model and look up the tasks that the notebooks will open, before the first runs.
 
-    Raises ValueError (an AssetError is one) for what cannot be had.
+    Raises ValueError for what cannot be had.
     """
-    from helpers import assets  # seconds: not paid by a run that has nothing to do
+    from helpers import assets, tasks  # seconds: not paid by a run that has nothing to do
 
     for model in dict.fromkeys(x.parameters["MODEL"] for x in steps if "MODEL" in x.parameters):
         assets.model_folder(model)
+    for step in steps:
+        if "TASKS" in step.parameters:
+            tasks.check_names(step.parameters["TASKS"], step.parameters.get("SOURCES"))
 
 
 def _surroundings() -> str:

@@ -464,6 +464,26 @@ def test_the_page_shows_each_figure_with_its_words(tmp_path):
     assert "<img" not in page.write_page(tmp_path, {"01_make": row}, notebooks).read_text()
 
 
+@pytest.mark.parametrize(
+    ("parameters", "told"),
+    [
+        ({"MODEL": "no-such-model"}, "there is no model 'no-such-model'"),
+        ({"MODEL": "{folder}"}, "has no weights"),
+        ({"TASKS": ["glue:colla"]}, "unknown GLUE task 'colla'"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_before_the_first_notebook(
+    project, monkeypatch, parameters, told
+):
+    (project / "config.json").write_text("{}")
+    text = json.loads(json.dumps(parameters).replace("{folder}", str(project)))
+    steps = [step._replace(parameters=step.parameters | text) for step in run.plan("demo", None, {})]
+    monkeypatch.setattr(run, "plan", lambda *_: steps)
+    with pytest.raises(ValueError, match=told):
+        run.run("demo")
+    assert not (project / "data" / "runs" / "demo" / "manifest.jsonl").exists()
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 
