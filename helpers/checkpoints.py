@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import IO, Any, Literal, NamedTuple, get_args, get_origin
 import psutil
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,6 +55,7 @@ class Recipe(NamedTuple):
     match: str | None = None
     seed: int = 0
     dtype: str | None = None  # of the output; None: as the base is stored
+    probes: list[str] | None = None  # for regmean: a file of texts for each model (`read_probes`)
 
 
 # mergekit's configurations -----------------------------------------------------------------------
@@ -277,6 +280,78 @@ def write_tensors(
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+# RegMean's data ----------------------------------------------------------------------------------
+
+
+def read_probes(file: Path) -> list[str]:
+    """The texts of a file: its lines or, of a .jsonl file, each line's `prompt` or else its `text`.
+
+    Empty lines do not count. Raises ValueError naming the file, and the line, that is no such text.
+    """
+    texts = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if file.suffix == ".jsonl" and line.strip():
+            line = _json_text(line, f"{file}, line {number}")
+        if line.strip():
+            texts.append(line)
+    if not texts:
+        raise ValueError(f"{file} holds no text: give a text a line, or JSONL with prompt or text")
+    return texts
+
+
+def _json_text(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: {error}") from error
+    text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: no prompt or text is given as a string")
+    return text
+
+
+def probe_grams(
+    base: Path,
+    rows: list[vectors.Row],
+    texts: list[list[str]],
+    folder: Path,
+    device: str = "cpu",
+    batch_size: int = 8,
+) -> dict[str, list[Tensor]]:
+    """RegMean's Gram matrices, by tensor name, one per model: of its layers' inputs on its texts.
+
+    rows: of all models (`vectors.views`); texts: one list per model. The base is loaded once, in
+    fp32, and each model is the base with its task vector applied. The matrices of one model are
+    held at a time: they are written into `folder` and come back memory-mapped.
+    """
+    from helpers import assets, hidden, tasks  # they import transformers, which folders need not
+
+    model, tokenizer = assets.load_model(str(base), device=device)
+    names = _linear_layers(model, rows)
+    stored = []
+    for i, mine in enumerate(tqdm(texts, "Gram matrices", disable=None)):
+        ids = [tasks.encode_prompt(tokenizer, text) for text in mine]
+        batches = tasks.length_buckets(list(map(len, ids)), batch_size)
+        padded = (tasks.pad([ids[j] for j in batch], 0) for batch in batches)
+        with vectors.applied(model, merging.dose(rows, i, 1.0)):
+            grams = hidden.input_grams(model, padded, names)
+        file = folder / f"grams-{i}.safetensors"
+        save_file({name: gram.cpu() for name, gram in grams.items()}, file)
+        stored.append(load_file(file))
+    return {name: [grams[name] for grams in stored] for name in names}
+
+
+def _linear_layers(model: torch.nn.Module, rows: list[vectors.Row]) -> list[str]:
+    """Which of the changed tensors are weights of linear layers below the head."""
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    layers = {row.name: modules.get(row.name.removesuffix(".weight")) for row in rows}
+    return [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, torch.nn.Linear) and layer is not head
+    ]
+
+
 # The command -------------------------------------------------------------------------------------
 
 
@@ -290,8 +365,11 @@ def merge_to_folder(
     if out.exists():
         raise ValueError(f"{out} exists: name another folder, or remove it")
     labels = [str(i) for i in range(1, len(recipe.models) + 1)]
+    texts = _probes(recipe)
     plan = merging.plan(
-        recipe.method, labels, recipe.weights, recipe.seed, recipe.scale, **recipe.options
+        *(recipe.method, labels, recipe.weights, recipe.seed, recipe.scale),
+        grams=None if texts is None else {},
+        **recipe.options,
     )
     merging.check_match(recipe.match)
     _check_device(device)
@@ -305,14 +383,29 @@ def merge_to_folder(
     vectors.check(base, specialists)
     _print_cost(recipe, like, out)
     rows = vectors.views(base, specialists, device)
-    if recipe.match:
-        plan = merging.matched(rows, plan, recipe.match)
     with _complete_or_absent(out) as part:
+        if texts is not None:
+            with tempfile.TemporaryDirectory(dir=part) as folder:
+                grams = probe_grams(base_folder, rows, texts, Path(folder), device)
+            plan = plan._replace(grams=grams)  # still mapped, though the files have no names now
+        if recipe.match:
+            plan = merging.matched(rows, plan, recipe.match)
         _copy_surroundings(base_folder, part, recipe.dtype)
         report = _write_merge(part, base, rows, plan, like, shard_size)
         (part / "merge_report.json").write_text(json.dumps(report.as_dict()) + "\n")
         (part / "README.md").write_text(model_card(recipe, report, out.name))
     return report
+
+
+def _probes(recipe: Recipe) -> list[list[str]] | None:
+    """RegMean's texts for each model; ValueError where they are missing or not asked for."""
+    if (recipe.probes is not None) != (recipe.method == "regmean"):
+        raise ValueError("regmean, and no other method, needs probes: a text file for each model")
+    if recipe.probes is None:
+        return None
+    if len(recipe.probes) != len(recipe.models):
+        raise ValueError(f"{len(recipe.probes)} files of probes for {len(recipe.models)} models")
+    return [read_probes(Path(file)) for file in recipe.probes]
 
 
 def _check_device(device: str) -> None:
@@ -405,6 +498,7 @@ def model_card(recipe: Recipe, report: merging.Report, name: str) -> str:
     front = {"base_model": [base, *models], "tags": ["merge"], "library_name": "transformers"}
     stated = recipe._asdict() | {"base": base, "models": models, "weights": report.plan.weights}
     stated |= {"options": report.plan.options, "scale": report.plan.scale}
+    stated["probes"] = [Path(file).name for file in recipe.probes or []]
     doses = ["-" if dose is None else f"{dose:.3f}" for dose in report.own]
     table = [
         f"| {model} | {weight:g} | {dose} |"
@@ -429,7 +523,7 @@ def _name(model: str) -> str:
     return folder.resolve().name if folder.is_dir() else model
 
 
-FROM_WEIGHTS = [method for method in merging.METHODS if method != "regmean"]  # which needs data
+STATED = {"base", "models", "weights", "scale", "probes"}  # flags that a mergekit file replaces
 
 
 def main(argv: list[str]) -> None:
@@ -437,11 +531,14 @@ def main(argv: list[str]) -> None:
     description = "Merge adapters or checkpoints of one base model into a folder."
     parser = argparse.ArgumentParser(prog="python -m helpers merge", description=description)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--method", choices=FROM_WEIGHTS)
+    what.add_argument("--method", choices=list(merging.METHODS))
     what.add_argument("--mergekit", type=Path, metavar="CONFIG", help="a mergekit configuration")
     parser.add_argument("--base", help="the base model: a name or a folder")
-    parser.add_argument("--models", nargs="+", default=[], help="adapters or checkpoints of it")
+    parser.add_argument("--models", nargs="+", help="adapters or checkpoints of it")
     parser.add_argument("--weights", nargs="+", type=float, help="one per model")
+    parser.add_argument(
+        "--probes", nargs="+", metavar="FILE", help="of regmean: texts, a file for each model"
+    )
     parser.add_argument("--scale", type=float, help="factor on the merged change")
     parser.add_argument("--match", choices=merging.MATCHES, help="find the scale that gives it")
     parser.add_argument("--seed", type=int, default=0, help="of DARE's masks")
@@ -451,18 +548,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1, a tensor at a time")
     known = _add_method_options(parser)
     arguments = parser.parse_args(argv)
-    options = {name: value for name in known if (value := getattr(arguments, name)) is not None}
-    stated = (arguments.base, arguments.models, arguments.weights, arguments.scale, options)
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    options = {name: given[name] for name in known & given.keys()}
+    stated = {name: given[name] for name in STATED & given.keys()}
     if arguments.mergekit:
-        if any(stated):
+        if stated or options:
             raise ValueError("--mergekit states models, weights, scale and options: leave them out")
         recipe = read_mergekit(arguments.mergekit)
-    elif not (arguments.base and arguments.models):
+    elif not {"base", "models"} <= stated.keys():
         raise ValueError("--method needs --base and --models")
     else:
-        base, models, weights, scale, options = stated
-        scale = 1.0 if scale is None else scale
-        recipe = Recipe(arguments.method, base, models, weights, options, scale)
+        recipe = Recipe(arguments.method, options=options, **({"weights": None} | stated))
     dtype = arguments.dtype or recipe.dtype
     recipe = recipe._replace(match=arguments.match, seed=arguments.seed, dtype=dtype)
     report = merge_to_folder(recipe, arguments.out, arguments.shard_size, arguments.device)
@@ -479,7 +575,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> set[str]:
     """One flag per option of any method, from the annotations that are the methods' contracts."""
     users: dict[str, list[str]] = {}
     kinds = {}
-    for method in FROM_WEIGHTS:
+    for method in merging.METHODS:
         for name, parameter in merging.options_of(method).items():
             users.setdefault(name, []).append(method)
             kinds[name] = parameter.annotation

@@ -53,6 +53,8 @@ class Method(NamedTuple):
     rule: Callable[..., Tensor]
     fewest: int = 1  # models
     weight: Callable[[int], float] = lambda n: 1.0  # default weight of each of n models
+    signed: bool = True  # whether a weight may be negative
+    divides: bool = False  # whether the rule divides by the sum of the weights
     coefficients: Callable[[Sequence[float]], list[float]] | None = None  # of a plain weighted sum
     state: State = lambda row, plan: ({}, {})  # (arguments of the rule, notes) for one tensor
     memory: int = 4  # bytes held at the peak per entry of a tensor: the fp32 delta and scratch
@@ -86,21 +88,30 @@ def _task_slerp_state(row: Row, plan: Plan):
 
 
 def _regmean_state(row: Row, plan: Plan):
-    return {"grams": plan.grams.get(row.name)}, {}
+    grams = plan.grams.get(row.name)
+    if grams is None:
+        return {"grams": None}, {"fitted": False}
+    size = row.base.shape[-1]
+    for label, gram in zip(plan.labels, grams, strict=True):
+        if gram.shape != (size, size) or not gram.isfinite().all():
+            raise ValueError(f"{row.name}: {label} needs a finite Gram matrix {size} x {size}")
+    return {"grams": grams}, {"fitted": True}
 
 
 METHODS = {
-    "linear": Method(rules.linear, coefficients=lambda w: [x / math.fsum(w) for x in w]),
+    "linear": Method(
+        rules.linear, divides=True, coefficients=lambda w: [x / math.fsum(w) for x in w]
+    ),
     "task_arithmetic": Method(rules.task_arithmetic, coefficients=list),
-    "slerp": Method(rules.slerp, fewest=2, state=_slerp_state),
-    "task_slerp": Method(rules.task_slerp, fewest=2, state=_task_slerp_state),
+    "slerp": Method(rules.slerp, 2, signed=False, divides=True, state=_slerp_state),
+    "task_slerp": Method(rules.task_slerp, 2, signed=False, divides=True, state=_task_slerp_state),
     "ties": Method(rules.ties, state=_ties_state),
     "dare": Method(rules.dare, weight=lambda n: 1 / n, state=_dare_state),
     "dare_ties": Method(rules.dare_ties, state=_dare_state),
     "breadcrumbs": Method(rules.breadcrumbs),
     "iso_c": Method(rules.iso_c, memory=20),
     "tsv": Method(rules.tsv, memory=28),
-    "regmean": Method(rules.regmean, state=_regmean_state),
+    "regmean": Method(rules.regmean, signed=False, divides=True, state=_regmean_state),
 }
 
 
@@ -131,10 +142,10 @@ def check_method(
         raise ValueError(f"{method} got {len(weights)} weights for {n_models} models")
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be finite, not {weights}")
-    if "slerp" in method and min(weights) < 0:
-        raise ValueError(f"{method} interpolates: its weights must not be negative, not {weights}")
-    if method == "linear" and math.fsum(weights) == 0:
-        raise ValueError("the weights of linear must not sum to zero")
+    if not contract.signed and min(weights) < 0:
+        raise ValueError(f"the weights of {method} must not be negative, not {weights}")
+    if contract.divides and math.fsum(weights) == 0:
+        raise ValueError(f"the weights of {method} must not sum to zero")
     return weights, {name: p.default for name, p in known.items()} | dict(options)
 
 
@@ -342,6 +353,9 @@ def plan(
     weights, options = check_method(method, len(labels), weights, options)
     if (grams is None) == (method == "regmean"):
         raise ValueError("regmean, and no other method, needs the Gram matrices of its layers")
+    for name, matrices in (grams or {}).items():
+        if len(matrices) != len(labels):
+            raise ValueError(f"{name} has {len(matrices)} Gram matrices for {len(labels)} models")
     return Plan(method, list(labels), weights, seed, float(scale), options, grams=grams)
 
 
@@ -402,8 +416,9 @@ def merge(
     rows: a list of rows (`vectors.views`), or a function that gives them anew, as some rules need
     more than one pass. labels: one per model, in the rows' order. match: one factor for the whole
     model that makes ||delta|| = scale * mean_i ||tau_i|| ("norm") or mean_i c_i = scale ("dose").
-    grams: for regmean. Raises ValueError for a choice that the method's contract does not allow and
-    for NaN or infinite values.
+    grams: for regmean, by tensor name, one per model (`hidden.input_grams` of each on its own
+    inputs). Raises ValueError for a choice that the method's contract does not allow and for NaN or
+    infinite values.
     """
     chosen = plan(method, labels, weights, seed, scale, grams, **options)
     check_match(match)

@@ -533,9 +533,9 @@ def regmean(
 ) -> Tensor:
     """RegMean (Jin et al. 2023, eq. 2): the layer that best fits all models' outputs on their data.
 
-    delta = (sum_i w_i tau_i G_i) (sum_i w_i G_i)^-1 with G_i = X_i'X_i (in, in), the Gram matrix of
-    the inputs of model i's layer, its off-diagonal entries multiplied by `shrink`. Layers without
-    Gram matrices (embeddings, norms, biases): the weighted mean, as `linear`.
+    delta = (sum_i w_i tau_i G_i) (sum_i w_i G_i)^-1 with G_i = X_i'X_i / rows (in, in), the Gram
+    matrix of the inputs X_i of model i's layer, its off-diagonal entries multiplied by `shrink`.
+    Layers without Gram matrices (embeddings, norms, biases): the weighted mean, as `linear`.
     """
     if grams is None:
         return linear(taus, weights)

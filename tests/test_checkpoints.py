@@ -80,6 +80,62 @@ def test_transformers_loads_the_merge_and_gives_its_logits(
     assert AutoTokenizer.from_pretrained(out).eos_token == "<end>"
 
 
+def inputs(model, layer, texts):
+    """What the texts give a layer as input, (tokens, in)."""
+    seen = []
+    hook = model.get_submodule(layer).register_forward_pre_hook(lambda _, x: seen.append(x[0][0]))
+    for text in texts:
+        with torch.no_grad():
+            model(torch.tensor([list(tiny.byte_tokenizer()(text)["input_ids"])]))
+    hook.remove()
+    return torch.cat(seen)
+
+
+def test_regmean_reads_each_models_own_probes(tiny_base, tiny_adapters, tmp_path):
+    from peft import PeftModel
+
+    texts = [["what is 1 + 1?", "a longer text, so that one is padded"], ["say no", "say yes"]]
+    files = [tmp_path / "sums.txt", tmp_path / "words.jsonl"]
+    files[0].write_text("\n\n".join(texts[0]))
+    rows = [{"prompt": texts[1][0], "text": "not this"}, {"text": texts[1][1]}]
+    files[1].write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--method", "regmean", "--shrink", "1", "--probes", *files]
+    out = merge(tiny_base, tiny_adapters[:2], tmp_path / "out", *flags)
+
+    whole = [
+        PeftModel.from_pretrained(llama(tiny_base), path).merge_and_unload()
+        for path in tiny_adapters[:2]
+    ]
+    ours, base = llama(out), llama(tiny_base).state_dict()
+    for layer in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        xs = [inputs(model, layer, mine) for model, mine in zip(whole, texts, strict=True)]
+        xs = [x.double() / len(x) ** 0.5 for x in xs]
+        weights = [model.get_submodule(layer).weight.double() for model in whole]
+        wanted = torch.cat([x @ w.T for x, w in zip(xs, weights, strict=True)])
+        fit = torch.cat(xs) @ ours.get_submodule(layer).weight.double().T
+        best = torch.cat(xs) @ torch.linalg.lstsq(torch.cat(xs), wanted).solution
+        torch.testing.assert_close(fit, best, rtol=1e-4, atol=1e-4)
+        assert (wanted - fit).norm() < 0.9 * (wanted - torch.cat(xs) @ sum(weights).T / 2).norm()
+    assert torch.equal(ours.model.norm.weight, base["model.norm.weight"])
+    assert sorted(p.name for p in out.glob("*.safetensors")) == ["model.safetensors"]
+    recipe = yaml.safe_load((out / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
+    assert recipe["probes"] == ["sums.txt", "words.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "\n \n", "holds no text"),
+        ("a.jsonl", '{"prompt": "x"}\n{"answer": "y"}', "line 2: no prompt or text"),
+        ("a.jsonl", "plain words", "line 1: Expecting value"),
+    ],
+)
+def test_probes_that_are_no_texts_are_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        checkpoints.read_probes(tmp_path / name)
+
+
 def test_the_written_file_holds_what_the_base_holds(tiny_base, tiny_adapters, tmp_path):
     out = merge(tiny_base, tiny_adapters, tmp_path / "out", "--method", "linear")
     ours, base = load_file(out / "model.safetensors"), load_file(tiny_base / "model.safetensors")
@@ -191,6 +247,9 @@ def test_requests_are_refused_before_any_work(tiny_base, tiny_adapters, tmp_path
         (["--method", "ties", "--density", "2"], "density of ties must be a number from 0 to 1"),
         (["--method", "linear", "--density", ".2"], "linear has no option 'density'"),
         (["--method", "linear", "--weights", "1", "1"], "2 weights for 1 models"),
+        (["--method", "regmean"], "regmean, and no other method, needs probes"),
+        (["--method", "ties", "--probes", "x"], "regmean, and no other method, needs probes"),
+        (["--method", "regmean", "--probes", "x", "y"], "2 files of probes for 1 models"),
         (["--method", "linear", "--device", "gpu"], "device must be cpu, cuda, or one of"),
         (["--method", "linear", "--device", "cuda:99"], "finds no device cuda:99"),
     ]:

@@ -321,8 +321,21 @@ def test_regmean_fits_the_outputs_of_every_model():
     targets = torch.cat([x @ tau.T for x, tau in zip(inputs, taus, strict=True)])
     best = torch.linalg.lstsq(torch.cat(inputs)[:, :3], targets).solution
     torch.testing.assert_close(delta["w"][:, :3], best.T, rtol=1e-4, atol=1e-4)
-    plain, _ = merging.merge(rows(*taus), "regmean", BOTH, grams={})
-    assert torch.equal(plain["w"], merged("linear", *taus))
+    plain, report = merging.merge(rows(*taus), "regmean", BOTH, grams={})
+    assert torch.equal(plain["w"], merged("linear", *taus)) and not report.per_tensor[0]["fitted"]
+
+
+@pytest.mark.parametrize(
+    ("grams", "message"),
+    [
+        ({"w": [torch.eye(4)]}, "w has 1 Gram matrices for 2 models"),
+        ({"w": [torch.eye(4), torch.eye(5)]}, "w: b needs a finite Gram matrix 4 x 4"),
+        ({"w": [torch.eye(4) / 0, torch.eye(4)]}, "w: a needs a finite Gram matrix"),
+    ],
+)
+def test_gram_matrices_that_do_not_fit_are_refused(grams, message):
+    with pytest.raises(ValueError, match=message):
+        merging.merge(rows(*random_taus(2, (5, 4))), "regmean", BOTH, grams=grams)
 
 
 @pytest.mark.parametrize("method", CLOSED)
@@ -549,6 +562,8 @@ def test_sketches_and_digests_tell_merges_apart():
         ("linear", 2, [1, -1], {}, "sum to zero"),
         ("linear", 2, [1, math.nan], {}, "finite"),
         ("slerp", 2, [2, -1], {}, "must not be negative"),
+        ("task_slerp", 2, [0, 0], {}, "sum to zero"),
+        ("regmean", 2, [2, -1], {}, "must not be negative"),
         ("iso_c", 2, None, {"density": 0.5}, "it has none"),
     ],
 )
