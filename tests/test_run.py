@@ -477,7 +477,8 @@ def test_what_cannot_be_had_is_refused_before_the_first_notebook(
 ):
     (project / "config.json").write_text("{}")
     text = json.loads(json.dumps(parameters).replace("{folder}", str(project)))
-    steps = [step._replace(parameters=step.parameters | text) for step in run.plan("demo", None, {})]
+    plan = run.plan("demo", None, {})
+    steps = [step._replace(parameters=step.parameters | text) for step in plan]
     monkeypatch.setattr(run, "plan", lambda *_: steps)
     with pytest.raises(ValueError, match=told):
         run.run("demo")
