@@ -9,12 +9,12 @@ import json
 import resource
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification
 
 from helpers import records
 from helpers.tasks import (
@@ -144,11 +144,11 @@ def train_full(
 ) -> dict:
     """Fine-tune a copy of an encoder with a fresh classification head, and save all of it."""
     labels = label_set(rows)
-    specialist = AutoModelForSequenceClassification.from_pretrained(
-        model.config._name_or_path, num_labels=len(labels), use_safetensors=True, dtype=model.dtype
-    ).to(model.device)
-    specialist.config.label2id = {label: i for i, label in enumerate(labels)}
-    specialist.config.id2label = dict(enumerate(labels))
+    config = deepcopy(model.config)
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.id2label = dict(enumerate(labels))  # sets the number of outputs
+    specialist = type(model)(config).to(model.device, model.dtype)
+    specialist.base_model.load_state_dict(model.base_model.state_dict())
     prompts = [encode_input(tokenizer, row["prompt"]) for row in rows]
     targets = torch.tensor([labels.index(row["answers"][0]) for row in rows])
 

@@ -24,7 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    logging,
+)
 
 from helpers import assets, evaluate, hidden, merging, records, vectors
 from helpers.tasks import (
@@ -39,6 +44,7 @@ from helpers.tasks import (
 
 VERSION = 1  # raised by hand whenever a visit records something else
 BASE = "base"  # the digest of no delta
+ARMS = ("norm", "dose", "sum")  # scales beside a rule's default (`in_arm`)
 SHOTS = 4  # solved examples before a question, where the base's own ability is measured
 
 # The settings of an adapter that its task vector depends on.
@@ -117,7 +123,12 @@ def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[A
         raise ValueError(f"{name} is an encoder-decoder: name a decoder or an encoder")
     writes = any(kind.endswith("ForCausalLM") for kind in config.architectures or [])
     auto_class = AutoModelForCausalLM if writes else AutoModelForSequenceClassification
-    return *assets.load_model(name, dtype, device, auto_class), assets.base_info(name)
+    told = logging.get_verbosity()
+    if not writes:  # that the head is untrained is no news: no task is scored with it
+        logging.set_verbosity_error()
+    model, tokenizer = assets.load_model(name, dtype, device, auto_class)
+    logging.set_verbosity(told)
+    return model, tokenizer, assets.base_info(name)
 
 
 # --- an encoder's heads ----------------------------------------------------------------------
@@ -385,10 +396,10 @@ def in_arm(recipe: dict, arm: str, linear: dict, n: int) -> dict:
     average; "sum": n times itself (the total weight of task arithmetic). `linear` is the report of
     the group's linear average.
     """
+    if arm not in ARMS:
+        raise ValueError(f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}")
     if arm == "sum":
         return recipe | {"scale": float(n)}
-    if arm not in ("norm", "dose"):
-        raise ValueError(f"unknown arm {arm!r}: choose norm, dose or sum")
     asked = linear["effective_scale" if arm == "norm" else "own_mean"]
     return recipe | {"match": arm, "scale": asked}
 

@@ -210,7 +210,7 @@ def test_arms_bring_rules_to_the_scale_of_the_average(bench):
     # alone, the rule is run at the factor that matching gave the merge, not matched again
     factor = norm.report["norm"] / ties.report["norm"]
     assert all("match" not in r and r["scale"] == pytest.approx(factor) for r in asked)
-    with pytest.raises(ValueError, match="unknown arm 'length': choose norm, dose or sum"):
+    with pytest.raises(ValueError, match="unknown arm 'length': choose one of norm, dose, sum"):
         study.in_arm(ties.recipe, "length", la.report, 3)
 
 

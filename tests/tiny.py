@@ -64,6 +64,7 @@ def save_encoder(folder: Path, seed: int = 0) -> Path:
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=64,
+        initializer_range=0.2,
     )
     torch.manual_seed(seed)
     BertModel(config).save_pretrained(folder)
