@@ -138,3 +138,29 @@ def test_a_dose_is_read_between_its_neighbours_and_never_outside():
     assert evaluate.read_dose(curve, 0.75) == pytest.approx(0.6)
     assert evaluate.read_dose(curve, 1.0) == 1.0
     assert math.isnan(evaluate.read_dose(curve, 1.01))
+
+
+def test_a_linear_probe_minimises_its_objective_and_learns_what_is_linear():
+    generator = torch.Generator().manual_seed(0)
+    known, asked = (torch.randn(n, 5, generator=generator) for n in (200, 100))
+    truth = torch.tensor([2.0, -1, 0, 0, 0])
+    targets = (known @ truth > 0.3).long()
+    guess = evaluate.linear_probe(known, targets, asked, 2).argmax(1)
+    assert (guess == (asked @ truth > 0.3).long()).float().mean() > 0.9
+
+    logprobs = evaluate.logistic(known, targets, known, 2, penalty=0.1)
+    standard = (known.double() - known.double().mean(0)) / known.double().std(0)
+    residual = logprobs.exp() - torch.nn.functional.one_hot(targets, 2)
+    # the gradient in W is X'(p - y) / n + penalty W: where it vanishes, W gives these odds again
+    weight = -standard.T @ residual / (0.1 * len(known))
+    odds = (logprobs[:, 1] - logprobs[:, 0]).double()
+    again = standard @ (weight[:, 1] - weight[:, 0])
+    torch.testing.assert_close(odds - odds.mean(), again - again.mean(), atol=1e-4, rtol=1e-3)
+
+
+def test_a_classifier_is_graded_by_its_labels():
+    rows = [{"id": str(i), "answers": answers} for i, answers in enumerate((["b"], ["a", "c"]))]
+    logprobs = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.3, 0.6]]).log()
+    graded = evaluate.graded(rows, ["a", "b", "c"], logprobs)
+    assert list(graded["correct"]) == [1.0, 1.0] and graded["invalid"].isna().all()
+    assert list(graded["nll"]) == pytest.approx([-math.log(0.5), -math.log(0.1)])
