@@ -22,6 +22,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 import yaml
 from numpy.typing import NDArray
 from scipy.stats import rankdata
@@ -32,15 +33,12 @@ from helpers import assets, bound, choose, evaluate, figures, hidden, merging, p
 from helpers.records import ROOT, atomic_write
 
 NEUTRAL = ROOT / "data" / "neutral_probes.txt"
-STUDIES = ROOT / "data" / "results"
 TASK_PROBES = 64  # probes that are taken of a task that is named
 LONGEST = 2000  # characters of a probe that are read
 FAR = 0.5  # of the base's own norm: further away lies no model fine-tuned from it
 STABLE = 0.9  # mean rank correlation of bootstrap rankings below which a ranking is called unstable
 KEPT = 0.9  # share of a specialist's score that a merge should keep
 DOSES = (0.0, 0.25, 0.5, 0.75, 1.0)
-# Rules whose result mergekit gives as well, so that the command and the YAML are one merge.
-RULES = ("linear", "task_arithmetic", "ties")
 
 
 # --- what is given -------------------------------------------------------------------------------
@@ -189,7 +187,7 @@ def _square_norm(tensor: vectors.Lazy) -> float:
         B, A = B.double(), A.double()
         return float(scaling**2 * ((B.T @ B) * (A @ A.T)).sum())
     blocks = vectors.row_blocks(tensor.shape, tensor.device)
-    return sum(float(tensor[block.rows].double().square().sum()) for block in blocks)
+    return sum(float(torch.linalg.vector_norm(tensor[block.rows])) ** 2 for block in blocks)
 
 
 # --- one pass per model --------------------------------------------------------------------------
@@ -324,92 +322,6 @@ def doses_kept(doses: pd.DataFrame, share: float = KEPT) -> pd.Series:
     return pd.Series(out, name="dose_kept", dtype=float)
 
 
-# --- what measured merges say --------------------------------------------------------------------
-
-
-class Known(NamedTuple):
-    """Committed studies: measured pairs with their losses and distances, and larger groups."""
-
-    pairs: pd.DataFrame
-    groups: pd.DataFrame
-    names: list[str]
-    distance: str  # the column of `pairs` that is like the advisor's distances
-
-
-def known_merges(
-    folders: Iterable[Path] | None = None, without: Iterable[str] = (), neutral: bool = False
-) -> Known:
-    """Measured merges of committed studies, without those of tasks named in `without`.
-
-    The studies read each pair on the probes of its own tasks (hidden_sim), of all tasks
-    (hidden_sim_pool) and, the later ones, on neutral text (hidden_sim_neutral). The advisor reads
-    all models on one set, so it is calibrated on the last where its probes are neutral, else on
-    the pool. Raises ValueError if there is no study.
-    """
-    folders = sorted(STUDIES.glob("*/pairs.csv")) if folders is None else folders
-    folders = [file.parent if file.name == "pairs.csv" else file for file in map(Path, folders)]
-    if not folders:
-        raise ValueError(f"there is no study in {STUDIES}: predictions have nothing to learn from")
-    pairs, groups, without = [], [], set(without)
-    for folder in folders:
-        measured, losses = (pd.read_csv(folder / f"{x}.csv") for x in ("pairs", "losses"))
-        pairs.append(choose.joined(measured, losses).assign(study=folder.name))
-        groups.append(pd.read_csv(folder / "groups.csv").assign(study=folder.name))
-    pairs, groups = pd.concat(pairs, ignore_index=True), pd.concat(groups, ignore_index=True)
-    pairs = pairs[~(pairs["task_a"].isin(without) | pairs["task_b"].isin(without))]
-    apart = groups["group"].map(lambda name: without.isdisjoint(name.split("+")))
-    column = "hidden_sim_pool"
-    if neutral and "hidden_sim_neutral" in pairs and pairs["hidden_sim_neutral"].notna().any():
-        column = "hidden_sim_neutral"
-    pairs = pairs.dropna(subset=[column])
-    return Known(pairs, groups[apart], [folder.name for folder in folders], column)
-
-
-def expected_losses(pairs: pd.DataFrame, known: Known) -> pd.DataFrame:
-    """Predicted loss (%) of every pair under each of RULES that the studies measured.
-
-    Adds method, predicted, low, high (90 % prediction interval; nan from too few tasks) and outside
-    to the columns of `pairs`. Empty if the studies have too few pairs for a line.
-    """
-    parts = []
-    for method in RULES:
-        measured = known.pairs[known.pairs["method"] == method]
-        if len(measured) >= choose.FEWEST_PAIRS:
-            found = choose.predict(choose.fit(measured, known.distance), pairs["distance"])
-            told = pairs[["task_a", "task_b"]].assign(method=method)
-            parts.append(told.join(found.set_axis(pairs.index)))
-    columns = ["task_a", "task_b", "method", "predicted", "low", "high", "outside"]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
-
-
-def best_rule(groups: pd.DataFrame, n: int) -> str:
-    """The rule of RULES with the least mean loss in measured merges of (nearest to) n models.
-
-    `groups`: columns n, method, loss. "linear" where nothing was measured.
-    """
-    usable = groups[groups["method"].isin(RULES)].dropna(subset=["loss"])
-    if usable.empty:
-        return "linear"
-    nearest = usable[(usable["n"] - n).abs() == (usable["n"] - n).abs().min()]
-    return str(nearest.groupby("method")["loss"].mean().idxmax())
-
-
-def best_subset(labels: Sequence[str], keep: int, score: choose.Score) -> tuple[str, ...]:
-    """The `keep` models of best score, by exhaustive search up to 20,000 subsets.
-
-    Above, models are dropped one by one, each time the one whose leaving scores best. Raises
-    ValueError unless 2 <= keep <= models.
-    """
-    if not 2 <= keep <= len(labels):
-        raise ValueError(f"keep between 2 and {len(labels)} of {len(labels)} models, not {keep}")
-    if math.comb(len(labels), keep) <= 20_000:
-        return max(combinations(labels, keep), key=score)
-    left = tuple(labels)
-    while len(left) > keep:
-        left = max(combinations(left, len(left) - 1), key=score)
-    return left
-
-
 # --- advice --------------------------------------------------------------------------------------
 
 
@@ -431,9 +343,9 @@ class Advice(NamedTuple):
     """Everything that is told.
 
     models, pairs: `distance_tables`; models with `weights`, their relative distance from the base,
-    and `dose_kept` where examples are labelled. expected: `expected_losses`. steps: for each number
-    of merged models the least worst-task distortion, as a share of the mean squared distance that
-    fine-tuning moved the states, and who shares a model. sources: where each model is.
+    and `dose_kept` where examples are labelled. expected: `choose.expected_losses`. steps: for each
+    number of merged models the least worst-task distortion, as a share of the mean squared distance
+    that fine-tuning moved the states, and who shares a model. sources: where each model is.
     """
 
     base: str
@@ -451,11 +363,11 @@ class Advice(NamedTuple):
 def advice(
     reading: Reading,
     source: Sequence[str],
-    known: Known,
+    known: choose.Known,
     base: str,
     sources: Mapping[str, str],
     keep: int | None = None,
-    distortion: float = 0.5,
+    distortion: float = 0.25,
     draws: int = 1000,
     seed: int = 0,
 ) -> Advice:
@@ -470,7 +382,7 @@ def advice(
     models["weights"] = reading.moved
     if len(reading.doses):
         models["dose_kept"] = doses_kept(reading.doses).reindex(labels).to_numpy()
-    expected = expected_losses(pairs, known)
+    expected = choose.expected_losses(pairs, known)
     d2 = bound.squared_distances(reading.states[1:]).mean(-1)
     moved2 = bound.distortion_x(reading.states[1:], reading.states[0]).mean()
     steps = bound.staircase(d2)
@@ -482,15 +394,13 @@ def advice(
             "shared": [[[labels[i] for i in group] for group in step.groups] for step in steps],
         }
     )
-    made = [_all_in_one(labels, known)]
+    made = [_together("all", labels, known, f"one model for all {len(labels)} tasks")]
     if len(labels) > 2:
-        made += [
-            _subset(labels, pairs, expected, known, keep or len(labels) - 1),
-            _minimax(labels, d2),
-            *_partition(table, bound.models_needed(steps, distortion * moved2)[1], known),
-        ]
-    if models.get("dose_kept", pd.Series(dtype=float)).notna().all() and len(reading.doses):
-        made.append(_kept_doses(models))
+        made += [_subset(labels, pairs, expected, known, keep or len(labels) - 1)]
+        made += [_minimax(labels, d2)]
+        made += _partition(table, bound.models_needed(steps, distortion * moved2)[1], known)
+    if "dose_kept" in models and models["dose_kept"].notna().all():
+        made += [_kept_doses(models)]
     made = [_with_prediction(r, expected) for r in made]
     limits = limits_of(models, pairs, expected, known, stability, len(source))
     return Advice(
@@ -499,26 +409,25 @@ def advice(
     )  # fmt: skip
 
 
-def _all_in_one(labels: Sequence[str], known: Known) -> Recommendation:
-    why = f"one model for all {len(labels)} tasks, by the rule that lost least at this size"
-    return Recommendation("all", tuple(labels), best_rule(known.groups, len(labels)), None, why)
+def _together(title: str, group: Sequence[str], known: choose.Known, why: str) -> Recommendation:
+    rule = choose.best_rule(known.groups, len(group))
+    return Recommendation(title, tuple(group), rule, None, why)
 
 
 def _subset(
     labels: Sequence[str],
     pairs: pd.DataFrame,
     expected: pd.DataFrame,
-    known: Known,
+    known: choose.Known,
     keep: int,
 ) -> Recommendation:
-    method = best_rule(known.groups, keep)
-    mine = expected[expected["method"] == method]
+    mine = expected[expected["method"] == choose.best_rule(known.groups, keep)]
     values = mine["predicted"] if len(mine) else -pairs["distance"]
     score = choose.by_pair(pairs, values, lambda inside: (min(inside), sum(inside)))
-    chosen = best_subset(labels, keep, score)
+    chosen = choose.best_subset(labels, keep, score)
     left = ", ".join(x for x in labels if x not in chosen) or "none"
     by = "least predicted worst loss" if len(mine) else "least largest distance (nothing measured)"
-    return Recommendation(f"keep {keep}", chosen, method, None, f"{by}; left out: {left}")
+    return _together(f"keep {keep}", chosen, known, f"{by}; left out: {left}")
 
 
 def _minimax(labels: Sequence[str], d2: NDArray) -> Recommendation:
@@ -530,14 +439,11 @@ def _minimax(labels: Sequence[str], d2: NDArray) -> Recommendation:
     return Recommendation("minimax", tuple(labels), "linear", weights, why)
 
 
-def _partition(steps: pd.DataFrame, count: int, known: Known) -> list[Recommendation]:
+def _partition(steps: pd.DataFrame, count: int, known: choose.Known) -> list[Recommendation]:
     step = steps.set_index("models").loc[count]
-    groups = [group for group in step["shared"] if len(group) > 1]
+    groups = [group for group in step["shared"] if len(group) > 1] if count > 1 else []
     why = f"one of {count} models that keep every task within {step['distortion']:.2f} of the move"
-    return [
-        Recommendation(f"share {i}", tuple(group), best_rule(known.groups, len(group)), None, why)
-        for i, group in enumerate(groups, 1)
-    ]
+    return [_together(f"share {i}", group, known, why) for i, group in enumerate(groups, 1)]
 
 
 def _kept_doses(models: pd.DataFrame) -> Recommendation:
@@ -560,7 +466,7 @@ def limits_of(
     models: pd.DataFrame,
     pairs: pd.DataFrame,
     expected: pd.DataFrame,
-    known: Known,
+    known: choose.Known,
     stability: float,
     probes: int,
 ) -> list[str]:
@@ -596,9 +502,10 @@ def limits_of(
         )
     out.append(
         f"predictions come from pairs of {len(studied)} tasks, LoRA adapters of one small model "
-        f"({', '.join(known.names)}); nothing here tests how far they carry to other models"
+        f"({', '.join(known.names)}) read on {choose.READ_ON[known.distance]}: how far they carry "
+        "to other models and texts is not known"
     )
-    larger = known.groups[(known.groups["n"] > 2) & known.groups["method"].isin(RULES)]
+    larger = known.groups[(known.groups["n"] > 2) & known.groups["method"].isin(choose.RULES)]
     if len(models) > 2 and len(larger):
         seen = larger.groupby("n")["loss"].mean().round(0)
         said = ", ".join(f"{loss:.0f} % at {n}" for n, loss in seen.items())
@@ -646,7 +553,7 @@ def advise(
     labelled: Mapping[str, Path] | None = None,
     studies: Iterable[Path] | None = None,
     keep: int | None = None,
-    distortion: float = 0.5,
+    distortion: float = 0.25,
     device: str = "cpu",
     seed: int = 0,
 ) -> Advice:
@@ -660,7 +567,7 @@ def advise(
     if keep is not None and not 2 <= keep <= len(sources):
         raise ValueError(f"keep between 2 and {len(sources)} of the models, not {keep}")
     texts = read_probes(probes)
-    known = known_merges(studies, without=sources, neutral=not probes)
+    known = choose.known_merges(studies, without=sources, neutral=not probes)
     solved = {name: read_labelled(Path(file)) for name, file in (labelled or {}).items()}
     reading = read(base, sources, texts, solved, device)
     return advice(
@@ -699,7 +606,7 @@ ALT = "One row per model: grey dots for its distances to the others, a blue diam
 
 def text(told: Advice) -> str:
     """The advice as it is printed."""
-    rounded = {"float_format": lambda x: f"{x:.2f}", "index": False}
+    rounded = {"float_format": "{:.3g}".format, "index": False}
     shown = told.pairs.sort_values("distance", ascending=False)
     parts = ["Models, hardest to merge first", told.models.to_string(**rounded)]
     parts += ["Pairs, furthest first (all of them are in the report)"]
@@ -818,7 +725,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--distortion",
         type=float,
-        default=0.5,
+        default=0.25,
         help="how far a shared model may move the worst task, as a share of fine-tuning's own move",
     )
     parser.add_argument("--report", type=Path, default=Path("advice.html"), metavar="OUT.html")

@@ -8,9 +8,10 @@ those it is tried on (leave-task-out). Losses are in % of the specialist's score
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats as distributions
 
 from helpers import bound, conflict, evaluate
+from helpers.records import ROOT
 from helpers.stats import Interval
 
+STUDIES = ROOT / "data" / "results"
+# Rules whose result mergekit gives as well, so that the command and the YAML are one merge.
+RULES = ("linear", "task_arithmetic", "ties")
 LEVEL = 0.9  # of prediction intervals
 FEWEST_PAIRS = 3  # that a line is fitted to
 
@@ -37,7 +42,8 @@ def pair_losses(losses: pd.DataFrame) -> pd.DataFrame:
     Undefined losses are left out, and so are rules that only repeat another (`same_as`).
     """
     two = losses[losses["n"] == 2]
-    repeats = two["same_as"].fillna("").ne("").groupby(two["method"]).transform("all")
+    repeats = two["same_as"].notna() & two["same_as"].ne("")
+    repeats = repeats.groupby(two["method"]).transform("all")
     two = two[~repeats].sort_values(["merge", "task"])
     table = two.groupby(["group", "method"], sort=False)["loss"].agg(lambda x: x.mean(skipna=False))
     table = table.dropna().reset_index()
@@ -137,6 +143,95 @@ def held_out(table: pd.DataFrame, x: str = "hidden_sim", level: float = LEVEL) -
     found = pd.concat(rows).set_axis(table.index)
     covered = table["loss"].between(found["low"], found["high"]).astype(float)
     return table.join(found).assign(covered=covered.where(found["low"].notna()))
+
+
+# --- what committed studies say ------------------------------------------------------------------
+
+
+READ_ON = {"hidden_sim_pool": "task inputs", "hidden_sim_neutral": "neutral text"}
+
+
+class Known(NamedTuple):
+    """Committed studies: measured pairs with their losses and distances, and larger groups."""
+
+    pairs: pd.DataFrame
+    groups: pd.DataFrame
+    names: list[str]
+    distance: str  # the column of `pairs` that is like the advisor's distances: one of READ_ON
+
+
+def known_merges(
+    folders: Iterable[Path] | None = None, without: Iterable[str] = (), neutral: bool = False
+) -> Known:
+    """Measured merges of committed studies, without those of tasks named in `without`.
+
+    The studies read each pair on the probes of its own tasks (hidden_sim), of all tasks
+    (hidden_sim_pool) and, the later ones, on neutral text (hidden_sim_neutral). The advisor reads
+    all models on one set, so it is calibrated on the last where its probes are neutral, else on
+    the pool. Raises ValueError if there is no study.
+    """
+    folders = sorted(STUDIES.glob("*/pairs.csv")) if folders is None else folders
+    folders = [file.parent if file.name == "pairs.csv" else file for file in map(Path, folders)]
+    if not folders:
+        raise ValueError(f"there is no study in {STUDIES}: predictions have nothing to learn from")
+    pairs, groups, without = [], [], set(without)
+    for folder in folders:
+        measured, losses = (pd.read_csv(folder / f"{x}.csv") for x in ("pairs", "losses"))
+        pairs.append(joined(measured, losses).assign(study=folder.name))
+        groups.append(pd.read_csv(folder / "groups.csv").assign(study=folder.name))
+    pairs, groups = pd.concat(pairs, ignore_index=True), pd.concat(groups, ignore_index=True)
+    pairs = pairs[~(pairs["task_a"].isin(without) | pairs["task_b"].isin(without))]
+    apart = groups["group"].map(lambda name: without.isdisjoint(name.split("+")))
+    column = "hidden_sim_pool"
+    if neutral and "hidden_sim_neutral" in pairs and pairs["hidden_sim_neutral"].notna().any():
+        column = "hidden_sim_neutral"
+    pairs = pairs.dropna(subset=[column])
+    return Known(pairs, groups[apart], [folder.name for folder in folders], column)
+
+
+def expected_losses(pairs: pd.DataFrame, known: Known) -> pd.DataFrame:
+    """Predicted loss (%) of every pair under each of RULES that the studies measured.
+
+    Adds method, predicted, low, high (90 % prediction interval; nan from too few tasks) and outside
+    to the columns of `pairs`. Empty if the studies have too few pairs for a line.
+    """
+    parts = []
+    for method in RULES:
+        measured = known.pairs[known.pairs["method"] == method]
+        if len(measured) >= FEWEST_PAIRS:
+            found = predict(fit(measured, known.distance), pairs["distance"])
+            told = pairs[["task_a", "task_b"]].assign(method=method)
+            parts.append(told.join(found.set_axis(pairs.index)))
+    columns = ["task_a", "task_b", "method", "predicted", "low", "high", "outside"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def best_rule(groups: pd.DataFrame, n: int) -> str:
+    """The rule of RULES with the least mean loss in measured merges of (nearest to) n models.
+
+    `groups`: columns n, method, loss. "linear" where nothing was measured.
+    """
+    usable = groups[groups["method"].isin(RULES)].dropna(subset=["loss"])
+    if usable.empty:
+        return "linear"
+    nearest = usable[(usable["n"] - n).abs() == (usable["n"] - n).abs().min()]
+    return str(nearest.groupby("method")["loss"].mean().idxmax())
+
+
+def best_subset(labels: Sequence[str], keep: int, score: Callable) -> tuple[str, ...]:
+    """The `keep` models of best score, by exhaustive search up to 20,000 subsets.
+
+    Above, models are dropped one by one, each time the one whose leaving scores best. Raises
+    ValueError unless 2 <= keep <= models.
+    """
+    if not 2 <= keep <= len(labels):
+        raise ValueError(f"keep between 2 and {len(labels)} of {len(labels)} models, not {keep}")
+    if math.comb(len(labels), keep) <= 20_000:
+        return max(combinations(labels, keep), key=score)
+    left = tuple(labels)
+    while len(left) > keep:
+        left = max(combinations(left, len(left) - 1), key=score)
+    return left
 
 
 # --- scores of a group ---------------------------------------------------------------------------
