@@ -31,7 +31,7 @@ from transformers import (
     logging,
 )
 
-from helpers import assets, evaluate, hidden, merging, records, vectors
+from helpers import assets, bound, evaluate, hidden, merging, records, vectors
 from helpers.tasks import (
     SHOT_END,
     Task,
@@ -362,6 +362,19 @@ def draw_groups(
     while len(drawn) < count:
         drawn.add(tuple(sorted(rng.choice(len(labels), size, replace=False).tolist())))
     return [tuple(labels[i] for i in group) for group in sorted(drawn)]
+
+
+def chebyshev_weights(
+    d2x: np.ndarray, models: Sequence[str], owner: Sequence[str], group: Sequence[str]
+) -> list[float]:
+    """Weights (sum 1) of the centre of the least ball around the specialists of `group`.
+
+    `d2x` (models, models, probes) are squared distances of states; `owner` names each probe's task.
+    Read on the probes of the group's own tasks. No label and no merge is needed; a pair's are 1/2.
+    """
+    members = [list(models).index(x) for x in group]
+    on = np.isin(owner, list(group))
+    return bound.minimax(d2x[np.ix_(members, members, on)].mean(2)).weights.tolist()
 
 
 def merge_group(

@@ -187,6 +187,17 @@ def test_a_sample_of_groups_is_seeded_and_grows():
     assert few != study.draw_groups(labels, 4, 5, seed=4)
 
 
+def test_chebyshev_weights_are_those_of_the_group_on_its_own_probes():
+    """Three points of an obtuse triangle: the ball is that of the longest side."""
+    owner, models = list("aabbcc"), ["base", *"abc"]
+    place = np.array([9.0, 0, 1, 4])  # on a line
+    d2x = np.repeat((place[:, None] - place)[..., None] ** 2, 6, axis=2)
+    d2x[:, :, 4:] += 100 * (1 - np.eye(4))[..., None]  # the probes of c say otherwise
+    assert study.chebyshev_weights(d2x, models, owner, "ab") == pytest.approx([0.5, 0.5])
+    weights = study.chebyshev_weights(d2x[..., :4], models, owner[:4], "abc")
+    assert weights == pytest.approx([0.5, 0, 0.5], abs=1e-9)
+
+
 def test_arms_bring_rules_to_the_scale_of_the_average(bench):
     (la, ties) = study.merge_group(bench, "abc", {x: RECIPES[x] for x in ("linear", "ties")})
     recipes = {arm: study.in_arm(ties.recipe, arm, la.report, 3) for arm in ("norm", "dose", "sum")}
