@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -119,37 +120,31 @@ def heat_map(
     `marked` are framed. `label` names the quantity and its unit. Limits keep panels comparable.
     """
     values = table.to_numpy(dtype=float)
-    image = ax.imshow(values, cmap=cmap, vmin=limits[0], vmax=limits[1])
-    for i, row in enumerate(table.index):
-        for j, column in enumerate(table.columns):
-            corner = (j - 0.5, i - 0.5)
-            if row == column:
-                ax.add_patch(Rectangle(corner, 1, 1, facecolor="white", edgecolor="none"))
-            elif np.isnan(values[i, j]):
-                hatched = {"fill": False, "hatch": "////", "edgecolor": GREY, "lw": 0}
-                ax.add_patch(Rectangle(corner, 1, 1, **hatched))
-            else:
-                red, green, blue, _ = image.cmap(image.norm(values[i, j]))
-                dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-                bold = marked is not None and bool(marked.iloc[i, j])
-                ax.text(
-                    j,
-                    i,
-                    format(values[i, j], fmt),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if dark else "black",
-                    weight="bold" if bold else "normal",
-                )
-                if bold:
-                    frame = {"fill": False, "edgecolor": "black", "lw": 1.6}
-                    ax.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, **frame))
-    ax.set_xticks(range(len(table.columns)), table.columns, rotation=45, ha="right")
-    ax.set_yticks(range(len(table.index)), table.index)
+    own = np.array(table.index)[:, None] == np.array(table.columns)
+    bold = np.zeros(values.shape, bool) if marked is None else marked.to_numpy() & ~own
+    sns.heatmap(
+        table.astype(float),
+        ax=ax,
+        mask=own | np.isnan(values),
+        annot=True,
+        fmt=fmt,
+        annot_kws={"fontsize": 8},
+        cmap=cmap,
+        vmin=limits[0],
+        vmax=limits[1],
+        square=True,
+        cbar=colorbar,
+        cbar_kws={"label": label, "shrink": 0.8},
+    )
+    for i, j in np.argwhere(np.isnan(values) & ~own):
+        hatched = {"fill": False, "hatch": "////", "edgecolor": GREY, "lw": 0}
+        ax.add_patch(Rectangle((j, i), 1, 1, **hatched))
+    for i, j in np.argwhere(bold):
+        frame = {"fill": False, "edgecolor": "black", "lw": 1.6}
+        ax.add_patch(Rectangle((j + 0.04, i + 0.04), 0.92, 0.92, **frame))
+    ax.set_xticks(np.arange(len(table.columns)) + 0.5, table.columns, rotation=45, ha="right")
+    ax.tick_params(axis="y", rotation=0)
     ax.grid(False)
-    if colorbar:
-        ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
 
 
 def pair_maps(losses: pd.DataFrame, tasks: list[str]) -> Figure:
@@ -195,6 +190,41 @@ def parts(ax: Axes, x: pd.Series, losses: pd.DataFrame) -> None:
         ax.plot(x, losses[name], **how)
     ax.axhline(0, color=GREY, lw=0.8)
     ax.set_ylabel("percentage points of the specialist's score")
+
+
+def part_bars(ax: Axes, parts: pd.DataFrame) -> None:
+    """What a loss loses alone and through partners, a pair of bars for each method.
+
+    `parts` has the columns method, outcome ("alone" or "partners"), value, low, high: one arm of
+    `findings.summary` for merges of two.
+    """
+    methods = list(dict.fromkeys(parts["method"]))
+    looks = {"alone": ("#BBBBBB", "no partner needed"), "partners": (BLACK, "the partners")}
+    for shift, (outcome, (color, label)) in zip((-0.2, 0.2), looks.items(), strict=True):
+        mine = parts[parts["outcome"] == outcome].set_index("method").loc[methods]
+        reach = np.stack([mine["value"] - mine["low"], mine["high"] - mine["value"]])
+        at = np.arange(len(methods)) + shift
+        ax.bar(at, mine["value"], 0.38, yerr=reach, ecolor=GREY, color=color, label=label)
+    ax.set_xticks(range(len(methods)), [look(method)["label"] for method in methods])
+    ax.axhline(0, color="black", lw=0.8)
+
+
+def forest(ax: Axes, rows: pd.DataFrame, looks: Mapping[str, dict]) -> None:
+    """One line per row of `rows` (its index names it): estimates and their intervals.
+
+    `looks`: column of an estimate -> keywords of its mark; where `rows` has the columns NAME_low
+    and NAME_high the interval is drawn. Undefined estimates leave their line empty.
+    """
+    at = np.arange(len(rows))
+    for name, how in looks.items():
+        ax.plot(rows[name], at, ls="none", **how)
+        if f"{name}_low" in rows:
+            ends = rows[f"{name}_low"], rows[f"{name}_high"]
+            ax.hlines(at, *ends, color=how.get("color"), lw=1, alpha=0.6)
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_yticks(at, rows.index, fontsize=7)
+    ax.set_ylim(-0.7, len(rows) - 0.3)
+    ax.legend(loc="lower right", fontsize=8)
 
 
 def scatter(

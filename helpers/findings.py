@@ -20,6 +20,8 @@ from helpers import stats
 # The metrics declared before any result: hidden-state distance and the paper's four of conflict.
 PRIMARY = ("hidden_sim", "sign_change", "magnitude_change", "conflict_magnitude", "cosine")
 ESTIMANDS = {"between": False, "specific": True}  # between tasks; pair-specific
+# Arm of matched scales -> the rule that has this scale by default, and so is part of the arm.
+REFERENCE = {"norm": "linear", "dose": "linear", "sum": "task_arithmetic"}
 MARGIN = 0.3  # |r| below it is no correlation that matters
 SMALL = 0.06  # partial omega squared below it is no effect that matters (Cohen's medium: .06)
 POINTS = 5.0  # a mean loss smaller than this (percentage points) is none that matters
@@ -45,15 +47,31 @@ TESTED = tuple(OUTCOMES)[:9]  # those that every kind of task has
 
 
 def read(folder: Path) -> dict[str, pd.DataFrame]:
-    """The tables of a study by name; those that it does not have are left out."""
+    """The tables of a study by name; those that it does not have are left out.
+
+    The linear average is as long as the norm-matched merges of its group by definition, so it is
+    listed in that arm as well; likewise in the others (REFERENCE).
+    """
     names = ("losses", "merges", "groups", "doses", "pairs", "bound")
     files = {name: folder / f"{name}.csv" for name in names}
     tables = {name: pd.read_csv(path) for name, path in files.items() if path.exists()}
     tables["examples"] = pd.read_csv(folder / "examples.csv.gz", dtype={"example": str})
     for name in ("losses", "merges", "groups"):
-        if "arm" not in tables[name]:
-            tables[name]["arm"] = "default"
+        tables[name] = _with_references(tables[name])
     return tables
+
+
+def _with_references(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its `arm`, and in each matched arm the rule that it is matched to."""
+    if "arm" not in table:
+        return table.assign(arm="default")
+    parts = [table]
+    for arm, rule in REFERENCE.items():
+        there, default = table[table["arm"] == arm], table[table["arm"] == "default"]
+        if rule not in set(there["method"]):
+            same = (default["method"] == rule) & default["group"].isin(there["group"])
+            parts.append(default[same].assign(arm=arm))
+    return pd.concat(parts, ignore_index=True)
 
 
 def outcomes(losses: pd.DataFrame, doses: pd.DataFrame, examples: pd.DataFrame) -> pd.DataFrame:
@@ -90,9 +108,9 @@ def directed(losses: pd.DataFrame) -> pd.DataFrame:
     return cells
 
 
-def distinct(losses: pd.DataFrame, arm: str = "default") -> list[str]:
-    """The methods of an arm that are not, in every merge of two, another one's model."""
-    mine = losses[(losses["arm"] == arm) & (losses["n"] == 2)]
+def distinct(losses: pd.DataFrame, arm: str = "default", n: int = 2) -> list[str]:
+    """The methods of an arm that are not, in every merge of n, another one's model."""
+    mine = losses[(losses["arm"] == arm) & (losses["n"] == n)]
     twin = mine["same_as"].notna() & (mine["same_as"] != "")
     every = twin.groupby(mine["method"], sort=False).all()
     return list(every.index[~every])
@@ -149,25 +167,23 @@ def summary(losses: pd.DataFrame, draws: int = 1000, seed: int = 0) -> pd.DataFr
     the loss itself. For merges of two the interval is 95 % over tasks (`stats.task_bootstrap`).
     """
     rows = []
-    shares = losses.assign(collapsed=losses["collapsed"].astype(float))
-    shares["floor"] = shares["floor"].astype(float)
+    shares = losses.astype({"floor": float}).assign(collapsed=losses["collapsed"].astype(float))
     whole = ("floor", "collapsed", "loss", "nll_loss")
-    for arm in dict.fromkeys(losses["arm"]):
-        for method in distinct(losses, arm):
-            mine = shares[(shares["arm"] == arm) & (shares["method"] == method)]
-            for n, of_size in mine.groupby("n"):
-                cells = directed(of_size) if n == 2 else None
-                for outcome in ("floor", "collapsed", *OUTCOMES):
-                    used = of_size if outcome in whole else of_size[of_size["floor"] == 0]
-                    known = used.dropna(subset=outcome)
-                    row = {"arm": arm, "n": n, "method": method, "outcome": outcome}
-                    row |= {"value": known[outcome].mean(), "cells": len(known)}
-                    row |= {"groups": known["group"].nunique()}
-                    if n == 2 and len(known):
-                        table = matrix(cells.loc[used.index], outcome, [method], arm)
-                        span = stats.task_bootstrap([table], np.mean, draws, seed)
-                        row |= {"low": span.low, "high": span.high}
-                    rows.append(row)
+    for (arm, n), of_size in shares.groupby(["arm", "n"], sort=False):
+        cells = directed(shares) if n == 2 else None
+        for method in distinct(losses, arm, n):
+            mine = of_size[of_size["method"] == method]
+            for outcome in ("floor", "collapsed", *OUTCOMES):
+                used = mine if outcome in whole else mine[mine["floor"] == 0]
+                known = used.dropna(subset=outcome)
+                row = {"arm": arm, "n": n, "method": method, "outcome": outcome}
+                row |= {"value": known[outcome].mean(), "cells": len(known)}
+                row |= {"groups": known["group"].nunique()}
+                if n == 2 and len(known):
+                    table = matrix(cells.loc[used.index], outcome, [method], arm)
+                    span = stats.task_bootstrap([table], np.mean, draws, seed)
+                    row |= {"low": span.low, "high": span.high}
+                rows.append(row)
     order = ["arm", "n", "method", "outcome", "value", "low", "high", "cells", "groups"]
     return pd.DataFrame(rows).reindex(columns=order)
 
@@ -301,6 +317,8 @@ def associations(
             row |= {"method": under[0] if family == "method" else "mean"}
             row |= association(x, y, permutations, seed)
             rows.append(row | {"auroc": stats.auroc(x.to_numpy()[off], fell[off] >= 0.5)})
+    if not rows:
+        raise ValueError("no 3 tasks have a defined loss in all their pairs: nothing to correlate")
     out = pd.DataFrame(rows)
     for estimand in ESTIMANDS:
         out[f"{estimand}_p_holm"] = np.nan
@@ -416,6 +434,12 @@ def tasks_for_no_effect(methods: int) -> int:
         n += 1
 
 
+def tasks_for_raw(x: pd.DataFrame, y: pd.DataFrame, seed: int = 0) -> int:
+    """`stats.tasks_needed` at the geometric mean of the two tables' `stats.task_share`."""
+    shares = [stats.task_share(table) for table in (x, y)]
+    return stats.tasks_needed(math.sqrt(math.prod(shares)), MARGIN, seed=seed)
+
+
 def verdicts(
     groups: pd.DataFrame, told: pd.DataFrame, found: pd.DataFrame, related: pd.DataFrame,
     contest: pd.DataFrame,
@@ -496,7 +520,7 @@ def _rq3(related: pd.DataFrame, contest: pd.DataFrame) -> Iterable[tuple]:
     declared = related[related["family"] == "declared"].set_index("metric")
     paper = {"between": "p < .01 over raw pairs (DARE: p = .145)", "specific": "not told apart"}
     words = {
-        "between": "fragile tasks lie far away",
+        "between": "far-off tasks lose or harm more",
         "specific": "the pair that lies farther loses more",
     }
     tests = len(declared) * len(ESTIMANDS)
@@ -508,7 +532,7 @@ def _rq3(related: pd.DataFrame, contest: pd.DataFrame) -> Iterable[tuple]:
             f"hidden distance predicts loss: {words[estimand]}",
             paper[estimand],
             f"r = {r:.2f} [{row[f'{estimand}_low']:.2f}, {row[f'{estimand}_high']:.2f}], "
-            f"Holm p = {_p(p)}",
+            f"Holm {_p(p)}",
             verdict(p < 0.05 and r < 0, none or (p < 0.05 and r > 0)),
             f"{stats.tasks_to_show(0.5, specific, 0.05 / tests)} tasks",
             "one task that carries it alone, or nothing left of it once the part of the loss that "
@@ -519,8 +543,8 @@ def _rq3(related: pd.DataFrame, contest: pd.DataFrame) -> Iterable[tuple]:
     yield (
         "parameter conflict does not predict loss (pair-specific |r| < .3)",
         "all four p > .05",
-        f"|r| up to {rest['specific'].abs().max():.2f}, equivalence p up to "
-        f"{_p(rest['equivalence_p'].max(skipna=False))}, least Holm p {_p(seen)}",
+        f"|r| up to {rest['specific'].abs().max():.2f}, equivalence "
+        f"{_p(*rest['equivalence_p'])}, least Holm {_p(seen)}",
         verdict((rest["equivalence_p"] < 0.05).all() and not seen < 0.05, seen < 0.05),
         f"{stats.tasks_to_exclude(MARGIN)} tasks",
         "one of the four metrics with p < .05 after Holm, in either estimand",
@@ -532,7 +556,7 @@ def _rq3(related: pd.DataFrame, contest: pd.DataFrame) -> Iterable[tuple]:
         "hidden distance predicts better than parameter conflict (pair-specific)",
         "one significant, the others not",
         f"|r| {of['hidden'].max():.2f} against up to {of['other'].max():.2f}, "
-        f"Steiger Holm p {_p(of['p_holm'].min())} to {_p(of['p_holm'].max())}",
+        f"Steiger, Holm {_p(*of['p_holm'])}",
         verdict((ahead & sure).all(), (~ahead & sure).any()),
         f"{stats.tasks_for(math.atanh(0.5) / math.sqrt(2), 2.8, True)} tasks",
         "a parameter metric whose |r| is as large on other tasks or seeds",
@@ -543,15 +567,63 @@ def _at(arm: str) -> str:
     return "" if arm == "default" else f", {arm}-matched"
 
 
-def _p(p: float) -> str:
-    return "undefined" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< .001"
+def _p(*values: float) -> str:
+    """A p-value in words ("p = .012", "p < .001"), or the least and the largest of several."""
+    least, most = (
+        f"{p:.3f}".lstrip("0") if p >= 0.0005 else "0" for p in (min(values), max(values))
+    )
+    if any(map(math.isnan, values)):
+        return "p undefined"
+    if len(values) > 1:
+        return f"p {least} to {most}".replace(" 0", " < .001")
+    return "p < .001" if least == "0" else f"p = {least}"
 
 
 def _effect(row: pd.Series) -> str:
     return (
-        f"p = {_p(row['p'])}, partial omega2 = {row['omega2']:.2f} "
+        f"{_p(row['p'])}, partial omega2 = {row['omega2']:.2f} "
         f"[{row['omega2_low']:.2f}, {row['omega2_high']:.2f}]"
     )
+
+
+def record(
+    told: pd.DataFrame, found: pd.DataFrame, related: pd.DataFrame, single: list[tuple]
+) -> list[dict]:
+    """The named results of notebook 05 (`records.write_record`) from its tables.
+
+    Means and shares by method and group size, partial omega squared of the loss, declared
+    correlations; `single` adds (name, value, unit, n) as they are.
+    """
+    rows = [dict(zip(("name", "value", "unit", "n"), row, strict=True)) for row in single]
+    told = told[told["outcome"].isin(["floor", "collapsed", "loss", "alone", "partners"])]
+    for row in told.to_dict("records"):
+        share = row["outcome"] in ("floor", "collapsed")
+        name = f"{row['outcome']}, {row['method']}, {row['n']} models{_at(row['arm'])}"
+        rows.append(
+            {"name": name, "value": row["value"], "unit": "share of cells" if share else "%"}
+            | {"n": row["cells"], "low": row["low"], "high": row["high"]}
+            | {"interval": "95 %, bootstrap over tasks" if row["n"] == 2 else None}
+        )
+    for row in found[found["outcome"] == "loss"].dropna(subset="omega2").to_dict("records"):
+        name = f"partial omega squared of the {row['effect']}{_at(row['arm'])}"
+        ends = {"low": row["omega2_low"], "high": row["omega2_high"]}
+        rows.append(
+            {"name": name, "value": row["omega2"], "unit": "share", "n": int(row["n"])}
+            | ends
+            | {"interval": "95 %, noncentral F"}
+        )
+        rows.append({"name": f"p of the {row['effect']}{_at(row['arm'])}", "value": row["p"]})
+        rows[-1] |= {"unit": "p, permutation", "n": row["n_tasks"]}
+    for row in related[related["family"] == "declared"].to_dict("records"):
+        for estimand in ESTIMANDS:
+            ends = {end: row[f"{estimand}_{end}"] for end in ("low", "high")}
+            name = f"r of {row['metric']} and loss, {estimand}"
+            rows.append({"name": name, "value": row[estimand], "unit": "r", "n": row["n_tasks"]})
+            rows[-1] |= ends | {"interval": "95 %, Fisher's z"}
+    return [
+        {field: None if value is None or value != value else value for field, value in row.items()}
+        for row in rows
+    ]
 
 
 # --- beside the paper, and across studies ------------------------------------------------------
@@ -578,20 +650,20 @@ def beside_paper(groups: pd.DataFrame, related: pd.DataFrame) -> pd.DataFrame:
         (
             "hidden distance, every method but DARE",
             "p < .01",
-            f"p {_p(others['textbook_p'].min())} to {_p(others['textbook_p'].max())}",
-            f"p {_p(others['raw_p'].min())} to {_p(others['raw_p'].max())}",
+            _p(*others["textbook_p"]),
+            _p(*others["raw_p"]),
         ),
         (
             "parameter conflict, four metrics",
             "all p > .05",
-            f"p {_p(rest['textbook_p'].min())} to {_p(rest['textbook_p'].max())}",
-            f"p {_p(rest['raw_p'].min())} to {_p(rest['raw_p'].max())}",
+            _p(*rest["textbook_p"]),
+            _p(*rest["raw_p"]),
         ),
     ]
     if "dare" in hidden.index:
         dare = hidden.loc["dare"]
-        row = "hidden distance, DARE", "p = .145", f"p = {_p(dare['textbook_p'])}"
-        rows.insert(2, (*row, f"p = {_p(dare['raw_p'])}"))
+        row = "hidden distance, DARE", "p = .145", _p(dare["textbook_p"])
+        rows.insert(2, (*row, _p(dare["raw_p"])))
     return pd.DataFrame(rows, columns=["what", "paper", "here", "right test"]).set_index("what")
 
 

@@ -100,10 +100,10 @@ def test_pair_maps_put_the_loss_of_the_task_in_its_row():
     losses = losses.assign(method="linear", collapsed=losses["loss"] < -30)
     fig = figures.pair_maps(losses, ["a", "b", "c"])
     ax = fig.axes[0]
-    texts = {tuple(map(int, text.get_position())): text for text in ax.texts}
-    assert texts[(0, 1)].get_text() == "-80" and texts[(0, 1)].get_weight() == "bold"
-    assert texts[(1, 0)].get_text() == "-10" and texts[(1, 0)].get_weight() == "normal"
-    assert texts[(1, 2)].get_text() == "5" and (2, 1) not in texts
+    texts = {tuple(map(int, text.get_position())): text.get_text() for text in ax.texts}
+    assert texts == {(0, 1): "-80", (1, 0): "-10", (1, 2): "5"}  # (column, row)
+    framed = [patch.get_xy() for patch in ax.patches if patch.get_linewidth() == 1.6]
+    assert framed == [(0.04, 1.04)]
 
 
 def test_the_parts_of_a_loss_are_drawn_with_their_sum():
@@ -115,3 +115,26 @@ def test_the_parts_of_a_loss_are_drawn_with_their_sum():
     drawn = {line.get_label(): line.get_ydata() for line in ax.lines}
     total = sum(drawn[name] for name in split)
     assert np.allclose(total, drawn["merging loss"])
+
+
+def test_bars_stand_at_the_parts_with_their_intervals():
+    _, ax = plt.subplots()
+    rows = [("linear", "alone", -20.0), ("linear", "partners", -10.0), ("ties", "alone", 0.0)]
+    rows.append(("ties", "partners", -30.0))
+    parts = pd.DataFrame(rows, columns=["method", "outcome", "value"])
+    parts = parts.assign(low=parts["value"] - 5, high=parts["value"] + 2)
+    figures.part_bars(ax, parts)
+    assert [bar.get_height() for bar in ax.patches] == [-20, 0, -10, -30]
+    ends = ax.collections[0].get_segments()[0][:, 1]
+    np.testing.assert_allclose(ends, [-25, -18])
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["LA", "TIES"]
+
+
+def test_a_forest_has_a_line_for_every_row():
+    _, ax = plt.subplots()
+    rows = pd.DataFrame({"r": [0.5, np.nan], "r_low": [0.1, np.nan], "r_high": [0.8, np.nan]})
+    rows.index = ["hidden_sim", "cosine"]
+    figures.forest(ax, rows.assign(raw=[0.2, 0.3]), {"r": {"marker": "o"}, "raw": {"marker": "x"}})
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["hidden_sim", "cosine"]
+    np.testing.assert_array_equal(ax.lines[1].get_xdata(), [0.2, 0.3])
+    assert len(ax.collections) == 1  # intervals of r only
