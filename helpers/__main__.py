@@ -34,7 +34,15 @@ def main(argv: list[str] | None = None) -> int:
         "--reuse", action="store_true", help="take up finished work; minutes are not rewritten"
     )
     refresh_parser.add_argument(
-        "--readme", action="store_true", help="only bring the README's table up to date"
+        "--publish", action="store_true", help="run nothing: write what data/runs holds, as it is"
+    )
+    refresh_parser.add_argument(
+        "--recompute",
+        action="store_true",
+        help="only run what needs no model on the committed tables, elsewhere, and compare",
+    )
+    refresh_parser.add_argument(
+        "--readme", action="store_true", help="only bring the README's tables up to date"
     )
 
     commands.add_parser("merge", add_help=False, help="merge checkpoints or adapters")
@@ -63,6 +71,10 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
 
             if arguments.readme:
                 publish.write_readme()
+            elif arguments.publish:
+                publish.publish(arguments.profile)
+            elif arguments.recompute:
+                publish.recompute(arguments.profile)
             else:
                 publish.refresh(arguments.profile, arguments.reuse)
         elif arguments.command == "merge":

@@ -1,6 +1,8 @@
-"""What of a run is committed? Normalised notebooks, tables, figures, the README's table of costs.
+"""What of a run is committed? Normalised notebooks, tables, figures, the README's generated parts.
 
-Only `refresh` writes committed results, so a stale one is a difference between files.
+Only `refresh` writes committed results, so a stale one is a difference between files. Any profile's
+tables can be committed, in data/results/<profile>; a committed notebook is an executed copy of one
+profile's run, the one that its parameters cell names (`shows`).
 """
 
 import json
@@ -10,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 
 from helpers.page import figures_of
-from helpers.records import REVISION, ROOT, atomic_write, revision, store
+from helpers.records import REVISION, ROOT, atomic_write, revision, store, write_table
 from helpers.run import (
     Notebook,
     chain,
@@ -28,19 +31,19 @@ from helpers.run import (
 )
 
 MARKS = (
+    "<!-- findings: written by `python -m helpers refresh` -->",
+    "<!-- end of findings -->",
     "<!-- notebooks: written by `python -m helpers refresh` -->",
     "<!-- end of notebooks -->",
 )
 
 
 def refresh(profile: str = "demo", reuse: bool = False) -> None:
-    """Rerun a profile from nothing and write what is committed of it.
+    """Rerun a profile from nothing and `publish` it; minutes and memory go to minutes.json.
 
-    Tables and records go to data/results/<profile>, minutes and memory to minutes.json beside it.
-    The default profile also gives notebooks/, figures/ and the README's table; the figures of
-    others go to figures/<profile>. `reuse` takes up what data/runs holds; its minutes would say
-    nothing of a first run, so they are left as they are. Raises ValueError for an unknown
-    profile and on a tree with uncommitted changes.
+    `reuse` takes up what data/runs holds; its minutes would say nothing of a first run, so they are
+    left as they are. Raises ValueError for an unknown profile and on a tree with uncommitted
+    changes.
     """
     pick(profile, profiles(), "profile")
     _check_clean()
@@ -60,15 +63,85 @@ def refresh(profile: str = "demo", reuse: bool = False) -> None:
         if not reuse:
             _write_minutes(profile, results)
         run(profile)  # again, in a fraction of the time: the notebooks print their minutes
-    story = profile == "demo"
+    publish(profile)
+
+
+def publish(profile: str) -> None:
+    """Write what is committed of the finished notebooks in data/runs/<profile>; nothing is run.
+
+    Tables and records go to data/results/<profile>. A notebook whose committed copy shows this
+    profile goes to notebooks/ and its figures to figures/, the figures of the others to
+    figures/<profile>; then agreement.csv and the README are brought up to date. A study that was
+    recorded over several sessions is published as it is. Raises ValueError for an unknown profile
+    and if no notebook of it is finished.
+    """
+    pick(profile, profiles(), "profile")
+    results = ROOT / "data" / "runs" / profile
+    done = finished(results)
+    if not done:
+        raise ValueError(f"no notebook is finished in data/runs/{profile}: run the profile first")
+    _publish_tables(profile, results)
     for notebook in chain():
+        if notebook.name not in done:
+            continue
+        story = shows(notebook) == profile
         _publish_figures(notebook, results, ROOT / "figures" / ("" if story else profile))
         if story:
             book = nbformat.read(executed(results, notebook.name), as_version=4)
             with atomic_write(notebook.path) as part:
                 nbformat.write(normalised(book), part)
-    if story:
-        write_readme()
+    write_agreement()
+    write_readme()
+
+
+def shows(notebook: Notebook) -> str:
+    """The profile whose run the committed copy of a notebook shows: PROFILE in its parameters."""
+    return declared(notebook.path).get("PROFILE", "demo")
+
+
+def recompute(profile: str) -> Path:
+    """Run the notebooks that need no model on the committed tables of a profile, and compare.
+
+    Writes tables, figures and notebooks to data/runs/recomputed/<profile> and returns that folder.
+    Raises ValueError if there are no such tables, and if a table comes out another one.
+    """
+    import papermill
+
+    tables = ROOT / "data" / "results" / profile
+    out = ROOT / "data" / "runs" / "recomputed" / profile
+    notebooks = [notebook for notebook in chain() if "OUT" in declared(notebook.path)]
+    if not tables.is_dir():
+        raise ValueError(
+            f"there are no tables in data/results/{profile}: publish the profile first"
+        )
+    for notebook in notebooks:
+        named = {"PROFILE": profile}
+        named |= {"RESULTS": str(tables.relative_to(ROOT)), "OUT": str(out.relative_to(ROOT))}
+        target = out / "notebooks" / notebook.path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{notebook.name}: {notebook.question}", flush=True)
+        with environment(JUPYTER_PREFER_ENV_PATH="1"):
+            papermill.execute_notebook(
+                notebook.path, target, named, cwd=ROOT, kernel_name="python3", progress_bar=False
+            )
+    names = [file for notebook in notebooks for file in notebook.published]
+    stale = [file for file in names if not _same(tables / file, out / file)]
+    if stale:
+        raise ValueError(f"{', '.join(stale)} in data/results/{profile} differ from {out}")
+    print(f"Equal to data/results/{profile}: {', '.join(names)}. Figures: {out / 'figures'}")
+    return out
+
+
+def _same(committed: Path, again: Path) -> bool:
+    """Whether two tables or records agree, numbers to nine digits (machines differ in the last)."""
+    if not committed.exists():
+        return False
+    read = pd.read_json if committed.suffix == ".json" else pd.read_csv
+    try:
+        pd.testing.assert_frame_equal(read(committed), read(again), rtol=1e-9, check_dtype=False)
+    except AssertionError:
+        return False
+    return True
 
 
 def _check_clean() -> None:
@@ -179,15 +252,26 @@ def _write_minutes(profile: str, results: Path) -> None:
         part.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
+def _markdown(rows: list[dict]) -> list[str]:
+    """Lines of a Markdown table."""
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return ["| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in cells]
+
+
 def table() -> str:
     """The README's table of notebooks with their measured minutes, in Markdown."""
     measured = costs()
     demo = measured.get("demo", {"minutes": {}, "peak_gb": {}})
-    lines = ["| notebook | question | minutes | memory (GB) |", "|---|---|---|---|"]
-    for name, question, *_ in chain():
-        minutes, memory = demo["minutes"].get(name, "–"), demo["peak_gb"].get(name, "–")
-        link = f"[{name}](notebooks/{name}.ipynb)"
-        lines.append(f"| {link} | {question} | {minutes} | {memory} |")
+    rows = [
+        {
+            "notebook": f"[{name}](notebooks/{name}.ipynb)",
+            "question": question,
+            "minutes": demo["minutes"].get(name, "–"),
+            "memory (GB)": demo["peak_gb"].get(name, "–"),
+        }
+        for name, question, *_ in chain()
+    ]
+    lines = _markdown(rows)
     if "demo" in measured:
         total = sum(demo["minutes"].values())
         lines.append(
@@ -197,17 +281,120 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def studies() -> dict[str, Path]:
+    """Folders of the profiles whose findings are committed, those with verdicts."""
+    folders = sorted((ROOT / "data" / "results").glob("*/verdicts.csv"))
+    return {path.parent.name: path.parent for path in folders}
+
+
+def write_agreement() -> None:
+    """Bring data/results/agreement.csv up to date with the committed studies."""
+    from helpers.findings import agreement
+
+    told = {name: pd.read_csv(folder / "statistics.csv") for name, folder in studies().items()}
+    if told:
+        write_table(ROOT / "data" / "results" / "agreement.csv", agreement(told))
+
+
+def findings() -> str:
+    """The README's findings, in Markdown: verdicts and key numbers of the study that 05 shows."""
+    known = studies()
+    teller = next((n for n in chain() if "verdicts.csv" in n.produces), None)
+    profile = shows(teller) if teller else None
+    if profile not in known:
+        return "None is published yet."
+    folder = known[profile]
+    tables = {name: pd.read_csv(folder / f"{name}.csv") for name in ("verdicts", "summary")}
+    kept = int(pd.read_csv(folder / "tasks.csv")["kept"].sum())
+    pairs, merges = (len(pd.read_csv(folder / f"{name}.csv")) for name in ("pairs", "merges"))
+    lines = [
+        f"From profile `{profile}`: specialists of {kept} tasks on one base model, {pairs} pairs, "
+        f"{merges} merges ([05 statistics](notebooks/{teller.name}.ipynb), which declares its plan "
+        f"before it shows a result; tables: [data/results/{profile}](data/results/{profile})).",
+        "",
+        *_verdict_table(tables["verdicts"].fillna("")),
+        "",
+        *_loss_table(tables["summary"]),
+        "",
+        _bound_sentence(folder),
+        *_agreement_table(known),
+    ]
+    return "\n".join(lines)
+
+
+def _verdict_table(verdicts: pd.DataFrame) -> list[str]:
+    rows = []
+    for row in verdicts.to_dict("records"):
+        needs = f" (needs {row['n']})" if row["n"] else ""
+        told = {"claim": row["claim"], "the paper": row["paper"], "here": row["here"]}
+        rows.append(told | {"verdict": f"**{row['verdict']}**{needs}"})
+    return _markdown(rows)
+
+
+def _loss_table(summary: pd.DataFrame) -> list[str]:
+    """Mean losses of a task in a merge of two at default scales, with 95 % intervals over tasks."""
+    two = summary[(summary["n"] == 2) & (summary["arm"] == "default")]
+    rows = []
+    for method, at in two.groupby("method", sort=False):
+        at = at.set_index("outcome")
+        loss, alone, partners = (
+            f"{at.loc[x, 'value']:.0f} [{at.loc[x, 'low']:.0f}, {at.loc[x, 'high']:.0f}]"
+            for x in ("loss", "alone", "partners")
+        )
+        share = f"{at.loc['collapsed', 'value']:.0%} of {at.loc['collapsed', 'cells']} cells"
+        row = {"pairs merged by": method, "merging loss (%)": loss, "no partner needed": alone}
+        rows.append(row | {"the partners": partners, "collapsed": share})
+    note = (
+        "*Mean loss of a task in a pair, 95 % bootstrap over tasks (wide by design). Cells on the "
+        "floor, where a partner can do no more harm, are left out of the two parts.*"
+    )
+    return [*_markdown(rows), "", note]
+
+
+def _bound_sentence(folder: Path) -> str:
+    """What notebook 04 recorded of the rate-distortion bound."""
+    rows = json.loads((folder / "record_04.json").read_text(encoding="utf-8"))
+    told = {row["name"]: row for row in rows}
+    below, slack = told["merges below the floor"], told["least slack delta_max / R^2"]
+    return (
+        "The paper's bound, taken step by step ([04 bound](notebooks/04_bound.ipynb)): "
+        f"{below['value']:.0f} of {below['n']} merges lie below its floor; the nearest lies "
+        f"{slack['value']:.2f} times as high."
+    )
+
+
+def _agreement_table(known: dict[str, Path]) -> list[str]:
+    """Hidden distance and loss in every study and pooled, from two studies on."""
+    if len(known) < 2:
+        return []
+    agreed = pd.read_csv(ROOT / "data" / "results" / "agreement.csv")
+    words = {"between": "between tasks", "specific": "pair-specific"}
+    rows = [
+        {
+            "hidden distance and loss": words[row["estimand"]],
+            "study": row["study"],
+            "tasks": row["n_tasks"],
+            "r [95 %]": f"{row['r']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
+        }
+        for row in agreed[agreed["metric"] == "hidden_sim"].to_dict("records")
+    ]
+    note = "*Studies that share tasks or a base are no independent replications.*"
+    return ["", *_markdown(rows), "", note]
+
+
 def readme() -> str:
-    """The README's text with the table between its marks brought up to date."""
+    """The README's text with what stands between its marks brought up to date."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    if not all(text.count(mark) == 1 for mark in MARKS):
-        raise ValueError(f"README.md needs the lines {MARKS[0]!r} and {MARKS[1]!r} once each")
-    head, rest = text.split(MARKS[0])
-    return f"{head}{MARKS[0]}\n{table()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    for start, end, write in ((*MARKS[:2], findings), (*MARKS[2:], table)):
+        if not text.count(start) == text.count(end) == 1:
+            raise ValueError(f"README.md needs the lines {start!r} and {end!r} once each")
+        head, rest = text.split(start)
+        text = f"{head}{start}\n{write()}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def write_readme() -> None:
-    """Bring the README's table up to date."""
+    """Bring what the README generates up to date."""
     text = readme()
     with atomic_write(ROOT / "README.md") as part:
         part.write_text(text, encoding="utf-8")
