@@ -136,6 +136,9 @@ def open_models(base: str, models: Mapping[str, str]) -> list[vectors.Row]:
     other shapes or tensors, another vocabulary, adapters whose recorded base is not this one.
     """
     folder = assets.model_folder(base)
+    kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+    if not any(kind.endswith("CausalLM") for kind in kinds or [""]):
+        raise ValueError(f"{base} is no decoder ({kinds}): advice reads the state of a last token")
     source = vectors.open_base(folder)
     specialists = [vectors.open_specialist(_folder(model), x) for x, model in models.items()]
     if any(s.base_digest for s in specialists) and not source.base_digest:

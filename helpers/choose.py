@@ -41,7 +41,8 @@ def pair_losses(losses: pd.DataFrame) -> pd.DataFrame:
 
     Undefined losses are left out, and so are rules that only repeat another (`same_as`).
     """
-    two = losses[losses["n"] == 2]
+    two = default_arm(losses)
+    two = two[two["n"] == 2]
     repeats = two["same_as"].notna() & two["same_as"].ne("")
     repeats = repeats.groupby(two["method"]).transform("all")
     two = two[~repeats].sort_values(["merge", "task"])
@@ -49,6 +50,11 @@ def pair_losses(losses: pd.DataFrame) -> pd.DataFrame:
     table = table.dropna().reset_index()
     ends = table["group"].str.split("+", expand=True)
     return table.assign(task_a=ends[0], task_b=ends[1]).drop(columns="group")
+
+
+def default_arm(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of merges at each rule's own scale; all of them if the table has no column arm."""
+    return table[table["arm"] == "default"] if "arm" in table else table
 
 
 def joined(pairs: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
@@ -148,7 +154,7 @@ def held_out(table: pd.DataFrame, x: str = "hidden_sim", level: float = LEVEL) -
 # --- what committed studies say ------------------------------------------------------------------
 
 
-READ_ON = {"hidden_sim_pool": "task inputs", "hidden_sim_neutral": "neutral text"}
+READ_ON = {"hidden_sim_pool": "task inputs", "hidden_sim_plain": "neutral text"}
 
 
 class Known(NamedTuple):
@@ -166,9 +172,8 @@ def known_merges(
     """Measured merges of committed studies, without those of tasks named in `without`.
 
     The studies read each pair on the probes of its own tasks (hidden_sim), of all tasks
-    (hidden_sim_pool) and, the later ones, on neutral text (hidden_sim_neutral). The advisor reads
-    all models on one set, so it is calibrated on the last where its probes are neutral, else on
-    the pool. Raises ValueError if there is no study.
+    (hidden_sim_pool) and on neutral text (hidden_sim_plain). The advisor reads all models on one
+    set, so it is calibrated on the last where its probes are neutral, else on the pool. Raises ValueError if there is no study.
     """
     folders = sorted(STUDIES.glob("*/pairs.csv")) if folders is None else folders
     folders = [file.parent if file.name == "pairs.csv" else file for file in map(Path, folders)]
@@ -178,13 +183,14 @@ def known_merges(
     for folder in folders:
         measured, losses = (pd.read_csv(folder / f"{x}.csv") for x in ("pairs", "losses"))
         pairs.append(joined(measured, losses).assign(study=folder.name))
-        groups.append(pd.read_csv(folder / "groups.csv").assign(study=folder.name))
+        merged = default_arm(pd.read_csv(folder / "groups.csv"))
+        groups.append(merged.assign(study=folder.name))
     pairs, groups = pd.concat(pairs, ignore_index=True), pd.concat(groups, ignore_index=True)
     pairs = pairs[~(pairs["task_a"].isin(without) | pairs["task_b"].isin(without))]
     apart = groups["group"].map(lambda name: without.isdisjoint(name.split("+")))
     column = "hidden_sim_pool"
-    if neutral and "hidden_sim_neutral" in pairs and pairs["hidden_sim_neutral"].notna().any():
-        column = "hidden_sim_neutral"
+    if neutral and "hidden_sim_plain" in pairs and pairs["hidden_sim_plain"].notna().any():
+        column = "hidden_sim_plain"
     pairs = pairs.dropna(subset=[column])
     return Known(pairs, groups[apart], [folder.name for folder in folders], column)
 
@@ -332,7 +338,7 @@ def swaps(groups: pd.DataFrame) -> pd.DataFrame:
     points: positive is better).
     """
     rows = []
-    known = groups.dropna(subset=["loss"])
+    known = default_arm(groups).dropna(subset=["loss"])
     for (method, n), measured in known.groupby(["method", "n"], sort=False):
         loss = {frozenset(name.split("+")): (name, value) for name, value in
                 measured[["group", "loss"]].itertuples(index=False)}  # fmt: skip
@@ -425,6 +431,25 @@ def subset_test(
                 done = _taken(values, outcome, outcome == outcome.max())
                 rows.append({"group": "+".join(chosen), "criterion": name, **done})
     return pd.DataFrame(rows)
+
+
+def follows(groups: pd.DataFrame, scores: Mapping[str, Criterion]) -> pd.DataFrame:
+    """Spearman's correlation of each score with the loss of measured groups, by size.
+
+    `groups`: columns group, n, loss of one rule. Columns n, criterion, spearman (1: what scores
+    best lost least), groups. Sizes with fewer than three groups, and scores that abstain or do not
+    vary, are left out. Groups share tasks: no p-value belongs to it.
+    """
+    rows = []
+    for n, measured in default_arm(groups).dropna(subset=["loss"]).groupby("n"):
+        for name, criterion in scores.items():
+            members = [tuple(group.split("+")) for group in measured["group"]]
+            values = np.array([criterion(frozenset(group))(group) for group in members])
+            if len(values) > 2 and not np.isnan(values).any() and np.ptp(values) > 0:
+                found = distributions.spearmanr(values, measured["loss"]).statistic
+                row = {"n": n, "criterion": name, "spearman": found, "groups": len(values)}
+                rows.append(row)
+    return pd.DataFrame(rows, columns=["n", "criterion", "spearman", "groups"])
 
 
 def over_tasks(

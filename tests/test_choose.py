@@ -148,6 +148,14 @@ def test_the_subset_test_by_hand():
         choose.subset_test(known, MDS, pool=4, keep=4)
 
 
+def test_how_well_scores_follow_the_losses_of_measured_groups():
+    table = choose.follows(GROUPS, MDS | RANDOM).set_index("criterion")
+    assert list(table.index) == ["MDS"]  # a score that does not vary ranks nothing
+    distance, loss = DISTANCES["hidden_sim"], GROUPS["loss"]
+    assert table.loc["MDS", "spearman"] == pytest.approx((-distance).corr(loss, "spearman"))
+    assert choose.follows(GROUPS.head(2), MDS).empty
+
+
 def test_criteria_point_as_claimed_and_learn_nothing_from_held_out_tasks():
     names = list("ABCDEFG")
     place = np.array([0.0, 1.0, 2.2, 3.1, 4.7, 5.2, 6.6])
