@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from helpers.hidden import blocks_of
 from helpers.rules import gram_matrix
-from helpers.tasks import length_buckets, pad
+from helpers.tasks import Task, encode_answer, encode_prompt, length_buckets, pad
 
 IGNORED = -100  # label of a position that the loss does not count
 
@@ -28,6 +28,19 @@ class Kept(NamedTuple):
     inputs: list[Tensor]
     others: list[tuple[tuple, dict]]  # the blocks' other arguments: masks, positions
     towards: Tensor
+
+
+def training_examples(
+    tasks: Mapping[str, Task], tokenizer, n: int
+) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """The first n training examples of each task: token ids of the prompt and of its answer."""
+    return {
+        label: [
+            (encode_prompt(tokenizer, row["prompt"]), encode_answer(tokenizer, row["answers"][0]))
+            for row in task.splits["train"].take(n)
+        ]
+        for label, task in tasks.items()
+    }
 
 
 def answer_loss(

@@ -55,6 +55,13 @@ def test_named_parameters_only_and_the_model_is_left_as_it_was():
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in hidden.blocks_of(model))
 
 
+def test_training_examples_are_the_first_ones_with_their_end():
+    tokenizer = tiny.byte_tokenizer()
+    found = gradients.training_examples({"toy": tiny.toy("toy")}, tokenizer, 3)
+    texts = [tuple(map(tokenizer.decode, example)) for example in found["toy"]]
+    assert texts[1] == ("toy train long 1:", " 1<end>") and len(texts) == 3
+
+
 def test_pair_table_of_known_gradients():
     g = np.array([[3.0, 0, 0], [0, 4.0, 0], [-6.0, 0, 0]])
     table = gradients.pair_table(g @ g.T, list("abc")).set_index(["task_a", "task_b"])
