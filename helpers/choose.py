@@ -45,8 +45,11 @@ def pair_losses(losses: pd.DataFrame) -> pd.DataFrame:
     two = two[two["n"] == 2]
     repeats = two["same_as"].notna() & two["same_as"].ne("")
     repeats = repeats.groupby(two["method"]).transform("all")
-    two = two[~repeats].sort_values(["merge", "task"])
-    table = two.groupby(["group", "method"], sort=False)["loss"].agg(lambda x: x.mean(skipna=False))
+    table = (
+        two[~repeats]
+        .groupby(["group", "method"], sort=False)["loss"]
+        .agg(lambda x: x.mean(skipna=False))
+    )
     table = table.dropna().reset_index()
     ends = table["group"].str.split("+", expand=True)
     return table.assign(task_a=ends[0], task_b=ends[1]).drop(columns="group")
@@ -173,7 +176,8 @@ def known_merges(
 
     The studies read each pair on the probes of its own tasks (hidden_sim), of all tasks
     (hidden_sim_pool) and on neutral text (hidden_sim_plain). The advisor reads all models on one
-    set, so it is calibrated on the last where its probes are neutral, else on the pool. Raises ValueError if there is no study.
+    set, so it is calibrated on the last where its probes are neutral, else on the pool. Raises
+    ValueError if there is no study.
     """
     folders = sorted(STUDIES.glob("*/pairs.csv")) if folders is None else folders
     folders = [file.parent if file.name == "pairs.csv" else file for file in map(Path, folders)]
