@@ -32,7 +32,7 @@ def some_rows(n=3, zeros=0.3, seed=0):
 
 
 def one_row(*vectors):
-    taus = [torch.tensor(v, dtype=torch.float32) for v in vectors]
+    taus = [torch.as_tensor(v, dtype=torch.float32) for v in vectors]
     return [Row("w", torch.zeros_like(taus[0]), taus)]
 
 
@@ -143,29 +143,51 @@ def test_constructed_pair(case):
     assert table.loc[0, list(PRIMARY)].tolist() == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
-def test_scale_of_one_task_vector_moves_only_what_measures_magnitude():
-    rows = some_rows(2)
-    scaled = [Row(r.name, r.base, [r.taus[0], 3 * r.taus[1]]) for r in rows]
-    before, after = (pair_metrics(r, ["a", "b"]).loc[0] for r in (rows, scaled))
-    blind = {"sign_change", "cosine", "cosine_tensors", "top_overlap", "top_chance"}
-    moved = {
-        name
-        for name in METRICS
-        if not pd.isna(before[name]) and after[name] != pytest.approx(before[name])
-    }
-    assert moved == {n for n in METRICS if not pd.isna(before[n])} - blind - {"norm_a"}
+RNG = np.random.default_rng(5)
+ORDER, ROTATION = RNG.permutation(40), np.linalg.qr(RNG.normal(size=(40, 40)))[0]
+PAIR = RNG.normal(size=(2, 40)) * [[1.0], [1.5]] + 0.3
+
+TRANSFORMATIONS = {  # of the two task vectors
+    "permuted": lambda a, b: (a[ORDER], b[ORDER]),
+    "rotated": lambda a, b: (a @ ROTATION, b @ ROTATION),
+    "scaled alike": lambda a, b: (3 * a, 3 * b),
+    "one scaled": lambda a, b: (a, 3 * b),
+    "shifted alike": lambda a, b: (a + 1, b + 1),
+    "duplicated": lambda a, b: (np.tile(a, 2), np.tile(b, 2)),
+}
+# 1: the value stays; 0: it changes. Columns in the order of TRANSFORMATIONS.
+INVARIANCE = {
+    #                     perm rot scale one shift dupl
+    "sign_change":        (1,  0,  1,    1,  0,    1),
+    "magnitude_change":   (1,  0,  1,    0,  0,    1),
+    "conflict_magnitude": (1,  0,  1,    0,  0,    1),
+    "cosine":             (1,  1,  1,    1,  0,    1),
+    "cosine_tensors":     (1,  1,  1,    1,  0,    1),
+    "magnitude_gap":      (1,  0,  1,    0,  0,    1),
+    "relative_gap":       (1,  0,  1,    0,  0,    1),
+    "conflict_min":       (1,  0,  1,    0,  0,    1),
+    "norm_ratio":         (1,  1,  1,    0,  0,    1),
+    "top_overlap":        (1,  0,  1,    1,  0,    1),
+    "top_chance":         (1,  1,  1,    1,  1,    1),
+    "variance":           (1,  1,  0,    0,  1,    1),
+    "variance_share":     (1,  1,  1,    0,  0,    1),
+    "norm_a":             (1,  1,  0,    1,  0,    0),
+    "norm_b":             (1,  1,  0,    0,  0,    0),
+}  # fmt: skip
 
 
-def test_common_scale_moves_only_norms_and_plain_variance():
-    rows = some_rows(2)
-    scaled = [Row(r.name, r.base, [3 * t for t in r.taus]) for r in rows]
-    before, after = (pair_metrics(r, ["a", "b"]).loc[0] for r in (rows, scaled))
-    moved = {
-        name
-        for name in METRICS
-        if not pd.isna(before[name]) and after[name] != pytest.approx(before[name])
-    }
-    assert moved == {"norm_a", "norm_b", "variance"}
+def test_every_metric_of_coordinates_has_a_row_of_the_invariance_table():
+    of_matrices = {f"{side}_{what}" for side in ("left", "right") for what in ("overlap", "chance")}
+    assert set(INVARIANCE) == set(METRICS) - of_matrices
+
+
+@pytest.mark.parametrize("column, transformation", list(enumerate(TRANSFORMATIONS)))
+def test_invariance(column, transformation):
+    before = pair_metrics(one_row(*PAIR), ["a", "b"]).loc[0]
+    change = TRANSFORMATIONS[transformation]
+    after = pair_metrics(one_row(*change(*PAIR)), ["a", "b"]).loc[0]
+    stays = {name: int(after[name] == pytest.approx(before[name], rel=1e-5)) for name in INVARIANCE}
+    assert stays == {name: row[column] for name, row in INVARIANCE.items()}
 
 
 # --- largest coordinates, subspaces, groups ---------------------------------------------------

@@ -1,8 +1,8 @@
-"""What do the measures cost? CPU seconds and memory of pair metrics; states against a bare forward.
+"""What do the measures cost? Pair metrics, gradients, and states against a bare forward pass.
 
     python tests/benchmarks/bench_measures.py          # a few minutes on one core
 
-Prints the two tables as Markdown. Nothing is downloaded: the adapters are random LoRA factors on
+Prints the tables as Markdown. Nothing is downloaded: the adapters are random LoRA factors on
 the matrices of SmolLM2-135M (3 of its 30 layers), and the model that is read has its shape and
 random weights.
 """
@@ -22,7 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from helpers import conflict, hidden, vectors
+from helpers import conflict, gradients, hidden, tasks, vectors
 
 LAYERS, RANK = 3, 16
 SHAPES = {
@@ -100,56 +100,84 @@ def pair_memory(models: int = 14) -> None:
     )
 
 
-def state_costs(batches: int = 6, repeats: int = 9) -> None:
-    """Tokens per CPU second with all layers pooled, against a bare forward, in turn."""
+def llama(layers: int) -> LlamaForCausalLM:
+    """A model of the shape of SmolLM2-135M with random weights."""
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=30,
+        num_hidden_layers=layers,
         num_attention_heads=9,
         num_key_value_heads=3,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 49152, (batches, 20, 40), generator=generator)
-    lengths = torch.randint(20, 41, (batches, 20), generator=generator)
-    masks = (torch.arange(40) < lengths[..., None]).long()
-    tokens = int(masks.sum())
+    return LlamaForCausalLM(config).eval()
 
+
+def texts(count: int, low: int, high: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts of `low` to `high` tokens."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(49152, size=n).tolist() for n in rng.integers(low, high + 1, size=count)]
+
+
+def state_costs(prompts: int = 120, repeats: int = 9) -> None:
+    """Tokens per CPU second with all layers pooled, against a bare forward, in turn."""
+    model, encoded = llama(30), texts(prompts, 20, 40)
+    tokens = sum(map(len, encoded))
+
+    @torch.no_grad()
     def bare() -> None:
-        for x, mask in zip(ids, masks, strict=True):
-            model(x, attention_mask=mask, logits_to_keep=1)
+        for batch in tasks.length_buckets([len(ids) for ids in encoded], 20):
+            ids, mask = tasks.pad([encoded[i] for i in batch], 0)
+            model(ids, attention_mask=mask, logits_to_keep=1)
 
     def with_states() -> None:
-        parts = []
-        for x, mask in zip(ids, masks, strict=True):
-            out = model(x, attention_mask=mask, logits_to_keep=1, output_hidden_states=True)
-            parts.append(hidden.pool(out.hidden_states, mask, mask.sum(1) - 1))
-        torch.cat(parts)
+        hidden.prompt_states(model, encoded)
 
     times = {bare: [], with_states: []}
-    with torch.no_grad():
-        for repeat in range(repeats + 1):
-            for run in (bare, with_states) if repeat % 2 else (with_states, bare):
-                gc.collect()
-                start = time.process_time()
-                run()
-                if repeat:  # the first round warms up
-                    times[run].append(time.process_time() - start)
+    for repeat in range(repeats + 1):
+        for run in (bare, with_states) if repeat % 2 else (with_states, bare):
+            gc.collect()
+            start = time.process_time()
+            run()
+            if repeat:  # the first round warms up
+                times[run].append(time.process_time() - start)
     ratios = [b / s for b, s in zip(times[bare], times[with_states], strict=True)]
     print(f"\nStates of all 31 layers against a bare forward, {tokens} tokens, {repeats} rounds\n")
     print("| | tokens / CPU s (median) |")
     print("|---|---|")
-    for run, name in ((bare, "bare forward"), (with_states, "forward and pooled states")):
+    for run, name in ((bare, "bare forward"), (with_states, "prompt states, all layers")):
         print(f"| {name} | {tokens / statistics.median(times[run]):.0f} |")
     low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
     print(f"\nRatio: median {middle:.3f} (10-90 % of rounds: {low:.3f} to {high:.3f}).")
 
 
+def gradient_costs(counts=(2, 4, 8), examples: int = 16, layers: int = 6) -> None:
+    """CPU seconds and memory of the tasks' inner products, against one backward pass a task."""
+    model = llama(layers)
+    print(f"\nGradients of {layers} blocks, {examples} examples a task\n")
+    print("| tasks | streamed, CPU s | forward and backward alone, CPU s | peak grew, MB |")
+    print("|---|---|---|---|")
+    for n in counts:
+        solved = {
+            str(i): [(ids[:-4], ids[-4:]) for ids in texts(examples, 20, 40, seed=i)]
+            for i in range(n)
+        }
+        start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        gradients.grams(model, solved)
+        streamed = time.process_time() - start
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        start = time.process_time()
+        for pairs in solved.values():
+            gradients.answer_loss(model, *zip(*pairs, strict=True)).backward()
+            model.zero_grad(set_to_none=True)
+        alone = time.process_time() - start
+        print(f"| {n} | {streamed:.1f} | {alone:.1f} | {grown / 1e6:.0f} |")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     pair_memory()
+    gradient_costs()
     pair_costs()
     state_costs()
