@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
+from itertools import islice
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -216,6 +217,7 @@ def cut_at(tau: Tensor | Lazy, k: int) -> Cut:
 
     A sample of rows brackets the threshold; one pass counts what lies above the bracket and
     collects what lies inside, for an exact selection. Where the sample misled, a wider bracket.
+    Only the block in which the kept ties end is read once more.
     """
     numel = tau.shape.numel()
     if k == 0:
@@ -223,7 +225,8 @@ def cut_at(tau: Tensor | Lazy, k: int) -> Cut:
     if k == numel:
         return Cut(0.0, -1, 0)  # what is not above zero is zero
     for low, high in _brackets(tau, k):
-        above, values, places = _between(tau, low, high)
+        above, parts = _between(tau, low, high)
+        values = np.concatenate(parts)
         if 0 < k - above <= len(values):
             break
         if k - above > len(values) and low == SMALLEST:
@@ -231,22 +234,34 @@ def cut_at(tau: Tensor | Lazy, k: int) -> Cut:
     rest = len(values) - (k - above)
     # Magnitudes order as their bits, which are selected twice as fast.
     threshold = np.partition(values.view(np.int32), rest).view(np.float32)[rest]
-    tied = places[values == threshold]
+    tied = np.cumsum([np.count_nonzero(part == threshold) for part in parts])
     quota = k - above - np.count_nonzero(values > threshold)
-    last = tied[quota - 1] if quota < len(tied) else numel - 1
-    return Cut(float(threshold), int(last), len(tied))
+    last = _place(tau, threshold, quota, tied) if quota < tied[-1] else numel - 1
+    return Cut(float(threshold), last, int(tied[-1]))
+
+
+def _place(tau: Tensor | Lazy, threshold: np.float32, quota: int, tied: np.ndarray) -> int:
+    """Flat index of the quota-th entry at the threshold; `tied` of them end with each block."""
+    i = int(np.searchsorted(tied, quota))
+    rows, offset = next(islice(row_blocks(tau.shape, tau.device), i, None))
+    places = np.flatnonzero(tau[rows].abs().cpu().numpy() == threshold)
+    return offset + int(places[quota - (tied[i - 1] if i else 0) - 1])
 
 
 SMALLEST = np.nextafter(np.float32(0), np.float32(1))
 
 
 def _brackets(tau: Tensor | Lazy, k: int) -> Iterator[tuple[np.float32, np.float32]]:
-    """Guesses, the last one certain, of an interval that holds the k-th largest magnitude."""
+    """Guesses, the last one certain, of an interval that holds the k-th largest magnitude.
+
+    The first is as wide as the sampled rows differ: five standard errors of the threshold's rank.
+    """
     if tau.shape.numel() > BLOCK["cpu"]:
-        rows = slice(None, None, max(1, tau.shape[0] // 128))
-        sample = np.sort(tau[rows].abs().reshape(-1).cpu().numpy())
-        rank = 1 - k / tau.shape.numel()
-        for margin in (0.02, 0.1):
+        rows = tau[:: max(1, tau.shape[0] // 128)].abs().cpu().numpy()
+        sample, rank = np.sort(rows, axis=None), 1 - k / tau.shape.numel()
+        above = rows.reshape(len(rows), -1) > sample[min(int(rank * len(sample)), len(sample) - 1)]
+        error = above.mean(axis=1).std() / math.sqrt(len(rows))
+        for margin in (0.001 + 5 * error, 0.1 + 5 * error):
             low, high = (int((rank + side) * len(sample)) for side in (-margin, margin))
             yield (
                 max(sample[low], SMALLEST) if low >= 0 else SMALLEST,
@@ -255,19 +270,19 @@ def _brackets(tau: Tensor | Lazy, k: int) -> Iterator[tuple[np.float32, np.float
     yield SMALLEST, np.float32(np.inf)
 
 
-def _between(
-    tau: Tensor | Lazy, low: np.float32, high: np.float32
-) -> tuple[int, np.ndarray, np.ndarray]:
-    """How many magnitudes exceed `high`; those in [low, high]; their flat indices, in order."""
-    above, values, places = 0, [], []
-    for rows, offset in row_blocks(tau.shape, tau.device):
+def _between(tau: Tensor | Lazy, low: np.float32, high: np.float32) -> tuple[int, list[np.ndarray]]:
+    """How many magnitudes exceed `high`; those in [low, high], by block."""
+    above, parts = 0, []
+    for rows, _ in row_blocks(tau.shape, tau.device):
         magnitudes = tau[rows].abs().reshape(-1).cpu().numpy()
         over = magnitudes > high
-        inside = np.flatnonzero((magnitudes >= low) ^ over)
+        inside = (magnitudes >= low) ^ over
         above += np.count_nonzero(over)
-        values.append(magnitudes[inside])
-        places.append(inside + offset)
-    return above, np.concatenate(values), np.concatenate(places)
+        if low == high:  # 16-bit models differ by few distinct values
+            parts.append(np.full(np.count_nonzero(inside), low))
+        else:
+            parts.append(magnitudes[np.flatnonzero(inside)])  # faster than by the mask
+    return above, parts
 
 
 def model_cuts(rows: Callable[[], Iterable[Row]], n: int, density: float) -> list[Cut]:
@@ -326,12 +341,12 @@ def disjoint_merge(
     zero: by 1).
     """
     # Truth values are floats throughout: torch's boolean masks cost ten times the arithmetic.
-    weighted = [t * w for t, w in zip(kept, weights, strict=True)]
+    weighted = [t if w == 1 else t * w for t, w in zip(kept, weights, strict=True)]
     elected = sum(weighted)
     sign = torch.ge(elected, 0, out=elected).mul_(2).sub_(1)
     total, weight_sum = torch.zeros_like(sign), torch.zeros_like(sign)
     for member, weight in zip(weighted, weights, strict=True):
-        agreeing = member.mul_(sign).clamp_(min=0)
+        agreeing = torch.mul(member, sign).clamp_(min=0)
         total += agreeing
         weight_sum.add_(agreeing.sign_(), alpha=weight)
     if combine == "mean":

@@ -322,30 +322,45 @@ def changed_names(base: Source, specialists: Sequence[Source]) -> list[str]:
     return [name for name in sorted(base.tensors) if any(changed(name, s) for s in specialists)]
 
 
-def _lazy_row(name: str, base: Source, specialists: Sequence[Source], device: str) -> Row:
-    stored = base.tensors[name]
-
+def _lazy_row(
+    name: str,
+    shape: torch.Size,
+    read_base: Callable[[str, Any], Tensor],
+    specialists: Sequence[Source],
+    device: str,
+) -> Row:
     def origin(rows) -> Tensor:
-        return stored[rows].to(device, torch.float32)
+        return read_base(name, rows)
 
     def tau(specialist: Source) -> Lazy:
         if name in specialist.factors:
             scaling, B, A = specialist.factors[name]
             B, A = B.to(device), A.to(device)
             factors = Factors(scaling, B, A)
-            return Lazy(stored.shape, device, lambda rows: (B[rows] @ A).mul_(scaling), factors)
+            return Lazy(shape, device, lambda rows: (B[rows] @ A).mul_(scaling), factors)
         if name in specialist.tensors:
             theirs = specialist.tensors[name]
             return Lazy(
-                stored.shape,
-                device,
-                lambda rows: theirs[rows].to(device, torch.float32) - origin(rows),
+                shape, device, lambda rows: theirs[rows].to(device, torch.float32) - origin(rows)
             )
-        return zero(stored.shape, device)
+        return zero(shape, device)
 
-    return Row(
-        name, Lazy(stored.shape, device, origin), [tau(specialist) for specialist in specialists]
-    )
+    return Row(name, Lazy(shape, device, origin), [tau(specialist) for specialist in specialists])
+
+
+def _reader(base: Source, device: str) -> Callable[[str, Any], Tensor]:
+    """Rows of a base's tensor in fp32; asked for the same ones again, as n task vectors do, it
+    converts them once.
+    """
+    last: tuple[Any, Tensor | None] = (None, None)
+
+    def read(name: str, rows: Any) -> Tensor:
+        nonlocal last
+        if last[0] != (name, rows):
+            last = (name, rows), base.tensors[name][rows].to(device, torch.float32)
+        return last[1]
+
+    return read
 
 
 def zero(shape: torch.Size, device: str = "cpu") -> Lazy:
@@ -358,7 +373,11 @@ def zero(shape: torch.Size, device: str = "cpu") -> Lazy:
 def views(base: Source, specialists: Sequence[Source], device: str = "cpu") -> list[Row]:
     """The changed tensors as rows that hold no data yet, sorted by name: pass over them at will."""
     check(base, specialists)
-    return [_lazy_row(name, base, specialists, device) for name in changed_names(base, specialists)]
+    read = _reader(base, device)
+    return [
+        _lazy_row(name, base.tensors[name].shape, read, specialists, device)
+        for name in changed_names(base, specialists)
+    ]
 
 
 def stream(base: Source, specialists: Sequence[Source], device: str = "cpu") -> Iterator[Row]:
