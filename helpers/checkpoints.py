@@ -289,7 +289,7 @@ def read_probes(file: Path) -> list[str]:
     Empty lines do not count. Raises ValueError naming the file, and the line, that is no such text.
     """
     texts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if file.suffix == ".jsonl" and line.strip():
             line = _json_text(line, f"{file}, line {number}")
         if line.strip():

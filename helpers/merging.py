@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from helpers import rules
-from helpers.vectors import Row, row_blocks, zero
+from helpers.vectors import Row, row_blocks
 
 Rows = Sequence[Row] | Callable[[], Iterable[Row]]
 
@@ -453,19 +453,6 @@ def match_factor(report: Report, match: str) -> float:
     if not now or now < 0:
         raise ValueError(f"{report.plan.method} cannot be matched by {match}: its {match} is {now}")
     return report.plan.scale / now
-
-
-def solo(
-    rows: Rows, method: str, i: int, labels: Sequence[str], *args: Any, **kwargs: Any
-) -> tuple[dict[str, Tensor], Report]:
-    """`merge` with the partners' task vectors at zero: what the rule alone does to model i."""
-
-    def alone() -> Iterable[Row]:
-        for name, base, taus in _passes(rows)():
-            others = [zero(tau.shape, tau.device) for tau in taus]
-            yield Row(name, base, [*others[:i], taus[i], *others[i + 1 :]])
-
-    return merge(alone, method, labels, *args, **kwargs)
 
 
 def dose(rows: Rows, i: int, a: float) -> dict[str, Tensor]:

@@ -98,7 +98,8 @@ def test_doses_end_at_the_base_and_at_the_specialist(bench):
 def test_solo_needs_no_partner(bench):
     """What TIES does to a task whose partner changed nothing is what trimming alone does."""
     alone = study.at_solo(bench, "a", 2, RECIPES["ties"])
-    delta, _ = merging.solo(bench.rows("ab"), "ties", 0, list("ab"), density=0.5)
+    rows = [r._replace(taus=[r.taus[0], vectors.zero(r.base.shape)]) for r in bench.rows("a")]
+    delta, _ = merging.merge(rows, "ties", list("ab"), density=0.5)
     with vectors.applied(bench.model, delta):
         rows = bench.tasks["a"].splits["test"]
         expected = evaluate.score(bench.model, bench.tokenizer, rows, batch_size=4)
