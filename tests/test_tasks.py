@@ -8,7 +8,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import assets, tasks
+from helpers import assets, run, tasks
 
 
 def bigbench(tmp_path, monkeypatch, **content):
@@ -187,6 +187,12 @@ def test_every_candidate_task_says_why_it_is_here():
         assert name.split(":")[0] in tasks.READERS
         assert entry["kind"] and entry["reason"]
         assert entry.get("metric", "exact_match") in tasks.METRICS
+
+
+@pytest.mark.parametrize("profile", run.profiles().values(), ids=run.profiles())
+def test_a_profile_names_tasks_of_the_catalogue(profile):
+    assert set(profile["TASKS"]) <= tasks.catalogue().keys()
+    tasks.check_names(profile["TASKS"])
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=5))
