@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, get_args, get_origin
@@ -453,20 +453,31 @@ def _write_merge(
     return merging.summary(plan, records)
 
 
-def working_memory(method: str, shapes: Iterable[torch.Size]) -> int:
+def working_memory(method: str, shapes: Collection[torch.Size]) -> int:
     """Bytes that a merge holds at its peak beside Python, torch and memory-mapped files."""
-    blocks = 24 * 4 * vectors.BLOCK["cpu"]
-    return blocks + merging.METHODS[method].memory * max(shape.numel() for shape in shapes)
+    blocks, entries = 24 * 4 * vectors.BLOCK["cpu"], [shape.numel() for shape in shapes]
+    if method == "regmean":  # base, task vector and their sum in fp32; one model's Gram matrices
+        return blocks + 12 * sum(entries) + _gram_bytes(shapes)
+    return blocks + merging.METHODS[method].memory * max(entries)
+
+
+def _gram_bytes(shapes: Collection[torch.Size]) -> int:
+    return sum(4 * shape[1] ** 2 for shape in shapes if len(shape) == 2)
 
 
 def _print_cost(recipe: Recipe, like: Layout, out: Path) -> None:
-    memory = working_memory(recipe.method, (shape for _, shape in like.values()))
+    shapes = [shape for _, shape in like.values()]
+    process = psutil.Process().memory_info()
+    held = process.rss - getattr(process, "shared", 0)  # by Python and torch; not mapped files
+    memory = held + working_memory(recipe.method, shapes)
     disk = sum(shape.numel() * dtype.itemsize for dtype, shape in like.values())
+    if recipe.probes:
+        disk += len(recipe.models) * _gram_bytes(shapes)
     place = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(place).free
     print(
         f"{recipe.method} of {len(recipe.models)} models: {disk / GB:.2f} GB on disk "
-        f"({free / GB:.0f} GB free), {memory / GB:.2f} GB of memory beside Python and torch"
+        f"({free / GB:.0f} GB free), {memory / GB:.2f} GB of memory ({held / GB:.2f} GB held now)"
     )
     if disk > free:
         raise ValueError(f"{place} has {free / GB:.1f} GB free, the merge needs {disk / GB:.1f} GB")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -278,7 +279,6 @@ from helpers import checkpoints
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("RssAnon"))
-before = anonymous()
 peak = [0]
 def sample():
     while True:
@@ -286,13 +286,14 @@ def sample():
         time.sleep(0.001)
 threading.Thread(target=sample, daemon=True).start()
 checkpoints.main(sys.argv[1:])
-print(peak[0] - before)
+print(peak[0])
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("method", ["linear", "ties", "breadcrumbs", "dare_ties"])
 def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path, method):
+    """And within 20 % of what is shown before the merge."""
     generator = torch.Generator().manual_seed(0)
     shape = torch.Size((2000, 1000))
     for model in ("base", "one", "two", "three"):
@@ -302,9 +303,9 @@ def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path, method)
     command = ["--method", method, "--base", "base", "--models", "one", "two", "three"]
     run = [sys.executable, "-c", MEASURE, *command, "--out", "out"]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
-    stated = checkpoints.working_memory(method, [shape])
-    assert stated < 20e6 < 64e6  # a model has 64 MB
-    assert int(done.stdout.split()[-1]) < 1.2 * stated + 10e6  # what imports and the report take
+    assert checkpoints.working_memory(method, [shape]) < 20e6 < 64e6  # a model has 64 MB
+    stated = float(re.search(r"([\d.]+) GB of memory", done.stdout)[1]) * 1e9
+    assert 0.8 * stated < int(done.stdout.split()[-1]) < 1.2 * stated
 
 
 # mergekit ----------------------------------------------------------------------------------------

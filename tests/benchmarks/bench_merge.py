@@ -6,7 +6,9 @@ Every subject merges the same synthetic checkpoints in a process of its own, one
 the page cache: this engine; mergekit 0.1.5, in a virtual environment that this script makes beside
 the checkpoints (its torch is the one in use here); and the floor, which reads every input byte and
 writes as many bytes as the result has. Measured: CPU seconds of the merge itself (after imports)
-and of the whole process, wall seconds, peak anonymous memory. Outputs are compared entry by entry.
+and of the whole process, wall seconds, peak anonymous memory (beside it, what this engine said
+before the merge that it would need). Outputs are compared entry by entry. Cells that the table
+already has are not run again: a run that was broken off goes on where it was.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import csv
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -44,7 +47,7 @@ CELLS = [
     "135M:bfloat16:ties:4",
     *(f"500M:bfloat16:{m}:4" for m in ("linear", "task_arithmetic", "ties", "dare_ties")),
     "500M:bfloat16:slerp:2",
-    "500M:float32:ties:4",
+    "500M:float32:linear:4",
 ]
 SETTINGS = {  # our flags, mergekit's parameters: the same formula
     "linear": ([], {"weight": 1.0}),
@@ -113,7 +116,7 @@ def checkpoint(folder: Path, size: str, dtype: torch.dtype, seed: int) -> Path:
             f"{layer}.post_attention_layernorm.weight": (width,),
         }
     base, change = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     parts, places = checkpoints.shards(sizes, 4 * checkpoints.GB), {}
     for i, names in enumerate(parts):
@@ -175,7 +178,10 @@ def measured(command: list) -> dict[str, float]:
     if child.returncode:
         raise SystemExit(f"{command[0]} failed:\n{output}")
     before, after = map(float, output.split()[-2:])
-    return {"cpu_merge": after - before, "cpu": after, "wall": wall, "anonymous_gb": peak / 1e6}
+    figures = {"cpu_merge": after - before, "cpu": after, "wall": wall}
+    figures |= {"anonymous_gb": peak * 1024 / 1e9}
+    stated = re.search(r"([\d.]+) GB of memory", output)
+    return figures | ({"stated_gb": float(stated[1])} if stated else {})
 
 
 def compared(ours: Path, theirs: Path) -> dict[str, float]:
@@ -245,28 +251,41 @@ def remove(folder: Path) -> None:
 def table(rows: list[dict]) -> str:
     """Markdown: one line per cell, CPU seconds of the merge and how often we are faster."""
     head = (
-        "| cell | floor | ours | mergekit | ratio | ours / floor | GB ours | GB mergekit | apart |"
+        "| cell | floor | ours | mergekit | ratio | ours / floor "
+        "| GB stated | GB ours | GB mergekit | apart |"
     )
-    lines = [head, "|" + "---|" * 9]
+    lines = [head, "|" + "---|" * 10]
     cells: dict[str, dict[str, dict]] = {}
     for row in rows:
-        name = f"{row['size']} {row['dtype']} {row['method']} {row['models']}"
-        cells.setdefault(name, {})[row["subject"]] = row
+        cells.setdefault(cell_name(row).replace(":", " "), {})[row["subject"]] = row
     for name, found in cells.items():
         ours = found["ours"]
+        memory = f"{ours['stated_gb']:.2f} | {ours['anonymous_gb']:.2f}"
         if "mergekit" not in found:
-            lines.append(
-                f"| {name} | | {ours['cpu_merge']:.2f} | | | | {ours['anonymous_gb']:.2f} | | |"
-            )
+            lines.append(f"| {name} | | {ours['cpu_merge']:.2f} | | | | {memory} | | |")
             continue
         floor, theirs = found["floor"], found["mergekit"]
         lines.append(
             f"| {name} | {floor['cpu_merge']:.2f} | {ours['cpu_merge']:.2f} | "
             f"{theirs['cpu_merge']:.2f} | {theirs['cpu_merge'] / ours['cpu_merge']:.1f} | "
-            f"{ours['cpu_merge'] / floor['cpu_merge']:.1f} | {ours['anonymous_gb']:.2f} | "
+            f"{ours['cpu_merge'] / floor['cpu_merge']:.1f} | {memory} | "
             f"{theirs['anonymous_gb']:.2f} | {ours['difference']:.0e} |"
         )
     return "\n".join(lines)
+
+
+def read(file: Path) -> list[dict]:
+    """The rows of a table that `write` wrote, its figures as numbers again."""
+    texts = ("size", "dtype", "method", "subject", "torch")
+    with file.open(newline="") as table:
+        return [
+            {key: x if key in texts else float(x) for key, x in row.items() if x}
+            for row in csv.DictReader(table)
+        ]
+
+
+def cell_name(row: dict) -> str:
+    return f"{row['size']}:{row['dtype']}:{row['method']}:{row['models']:g}"
 
 
 def write(file: Path, rows: list[dict]) -> None:
@@ -286,8 +305,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench_merge.csv")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows = read(arguments.out) if arguments.out.exists() else []
+    done = {cell_name(row) for row in rows}
     for name in arguments.cells:
+        if name in done:
+            continue
         found = cell(name, arguments.work, arguments.repeats, not arguments.ours_only)
         print(table(found).splitlines()[-1], flush=True)
         rows += found
