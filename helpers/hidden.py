@@ -268,13 +268,15 @@ def debiased_cka(a: ArrayLike, b: ArrayLike) -> float:
 
     HSIC_u is the unbiased estimate (Song et al. 2012); it is an inner product of U-centred Gram
     matrices, so the ratio is their cosine. About 0 for unrelated states at any n and d, where plain
-    CKA (Kornblith et al. 2019) grows with d / n. Needs at least four probes.
+    CKA (Kornblith et al. 2019) grows with d / n. Needs at least four probes; nan if a model has one
+    state for all of them (the embedding of a last token that all prompts share).
     """
     a, b = _pair(a, b, same_width=False)
     if len(a) < 4:
         raise ValueError(f"debiased CKA needs at least 4 probes, got {len(a)}")
     gram_a, gram_b = _u_centred_gram(a), _u_centred_gram(b)
-    return float((gram_a * gram_b).sum() / (linalg.norm(gram_a) * linalg.norm(gram_b)))
+    norms = linalg.norm(gram_a) * linalg.norm(gram_b)
+    return float((gram_a * gram_b).sum() / norms) if norms > 0 else np.nan
 
 
 def procrustes(a: ArrayLike, b: ArrayLike) -> float:

@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BertModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -88,6 +89,15 @@ def test_prompt_states_are_those_of_each_prompt_read_alone(make, how):
         expected = [h[0].mean(0) if how == "mean" else h[0, -1] for h in layers]
         assert len(states) == len(hidden.layer_names(model)) == 3
         torch.testing.assert_close(states, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_classification_head_changes_no_state():
+    body = bert().base_model
+    headed = BertForSequenceClassification(body.config).eval()
+    headed.bert.load_state_dict(body.state_dict(), strict=False)
+    states = [hidden.prompt_states(model, PROMPTS, "mean") for model in (bert(), headed)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert hidden.layer_names(headed) == ["embeddings", "block 1", "block 2"]
 
 
 @pytest.mark.parametrize("make, how", [(tiny.llama, "first_decoder"), (t5, "last")])
@@ -256,6 +266,10 @@ def test_debiased_cka_equals_a_published_librarys_value():
     # pytorch-cka 1.1.3: hsic(a a', b b') gives (xy, xx, yy), CKA = xy / sqrt(xx yy). The HSICs of
     # repsim 0.1.5 are the same numbers; its CKA with the "song" estimator is not their ratio.
     assert hidden.debiased_cka(*published_arrays()) == pytest.approx(-0.25038335566865, rel=1e-12)
+
+
+def test_debiased_cka_of_one_state_for_all_probes_is_undefined():
+    assert np.isnan(hidden.debiased_cka(np.ones((5, 3)), A[:5]))
 
 
 def test_debiased_cka_is_the_ratio_of_u_statistics():
