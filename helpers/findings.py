@@ -196,8 +196,8 @@ def effects(
 ) -> pd.DataFrame:
     """Pair and method effects on an outcome in one arm, and its variance components.
 
-    Rows pair and method: `stats.block_model` of the pairs' means; own, partner, residual (and
-    method's share): `stats.crossed_model` of the cells, from 5 tasks on. A task with an undefined
+    Rows pair and method: `stats.block_model` of the pairs' means; own, partner, residual, task,
+    side (and method's share): `stats.crossed_model` of the cells, from 5 tasks on. A task with an undefined
     cell takes no part; n_tasks counts the others. No rows if fewer than 3 are left or if the arm
     has one distinct method.
     """
@@ -534,7 +534,7 @@ def _rq3(related: pd.DataFrame, contest: pd.DataFrame) -> Iterable[tuple]:
             f"r = {r:.2f} [{row[f'{estimand}_low']:.2f}, {row[f'{estimand}_high']:.2f}], "
             f"Holm {_p(p)}",
             verdict(p < 0.05 and r < 0, none or (p < 0.05 and r > 0)),
-            f"{stats.tasks_to_show(0.5, specific, 0.05 / tests)} tasks",
+            f"{stats.tasks_to_show(0.5, specific, 0.05 / tests)} tasks, were r = .5",
             "one task that carries it alone, or nothing left of it once the part of the loss that "
             "needs no partner is taken out",
         )
@@ -546,7 +546,7 @@ def _rq3(related: pd.DataFrame, contest: pd.DataFrame) -> Iterable[tuple]:
         f"|r| up to {rest['specific'].abs().max():.2f}, equivalence "
         f"{_p(*rest['equivalence_p'])}, least Holm {_p(seen)}",
         verdict((rest["equivalence_p"] < 0.05).all() and not seen < 0.05, seen < 0.05),
-        f"{stats.tasks_to_exclude(MARGIN)} tasks",
+        f"{stats.tasks_to_exclude(MARGIN)} tasks, were r = 0",
         "one of the four metrics with p < .05 after Holm, in either estimand",
     )
     of = contest[contest["estimand"] == "specific"]
@@ -558,7 +558,7 @@ def _rq3(related: pd.DataFrame, contest: pd.DataFrame) -> Iterable[tuple]:
         f"|r| {of['hidden'].max():.2f} against up to {of['other'].max():.2f}, "
         f"Steiger, Holm {_p(*of['p_holm'])}",
         verdict((ahead & sure).all(), (~ahead & sure).any()),
-        f"{stats.tasks_for(math.atanh(0.5) / math.sqrt(2), 2.8, True)} tasks",
+        f"{stats.tasks_for(math.atanh(0.5) / math.sqrt(2), 2.8, True)} tasks, were r .5 and 0",
         "a parameter metric whose |r| is as large on other tasks or seeds",
     )
 

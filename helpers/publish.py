@@ -304,7 +304,8 @@ def findings() -> str:
     if profile not in known:
         return "None is published yet."
     folder = known[profile]
-    tables = {name: pd.read_csv(folder / f"{name}.csv") for name in ("verdicts", "summary")}
+    names = ("verdicts", "summary", "effects")
+    tables = {name: pd.read_csv(folder / f"{name}.csv") for name in names}
     kept = int(pd.read_csv(folder / "tasks.csv")["kept"].sum())
     pairs, merges = (len(pd.read_csv(folder / f"{name}.csv")) for name in ("pairs", "merges"))
     lines = [
@@ -316,6 +317,7 @@ def findings() -> str:
         "",
         *_loss_table(tables["summary"]),
         "",
+        *_variance_sentence(tables["effects"]),
         _bound_sentence(folder),
         *_agreement_table(known),
     ]
@@ -349,6 +351,23 @@ def _loss_table(summary: pd.DataFrame) -> list[str]:
         "floor, where a partner can do no more harm, are left out of the two parts.*"
     )
     return [*_markdown(rows), "", note]
+
+
+def _variance_sentence(effects: pd.DataFrame) -> list[str]:
+    """Whose property is the loss? Shares of its variance over cells, with intervals if any."""
+    loss = effects[(effects["outcome"] == "loss") & (effects["arm"] == "default")]
+    shares = loss.dropna(subset="share").set_index("effect") if "share" in loss else loss.iloc[:0]
+    words = {"own": "the task scored", "partner": "its partner", "method": "the method"}
+    words["residual"] = "the rest, which is the pair's and noise"
+    told = []
+    for effect, word in words.items():
+        if effect in shares.index:
+            share, low, high = shares.loc[effect, ["share", "share_low", "share_high"]].astype(
+                float
+            )
+            span = f" [{low:.0%}, {high:.0%}]" if low == low else ""
+            told.append(f"{word} {share:.0%}{span}")
+    return ["Of the variance of the losses: " + ", ".join(told) + ".", ""] if told else []
 
 
 def _bound_sentence(folder: Path) -> str:

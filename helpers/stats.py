@@ -605,19 +605,21 @@ def mixed_model(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def crossed_model(cells: pd.DataFrame, permutations: int = 9999, seed: int = 0) -> pd.DataFrame:
-    """`mixed_model` with task-jackknife intervals of the shares and permutation p-values.
+    """`mixed_model` with task-jackknife intervals of the shares, and permutation p-values.
 
     Adds low, high: share ± t(n - 1) times the jackknife's standard error (each task left out as own
-    and as partner), cut at 0 and 1; nan below 6 tasks. p: the variance of the effect's means when
-    cells are exchanged within each partner (for own), within each own task (for partner), methods
-    within each pair (for method). Raises ValueError as `mixed_model`, and where a cell is missing.
+    and as partner), cut at 0 and 1; nan below 6 tasks. p of method: methods exchanged within each
+    pair. Own and partner effects are tested together, since the two cells of a pair come from one
+    merge and share its noise, in two further rows: `task` (do some tasks' pairs lose more? sums of
+    the two cells exchanged between pairs) and `side` (do some tasks lose more than their partners
+    do? signs of the differences flipped). Raises ValueError as `mixed_model`, and where a cell is
+    missing.
     """
     tasks = sorted(set(cells["own"]) | set(cells["partner"]))
     n, methods = len(tasks), list(dict.fromkeys(cells["method"]))
     tables = cells.pivot(index="own", columns=["method", "partner"], values="loss")
     cube = np.stack([tables[m].loc[tasks, tasks].to_numpy() for m in methods])
-    rows, columns = _cells(n)
-    if np.isnan(cube[:, rows, columns]).any():
+    if np.isnan(cube[:, *_cells(n)]).any():
         raise ValueError("the crossed model needs a defined loss of every cell for every method")
     out, spread = mixed_model(cells), []
     if n >= 6:
@@ -627,27 +629,33 @@ def crossed_model(cells: pd.DataFrame, permutations: int = 9999, seed: int = 0) 
     reach = stats.t.ppf(0.975, n - 1) * se
     out["low"], out["high"] = (out["share"] - reach).clip(0), (out["share"] + reach).clip(upper=1)
 
-    rng, mean = np.random.default_rng(seed), cube.mean(0)
-    out.loc["own", "p"] = _exchange(mean, permutations, rng)
-    out.loc["partner", "p"] = _exchange(mean.T, permutations, rng)
-    pairs = (cube + cube.transpose(0, 2, 1))[:, *np.triu_indices(n, 1)].T  # (pairs, methods)
-    moved = rng.permuted(np.tile(pairs, (permutations, 1, 1)), axis=2).mean(1).var(1)
-    above = np.sum(moved >= pairs.mean(0).var() * (1 - 1e-9))
-    out.loc["method", "p"] = (1 + above) / (permutations + 1)
+    rng = np.random.default_rng(seed)
+    i, j = np.triu_indices(n, 1)
+    pairs = (cube + cube.transpose(0, 2, 1))[:, i, j].T  # (pairs, methods)
+    moved = rng.permuted(np.tile(pairs, (permutations, 1, 1)), axis=2)
+    out.loc["method", "p"] = _share_above(moved.mean(1).var(1), pairs.mean(0).var())
+    for name, p in zip(("task", "side"), _task_tests(cube.mean(0), permutations, rng), strict=True):
+        out.loc[name, "p"] = p
     return out
 
 
-def _exchange(table: NDArray, permutations: int, rng) -> float:
-    """p of the variance of the row means when cells are exchanged within each column."""
+def _task_tests(table: NDArray, permutations: int, rng) -> tuple[float, float]:
+    """p of equal task means of the pairs' sums, and of no task-wise tilt of their differences."""
     n = len(table)
-    rows = np.stack([np.delete(np.arange(n), j) for j in range(n)])  # of each column's cells
-    cells = np.take_along_axis(table.T, rows, 1)
-    cells -= cells.mean(1, keepdims=True)
-    moved = rng.permuted(np.tile(cells, (permutations, 1, 1)), axis=2)
-    place = np.eye(n)[rows.ravel()]  # (cells, n): the row that a cell's place belongs to
-    seen, drawn = (part.reshape(-1, rows.size) @ place for part in (cells, moved))
-    above = np.sum(drawn.var(1) >= seen.var() * (1 - 1e-9))
-    return float((1 + above) / (permutations + 1))
+    i, j = np.triu_indices(n, 1)
+    total, tilt = table[i, j] + table[j, i], table[i, j] - table[j, i]
+    first, second = np.eye(n)[i], np.eye(n)[j]
+    shuffled = rng.permuted(np.tile(total, (permutations, 1)), axis=1) @ (first + second)
+    flipped = rng.choice([-1.0, 1.0], (permutations, len(tilt))) * tilt @ (first - second)
+    return (
+        _share_above(shuffled.var(1), (total @ (first + second)).var()),
+        _share_above(flipped.var(1), (tilt @ (first - second)).var()),
+    )
+
+
+def _share_above(drawn: NDArray, seen: float) -> float:
+    """Permutation p: share of draws as large as the value seen, +1 in both counts."""
+    return float((1 + np.sum(drawn >= seen * (1 - 1e-9))) / (len(drawn) + 1))
 
 
 # --- what a test can see: simulation -----------------------------------------------------------

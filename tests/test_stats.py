@@ -9,7 +9,7 @@ import statsmodels.formula.api as smf
 from scipy import stats as scipy_stats
 from statsmodels.stats.anova import anova_lm
 
-from helpers import stats
+from helpers import evaluate, stats
 
 TASKS = list("abcdefgh")
 
@@ -347,3 +347,119 @@ def test_task_share_is_recovered_and_sets_the_number_of_tasks_needed(rng):
     assert 9 <= few <= 13 and 24 <= many <= 34
     with pytest.raises(ValueError, match="4 tasks"):
         stats.task_share(np.zeros((3, 3)))
+
+
+# --- two estimands, and the same formula in two rooms ------------------------------------------
+
+
+def test_mantel_gives_the_correlation_of_scikit_bios_documented_example():
+    x = np.array([[0, 1, 2], [1, 0, 3], [2, 3, 0]])
+    y = np.array([[0, 2, 7], [2, 0, 6], [7, 6, 0]])
+    assert stats.mantel(x, y).value == pytest.approx(0.7559289, abs=1e-7)
+
+
+def test_between_is_the_correlation_of_task_means_with_scipys_permutation_p(rng):
+    x, y = symmetric(rng, 5), symmetric(rng, 5)
+    means = [m.sum(axis=1) / 4 for m in (x, y)]
+    exact = scipy_stats.pearsonr(*means, method=scipy_stats.PermutationMethod(n_resamples=np.inf))
+    found = stats.between(x, y)
+    assert found.value == pytest.approx(exact.statistic)
+    assert found.p == pytest.approx(exact.pvalue, abs=0.03)  # scipy doubles the smaller tail
+    assert (found.n_tasks, found.permutations) == (5, 119)
+    y[0, 1] = np.nan
+    assert stats.task_means(y)[0] == pytest.approx(np.nanmean(y[0, 2:]))
+    assert np.isnan(stats.between(x, np.ones((5, 5))).value)
+
+
+def test_a_raw_correlation_is_made_of_the_two_estimands(rng):
+    """Related task effects and unrelated residuals: `between` sees them, `specific` does not."""
+    task, noise = rng.standard_normal(30), 0.3 * symmetric(rng, 30)
+    x = np.add.outer(task, task) + noise
+    y = -np.add.outer(task, task) + 0.3 * symmetric(rng, 30)
+    assert stats.between(x, y, 99).value < -0.95
+    assert abs(stats.correlation(x, y, specific=True)) < 0.2
+
+
+def test_every_permutation_test_keeps_its_level_where_tasks_are_shared():
+    rates = stats.rejection_rates(8, draws=300, permutations=99, seed=5, task_share=0.8)
+    assert rates["naive"] > 0.15
+    for name in ("mantel", "between", "specific"):
+        assert 0.02 <= rates[name] <= 0.09, name
+
+
+def test_fisher_intervals_cover_and_equivalence_is_rarely_a_false_alarm():
+    at_zero, at_margin = (stats.coverage(14, r, draws=300, seed=2) for r in (0.0, 0.3))
+    for found in (at_zero, at_margin):
+        assert 0.91 <= found["between"] <= 0.98 and 0.91 <= found["specific"] <= 0.98
+    assert at_margin["equivalence"] <= 0.08  # nominal .05
+    assert at_zero["equivalence"] > 0.6
+    r, se = 0.4, 1 / np.sqrt(20 - 3)
+    theirs = scipy_stats.pearsonr(*_correlated(r, 20)).confidence_interval()
+    np.testing.assert_allclose(stats.fisher_interval(r, se, 20)[1:3], theirs)
+
+
+def _correlated(r: float, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two vectors whose sample correlation is r exactly."""
+    a, b = np.linalg.qr(np.random.default_rng(0).standard_normal((n, 3)) - 0)[0][:, :2].T
+    a, b = a - a.mean(), b - b.mean()
+    b = b - (b @ a) / (a @ a) * a
+    a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    return a, r * a + np.sqrt(1 - r**2) * b
+
+
+@pytest.mark.parametrize("specific", [False, True])
+def test_head_to_head_keeps_its_level_and_sees_a_difference(rng, specific):
+    fired = 0
+    for _ in range(300):
+        y = symmetric(rng, 14)
+        a, b = y + 2 * symmetric(rng, 14), -y + 2 * symmetric(rng, 14)  # signs do not matter
+        fired += stats.head_to_head(a, b, y, specific)["p"] < 0.05
+    assert 0.015 <= fired / 300 <= 0.09
+    found = stats.head_to_head(y + 0.2 * symmetric(rng, 14), symmetric(rng, 14), y, specific)
+    assert found["a"] > 0.9 and found["p"] < 0.01
+    few = (symmetric(rng, 4) for _ in range(3))
+    assert np.isnan(stats.head_to_head(*few, specific)["p"])
+
+
+def test_the_tasks_asked_for_have_the_power_promised():
+    n = stats.tasks_to_show(0.5)
+    assert n == 10
+    power = stats.rejection_rates(n, draws=120, permutations=99, r_task=0.5, r_pair=0.5)
+    assert 0.68 <= power["specific"] <= 0.92
+    assert stats.tasks_to_show(0.5, specific=False) == 30
+    n = stats.tasks_to_exclude(0.3)
+    assert 0.7 <= stats.coverage(n, 0.0, draws=150)["equivalence"] <= 0.92
+
+
+def test_crossed_effects_are_found_and_their_tests_keep_their_level(rng):
+    def cells(own: float, partner: float, method: float, n: int = 6) -> pd.DataFrame:
+        tasks, partners = own * rng.standard_normal(n), partner * rng.standard_normal(n)
+        pair = symmetric(rng, n)  # both tasks of a merge suffer together
+        rows = [
+            (TASKS[i], TASKS[j], m, tasks[i] + partners[j] + pair[i, j] + e + rng.standard_normal())
+            for i, j in permutations(range(n), 2)
+            for m, e in (("linear", -method), ("ties", method))
+        ]
+        return pd.DataFrame(rows, columns=["own", "partner", "method", "loss"])
+
+    found = stats.crossed_model(cells(6, 0, 2), permutations=199)
+    assert found.loc[["task", "side", "method"], "p"].max() < 0.02
+    inside = found.dropna(subset="low")
+    assert list(inside.index) == ["own", "partner", "residual", "method"]
+    assert ((inside["low"] <= inside["share"]) & (inside["share"] <= inside["high"])).all()
+    assert found["share"].sum() == pytest.approx(1)
+    null = []
+    for _ in range(300):
+        noise = symmetric(rng, 6) + 0.5 * rng.standard_normal((6, 6))
+        null.append(stats._task_tests(noise, 99, rng))
+    assert (np.mean(np.array(null) < 0.05, axis=0) <= 0.085).all()
+    with pytest.raises(ValueError, match="every cell"):
+        stats.crossed_model(cells(1, 1, 1).drop(index=0))
+
+
+def test_the_merging_loss_is_one_formula_in_two_rooms(rng):
+    merged, specialist = rng.random(50), np.append(rng.random(49), 0.0)
+    ours = stats._loss(merged, specialist)
+    theirs = [evaluate.merging_loss(m, s) for m, s in zip(merged, specialist, strict=True)]
+    np.testing.assert_array_equal(ours, theirs)
+    assert np.isnan(ours[-1])
