@@ -197,9 +197,9 @@ def effects(
     """Pair and method effects on an outcome in one arm, and its variance components.
 
     Rows pair and method: `stats.block_model` of the pairs' means; own, partner, residual, task,
-    side (and method's share): `stats.crossed_model` of the cells, from 5 tasks on. A task with an undefined
-    cell takes no part; n_tasks counts the others. No rows if fewer than 3 are left or if the arm
-    has one distinct method.
+    side (and method's share): `stats.crossed_model` of the cells, from 5 tasks on. A task with an
+    undefined cell takes no part; n_tasks counts the others. No rows if fewer than 3 are left or if
+    the arm has one distinct method.
     """
     methods = distinct(cells, arm)
     mine = cells[(cells["arm"] == arm) & cells["method"].isin(methods)]

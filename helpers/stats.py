@@ -323,7 +323,8 @@ def predict_left_out(x: ArrayLike, y: ArrayLike) -> float:
 
     For each task, a line and a mean are fitted to the pairs of the others and both predict its
     pairs; 1 - squared error of the line / squared error of the mean, over all tasks. Negative: the
-    metric predicts worse than saying the mean. nan below 4 tasks: no line is left to fit.
+    metric predicts worse than saying the mean. nan below 4 tasks, where no line is left to fit, and
+    where y does not vary.
     """
     x, y = _check_matrices(x, y)
     if len(x) < 4:
@@ -339,7 +340,7 @@ def predict_left_out(x: ArrayLike, y: ArrayLike) -> float:
         )
         line += np.sum((np.polyval(np.polyfit(fit_x, fit_y, 1), x_held) - y_held) ** 2)
         mean += np.sum((fit_y.mean() - y_held) ** 2)
-    return float(1 - line / mean)
+    return float(1 - line / mean) if mean > 0 else math.nan
 
 
 def task_bootstrap(
