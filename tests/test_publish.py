@@ -1,0 +1,99 @@
+"""Publishing: what the README says of a study comes from its tables; nothing is run for it."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import publish, run
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with one committed study and a notebook that shows it."""
+    for module in (publish, run):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    folder = tmp_path / "data" / "results" / "big"
+    folder.mkdir(parents=True)
+    (tmp_path / "README.md").write_text("\n".join(["# Toy", *publish.MARKS, "End"]))
+    verdicts = {"claim": "|r| is small", "paper": "p > .05", "here": "|r| 0.1", "verdict": "open"}
+    tables = {
+        "verdicts": [verdicts | {"n": "16 tasks"}, verdicts | {"claim": "it falls", "n": np.nan}],
+        "summary": [
+            {"n": 2, "arm": "default", "method": "linear", "outcome": outcome, "value": value}
+            | {"low": value - 1, "high": value + 1, "cells": 20}
+            for outcome, value in (("loss", -30), ("alone", -10), ("partners", -20))
+        ]
+        + [{"n": 2, "arm": "default", "method": "linear", "outcome": "collapsed", "value": 0.25}
+           | {"cells": 20}],
+        "effects": [
+            {"outcome": "loss", "arm": "default", "effect": effect, "share": share}
+            | {"share_low": low, "share_high": low + 0.5}
+            for effect, share, low in (("own", 0.5, 0.25), ("partner", 0.25, np.nan))
+        ],
+        "tasks": [{"kept": True}, {"kept": False}],
+        "pairs": [{}, {}, {}],
+        "merges": [{"x": 1}] * 7,
+    }  # fmt: skip
+    for name, rows in tables.items():
+        frame = pd.DataFrame(rows if name != "pairs" else [{"x": 0}] * 3)
+        frame.to_csv(folder / f"{name}.csv", index=False)
+    told = [("merges below the floor", 0, 7), ("least slack delta_max / R^2", 1.5, 7)]
+    rows = [dict(zip(("name", "value", "n"), row, strict=True)) for row in told]
+    (folder / "record_04.json").write_text(json.dumps(rows))
+    teller = run.Notebook("05_tell", "What?", [], ["verdicts.csv"])
+    monkeypatch.setattr(publish, "chain", lambda: [teller])
+    monkeypatch.setattr(publish, "declared", lambda path: {"PROFILE": "big", "OUT": "data/runs/x"})
+    return tmp_path
+
+
+def test_the_readme_tells_the_study_that_the_notebook_shows(project):
+    text = publish.readme()
+    assert "profile `big`: specialists of 1 tasks on one base model, 3 pairs, 7 merges" in text
+    assert r"| \|r\| is small | p > .05 | \|r\| 0.1 | **open** (needs 16 tasks) |" in text
+    assert "| it falls | p > .05 |" in text and "nan" not in text
+    assert "| linear | -30 [-31, -29] | -10 [-11, -9] | -20 [-21, -19] | 25% of 20 cells |" in text
+    assert "the task scored 50% [25%, 75%], its partner 25%." in text
+    assert "0 of 7 merges lie below its floor; the nearest lies 1.50 times as high" in text
+    publish.write_readme()
+    assert (project / "README.md").read_text() == text == publish.readme()
+
+
+def test_without_a_study_the_readme_says_so_and_without_marks_it_is_refused(project):
+    (project / "data" / "results" / "big" / "verdicts.csv").unlink()
+    assert "None is published yet." in publish.readme()
+    (project / "README.md").write_text("# Toy")
+    with pytest.raises(ValueError, match="README.md needs the lines"):
+        publish.readme()
+
+
+def test_two_studies_are_set_side_by_side(project):
+    other = project / "data" / "results" / "small"
+    other.mkdir()
+    (other / "verdicts.csv").write_text("claim\n")
+    row = {"estimand": "specific", "metric": "hidden_sim", "study": "big", "n_tasks": 14}
+    row |= {"r": -0.4, "low": -0.6, "high": -0.1}
+    agreed = pd.DataFrame([row, row | {"metric": "cosine"}])
+    agreed.to_csv(project / "data" / "results" / "agreement.csv", index=False)
+    assert "| pair-specific | big | 14 | -0.40 [-0.60, -0.10] |" in publish.findings()
+
+
+def test_only_a_finished_run_is_published_and_only_committed_tables_recomputed(
+    project, monkeypatch
+):
+    monkeypatch.setattr(publish, "profiles", lambda: {"big": {}})
+    with pytest.raises(ValueError, match="no notebook is finished in data/runs/big"):
+        publish.publish("big")
+    with pytest.raises(ValueError, match="unknown profile"):
+        publish.publish("bgi")
+    with pytest.raises(ValueError, match="no tables in data/results/small"):
+        publish.recompute("small")
+
+
+def test_tables_agree_to_nine_digits(tmp_path):
+    for name, value in (("a", 1.0), ("b", 1.0 + 1e-12), ("c", 1.001)):
+        pd.DataFrame({"x": [value], "word": ["y"]}).to_csv(tmp_path / f"{name}.csv", index=False)
+    assert publish._same(tmp_path / "a.csv", tmp_path / "b.csv")
+    assert not publish._same(tmp_path / "a.csv", tmp_path / "c.csv")
+    assert not publish._same(tmp_path / "none.csv", tmp_path / "a.csv")
