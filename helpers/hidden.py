@@ -482,6 +482,21 @@ def half_samples(
     return pd.concat(tables, ignore_index=True)
 
 
+def rank_agreement(readings: pd.DataFrame, reference: pd.Series) -> pd.Series:
+    """Spearman correlation of every column of `readings` with `reference`, over the same rows.
+
+    A row counts where both are known. nan for what does not vary: it orders nothing.
+    """
+    out = {}
+    for name, column in readings.items():
+        known = (column.notna() & reference.notna()).to_numpy()
+        ranks = [stats.rankdata(x.to_numpy(float)[known]) for x in (column, reference)]
+        a, b = (rank - rank.mean() if len(rank) else rank for rank in ranks)
+        norms = np.linalg.norm(a) * np.linalg.norm(b)
+        out[name] = a @ b / norms if norms > 0 else np.nan
+    return pd.Series(out)
+
+
 # Readings of the Merging Difficulty Score: several pair distances in one number. The paper calls it
 # reciprocal and leaves the formula open; the first is primary here.
 MDS_READINGS = {

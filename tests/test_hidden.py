@@ -419,6 +419,23 @@ def test_pair_table_refuses(options, message):
         hidden.pair_table(STATES, **{"labels": LABELS} | options)
 
 
+def test_rank_agreement_is_spearmans_over_what_is_known():
+    reference = pd.Series([3.0, 1.0, np.nan, 2.0, 5.0, 2.0])
+    readings = pd.DataFrame(
+        {
+            "turned": -reference,
+            "other": [1.0, 2.0, 3.0, np.nan, 4.0, 0.5],
+            "constant": 1.0,
+            "unknown": np.nan,
+        }
+    )
+    found = hidden.rank_agreement(readings, reference)
+    expected = spearmanr([3, 1, 5, 2], [1, 2, 4, 0.5]).statistic
+    assert found.to_list() == pytest.approx([-1, expected, np.nan, np.nan], nan_ok=True)
+    multi = readings.set_axis(pd.MultiIndex.from_product([["x"], readings.columns]), axis=1)
+    assert hidden.rank_agreement(multi, reference)["x", "turned"] == pytest.approx(-1)
+
+
 def test_layer_curve_is_the_measure_layer_by_layer():
     curve = hidden.layer_curve(hidden.debiased_cka, STATES[0], STATES[1])
     assert curve.tolist() == [hidden.debiased_cka(STATES[0, :, i], STATES[1, :, i]) for i in (0, 1)]
