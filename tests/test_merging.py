@@ -235,6 +235,33 @@ def test_every_method_takes_vectors_scalars_and_lazy_tensors(method, tiny_base, 
         torch.testing.assert_close(delta, dense[name])
 
 
+def weighted(method, *weights):
+    """A merge of as many models as there are weights, the same models in every call."""
+    n = len(weights)
+    grams = {"w": [x.T @ x for x in random_taus(n, seed=1)]}
+    options = {"grams": grams} if method == "regmean" else {}
+    taus, labels = random_taus(n), [str(i) for i in range(n)]
+    delta, _ = merging.merge(
+        rows(*taus, base=torch.zeros(40, 30)), method, labels, weights, **options
+    )
+    return delta["w"]
+
+
+@pytest.mark.parametrize("method", merging.METHODS)
+def test_every_method_takes_a_weight_for_each_model(method):
+    """Weights tell models apart; a model of weight zero takes no part; their common factor is the
+    merge's where the rule adds up, and cancels where it takes a mean.
+    """
+    mine = weighted(method, 0.2, 0.7, 0.1)
+    assert not torch.allclose(mine, weighted(method, 0.7, 0.2, 0.1), rtol=1e-3)
+    if method != "tsv":  # whose share of each rank is by the number of models
+        without = weighted(method, 0.2, 0.7)
+        torch.testing.assert_close(weighted(method, 0.2, 0.7, 0), without)
+    mean = merging.METHODS[method].divides or method in ("ties", "dare_ties")
+    factor = 1 if mean else 2
+    torch.testing.assert_close(weighted(method, 0.4, 1.4, 0.2), factor * mine)
+
+
 # Beyond the five --------------------------------------------------------------------------------
 
 

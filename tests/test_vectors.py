@@ -216,6 +216,15 @@ def test_what_does_not_fit_the_base_is_named(change, message):
         vectors.check(base, [vectors.open_specialist(state, "x")])
 
 
+def test_a_base_in_eight_bits_is_refused_and_float_types_may_differ():
+    state = {"a": torch.ones(2, 3)}
+    other = vectors.open_specialist({"a": torch.zeros(2, 3, dtype=torch.float16)}, "x")
+    assert taus(vectors.open_base(state), other)["a"].unique().tolist() == [-1]
+    eight = vectors.open_base({"a": torch.ones(2, 3).to(torch.float8_e4m3fn)})
+    with pytest.raises(ValueError, match="the base stores a as torch.float8_e4m3fn"):
+        vectors.check(eight, [other])
+
+
 def test_equal_labels_and_foreign_bases_are_refused(tiny_base, tiny_adapters, tmp_path):
     base = vectors.open_base(tiny_base)
     with pytest.raises(ValueError, match="different labels"):
