@@ -13,6 +13,7 @@ import html
 import json
 import math
 import shlex
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -129,16 +130,21 @@ def _folder(model: str) -> Path:
     return path if path.is_dir() else assets.model_folder(model)
 
 
+def is_decoder(base: str) -> bool:
+    """Whether a model's configuration names an architecture that writes text from left to right."""
+    config = json.loads((assets.model_folder(base) / "config.json").read_text(encoding="utf-8"))
+    return any(kind.endswith("CausalLM") for kind in config.get("architectures") or [])
+
+
 def open_models(base: str, models: Mapping[str, str]) -> list[vectors.Row]:
     """The task vectors of `models` (by label), as rows that hold no data yet.
 
     Raises ValueError, with the first reason, for models that cannot be merged into this base:
     other shapes or tensors, another vocabulary, adapters whose recorded base is not this one.
     """
+    if not is_decoder(base):
+        raise ValueError(f"{base} is no decoder: advice reads the state of a prompt's last token")
     folder = assets.model_folder(base)
-    kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
-    if not any(kind.endswith("CausalLM") for kind in kinds or [""]):
-        raise ValueError(f"{base} is no decoder ({kinds}): advice reads the state of a last token")
     source = vectors.open_base(folder)
     specialists = [vectors.open_specialist(_folder(model), x) for x, model in models.items()]
     if any(s.base_digest for s in specialists) and not source.base_digest:
@@ -205,7 +211,6 @@ class Reading(NamedTuple):
     states: NDArray
     moved: NDArray
     doses: pd.DataFrame
-    seconds: float
 
 
 def read(
@@ -218,14 +223,14 @@ def read(
 ) -> Reading:
     """Forward passes over the probes: one of the base, one of each model (by label).
 
-    Prints first what it will cost. The base is loaded once, in float32; each model is its base plus
+    Says first what it will cost. The base is loaded once, in float32; each model is its base plus
     its task vector while it is read. Raises ValueError, before any pass, for what `open_models` and
     `weight_distances` refuse and for examples of a model that is not there.
     """
     labelled = labelled or {}
     for name in labelled.keys() - models.keys():
         raise ValueError(f"labelled examples of {name}, which is none of {', '.join(models)}")
-    start, labels = time.perf_counter(), list(models)
+    labels = list(models)
     rows = open_models(base, models)
     moved = weight_distances(rows, labels)
     model, tokenizer = assets.load_model(base, device=device)
@@ -246,7 +251,7 @@ def read(
             with vectors.applied(model, merging.dose(rows, i, dose)):
                 curves.append({"task": label, "dose": dose, "score": score(label)})
     doses = pd.DataFrame(curves, columns=["task", "dose", "score"])
-    return Reading(labels, np.array(states), moved, doses, time.perf_counter() - start)
+    return Reading(labels, np.array(states), moved, doses)
 
 
 def _print_cost(model, rows, encoded, labels, labelled, batch_size: int) -> None:
@@ -263,7 +268,8 @@ def _print_cost(model, rows, encoded, labels, labelled, batch_size: int) -> None
     print(
         f"{1 + len(labels)} passes over {len(encoded)} probes{examples}: {tokens:,} tokens, about "
         f"{rate * tokens / 60:.1f} minutes{' and the examples' if solved else ''}, "
-        f"{4 * (parameters + dense) / 1e9:.1f} GB of memory"
+        f"{4 * (parameters + dense) / 1e9:.1f} GB of memory",
+        file=sys.stderr,  # like progress bars: it differs between machines
     )
 
 
@@ -630,8 +636,13 @@ def _loss(made: Recommendation) -> str:
     return f"; predicted loss of its worst pair {made.predicted:.0f} %{span}"
 
 
-def write_report(told: Advice, file: Path) -> list[Path]:
-    """The advice as `file` (HTML, whole in itself) and, beside it, as JSON and a figure."""
+def write_report(
+    told: Advice, file: Path, more: Mapping[str, pd.DataFrame] | None = None
+) -> list[Path]:
+    """The advice as `file` (HTML, whole in itself) and, beside it, as JSON and a figure.
+
+    `more`: further tables for the page, by heading.
+    """
     with plt.style.context(figures.STYLE):
         caption = " ".join(CAPTION.format(n=told.probes).split())
         drawn = draw(told)
@@ -654,7 +665,9 @@ def write_report(told: Advice, file: Path) -> list[Path]:
     with atomic_write(file.with_suffix(".json")) as part:
         part.write_text(json.dumps(_defined(content), indent=1) + "\n", encoding="utf-8")
     with atomic_write(file) as part:
-        part.write_text(_page(told, frames, made, picture, caption), encoding="utf-8")
+        part.write_text(
+            _page(told, frames | (more or {}), made, picture, caption), encoding="utf-8"
+        )
     return [file, file.with_suffix(".json"), picture]
 
 
@@ -689,7 +702,7 @@ def _page(told: Advice, frames, made: list[dict], picture: Path, caption: str) -
     for name, frame in frames.items():
         if len(frame):
             cells = frame.to_html(index=False, border=0, float_format=lambda x: f"{x:.3f}")
-            parts += [f"<h2>{titles[name]}</h2>", cells]
+            parts += [f"<h2>{html.escape(titles.get(name, name))}</h2>", cells]
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8">\n<title>{html.escape(title)}'

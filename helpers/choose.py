@@ -462,13 +462,13 @@ def over_tasks(
     """Mean of a column over groups, with a percentile interval over tasks; n = tasks.
 
     Tasks are drawn with replacement; a group ("a+b") counts as often as the product of the draws of
-    its members, so groups that share tasks move together. Nothing to average: nan.
+    its members, so groups that share tasks move together. A single group has no interval (nan).
     """
-    if table.empty:
-        return Interval(math.nan, math.nan, math.nan, 0)
     members = [name.split("+") for name in table["group"]]
     tasks, at = np.unique(np.array(members), return_inverse=True)
     values, n = table[column].to_numpy(float), len(tasks)
+    if table["group"].nunique() < 2:
+        return Interval(float(values.mean()), math.nan, math.nan, n)
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
     weight = drawn[:, at.reshape(len(members), -1)].prod(2)
     total = weight.sum(1)

@@ -134,10 +134,9 @@ def test_the_least_dose_that_keeps_the_score():
 
 
 def run(capsys, *argv):
-    """Exit code, standard output, and the last line of standard error."""
+    """Exit code, standard output, standard error."""
     code = main([str(word) for word in argv])
-    out, err = capsys.readouterr()
-    return code, out, err.strip().splitlines()[-1] if err.strip() else ""
+    return code, *capsys.readouterr()
 
 
 def test_models_of_ones_own_are_advised_on_merged_and_run(
@@ -147,12 +146,12 @@ def test_models_of_ones_own_are_advised_on_merged_and_run(
     examples = [{"prompt": f"say {i}:", "answer": str(i % 2)} for i in range(4)]
     solved.write_text("\n".join(map(json.dumps, examples)))
     models, report = [*tiny_adapters[:2], checkpoint], tmp_path / "told.html"
-    code, out, _ = run(
+    code, out, err = run(
         capsys, "advise", "--base", tiny_base, "--models", *models, "--probes", probes,
         "--report", report, "--labelled", f"tuned={solved}",
     )  # fmt: skip
     assert code == 0
-    assert out.index("4 passes over 24 probes and 20 labelled examples") < out.index("hardest")
+    assert "4 passes over 24 probes and 20 labelled examples" in err
     told = json.loads(report.with_suffix(".json").read_text())
     assert [r["title"] for r in told["recommendations"]][:3] == ["all", "keep 2", "minimax"]
     assert {row["model"] for row in told["models"]} == {"task1", "task2", "tuned"}
@@ -236,7 +235,7 @@ def test_an_unstable_ranking_and_distances_out_of_range_are_said():
     rng = np.random.default_rng(0)
     states = rng.normal(size=(4, 6, 8))  # three unrelated models, six probes
     doses = pd.DataFrame(columns=["task", "dose", "score"])
-    reading = advise.Reading(["a", "b", "c"], states, np.full(3, 0.01), doses, 0.0)
+    reading = advise.Reading(["a", "b", "c"], states, np.full(3, 0.01), doses)
     measured = pd.DataFrame(
         {"task_a": list("pppqqr"), "task_b": list("qrsrss"), "hidden_sim_pool": [0.1, 0.2, 0.3] * 2}
     ).assign(method="ties", loss=[-10.0, -20, -30, -12, -21, -33])
@@ -300,8 +299,9 @@ def test_models_that_cannot_be_merged_are_refused(
     code, out, err = run(
         capsys, "advise", "--base", tiny_base, "--models", tiny_adapters[0], odd, "--probes", probes
     )
-    assert code == 2 and err.startswith("error: ") and message in err
-    assert "passes" not in out  # before any long work
+    said = err.strip().splitlines()[-1]
+    assert code == 2 and said.startswith("error: ") and message in said
+    assert "passes" not in err  # before any long work
 
 
 @pytest.mark.parametrize(
