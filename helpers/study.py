@@ -283,6 +283,8 @@ def at_dose(
 
     An encoder has the specialist's own head at every dose, 0 included.
     """
+    if dose == 0 and not bench.encoder:
+        return visit(bench, BASE, dict, [label], probed)
     record, make = delta_at(bench, label, dose)
     return visit(bench, record["digest"], make, [label], probed)
 
