@@ -141,17 +141,29 @@ def predict(line: Line, x: ArrayLike, level: float = LEVEL) -> pd.DataFrame:
 def held_out(table: pd.DataFrame, x: str = "hidden_sim", level: float = LEVEL) -> pd.DataFrame:
     """The table of pairs with predictions by lines, intervals and all, that saw neither task.
 
-    Adds predicted, low, high, outside and covered (nan without an interval: below 7 tasks).
+    Adds predicted, low, high, outside, covered (nan without an interval: below 7 tasks) and mean,
+    the mean loss of the pairs that the line was fitted to. Without hurt tasks the rest looks good,
+    so predictions of unrelated losses correlate *negatively* with them: judge by `skill`.
     """
     names, rows = table[["task_a", "task_b"]].to_numpy(str), []
     for k, ends in enumerate(names):
         others = table[~np.isin(names, ends).any(1)]
         enough = len(others) >= FEWEST_PAIRS
         line = fit(others, x) if enough else Line(*[math.nan] * 6)
-        rows.append(predict(line, table[x].iloc[[k]], level))
+        told = predict(line, table[x].iloc[[k]], level)
+        rows.append(told.assign(mean=others["loss"].mean() if enough else math.nan))
     found = pd.concat(rows).set_axis(table.index)
     covered = table["loss"].between(found["low"], found["high"]).astype(float)
     return table.join(found).assign(covered=covered.where(found["low"].notna()))
+
+
+def skill(table: pd.DataFrame) -> float:
+    """1 - squared misses of the predictions / those of saying the mean, of a table of `held_out`.
+
+    0: the distance adds nothing to knowing what merges cost on average; negative: it misleads.
+    """
+    misses = [((table["loss"] - table[x]) ** 2).sum() for x in ("predicted", "mean")]
+    return float(1 - misses[0] / misses[1]) if table["predicted"].notna().any() else math.nan
 
 
 # --- what committed studies say ------------------------------------------------------------------

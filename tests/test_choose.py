@@ -84,8 +84,11 @@ def test_a_held_out_prediction_sees_neither_of_its_tasks():
         assert before.loc[touched, name].tolist() == after.loc[touched, name].tolist()
     assert not np.allclose(before.loc[~touched, "predicted"], after.loc[~touched, "predicted"])
     assert set(before["covered"]) <= {0.0, 1.0}
+    same = pair_frame(x, hidden_sim=x, loss=-30 - 5 * x)
+    assert choose.skill(choose.held_out(same)) == pytest.approx(1)
+    assert choose.skill(before.assign(predicted=before["mean"])) == 0
     few = choose.held_out(table[~table["task_b"].isin(list("DEFGH"))])  # A, B, C
-    assert few[["predicted", "covered"]].isna().all(axis=None)
+    assert few[["predicted", "covered"]].isna().all(axis=None) and math.isnan(choose.skill(few))
 
 
 # --- swaps and subsets --------------------------------------------------------------------------
