@@ -127,7 +127,10 @@ def recompute(profile: str) -> Path:
     names = [file for notebook in notebooks for file in notebook.published]
     stale = [file for file in names if not _same(tables / file, out / file)]
     if stale:
-        raise ValueError(f"{', '.join(stale)} in data/results/{profile} differ from {out}")
+        raise ValueError(
+            f"data/results/{profile} lacks or holds other values of {', '.join(stale)} than those "
+            f"now in {out.relative_to(ROOT)}; refresh the profile"
+        )
     print(f"Equal to data/results/{profile}: {', '.join(names)}. Figures: {out / 'figures'}")
     return out
 
