@@ -344,7 +344,7 @@ def _local(path: Path) -> Path:
     suffixes = {file.suffix for file in files}
     ggufs = [file for file in files if file.suffix == ".gguf"]
     if path.is_dir() and (weights := _weight_files(path)):
-        if not (path / "config.json").exists():
+        if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise AssetError(f"{path} has safetensors but no config.json: name a model's folder.")
         for file in weights:
             try:

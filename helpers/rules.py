@@ -230,7 +230,7 @@ def cut_at(tau: Tensor | Lazy, k: int) -> Cut:
         if 0 < k - above <= len(values):
             break
         if k - above > len(values) and low == SMALLEST:
-            return Cut(0.0, -1, numel - above - len(values))
+            return Cut(0.0, -1, int(numel - above - len(values)))
     rest = len(values) - (k - above)
     # Magnitudes order as their bits, which are selected twice as fast.
     threshold = np.partition(values.view(np.int32), rest).view(np.float32)[rest]

@@ -330,13 +330,14 @@ def _check_inputs(steps: list[Step]) -> None:
 
 
 def _surroundings() -> str:
-    """Digest of what every notebook depends on: helpers, data/*.toml, pins, measured minutes.
+    """Digest of what every notebook depends on: helpers, data files, pins, measured minutes.
 
     The profiles and the list of notebooks come in through the parameters; results depend on us.
     """
     helpers = Path(__file__).parent
     files = [*helpers.glob("*.py"), *helpers.glob("*.mplstyle"), ROOT / "requirements.txt"]
     files += (ROOT / "data" / "results").glob("minutes.json")
+    files += (ROOT / "data").glob("*.txt")
     files += [
         path
         for path in (ROOT / "data").glob("*.toml")

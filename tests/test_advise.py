@@ -18,14 +18,13 @@ from helpers.__main__ import main
 from helpers.tasks import encode_prompt
 
 
-def save_checkpoint(folder, base, seed=5, size=0.02, among="proj"):
-    """`base` with those parameters moved at random whose names hold `among`, by transformers."""
+def save_checkpoint(folder, base, seed=5, size=0.02):
+    """`base` with all its parameters moved at random, by transformers."""
     model = LlamaForCausalLM.from_pretrained(base)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if among in name:
-                parameter += size * torch.randn(parameter.shape, generator=generator)
+        for parameter in model.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
     tiny.byte_tokenizer().save_pretrained(folder)
     return folder
@@ -196,8 +195,7 @@ def test_states_are_those_of_the_models_themselves(
         expected = hidden.prompt_states(model.eval(), encoded)[:, -1]
         np.testing.assert_allclose(state, expected, rtol=1e-3, atol=1e-5)
     base, _, full = (
-        torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "proj" in name])
-        for model in alone
+        torch.cat([p.detach().flatten() for p in model.parameters()]) for model in alone
     )
     moved = (full - base).norm() / base.norm()
     assert reading.moved[1] == pytest.approx(float(moved), rel=1e-4)

@@ -220,6 +220,8 @@ def test_zero_task_vectors_give_a_zero_delta(method):
     delta, report = merging.merge(rows(zero, zero), method, BOTH)
     assert not delta["w"].any()
     assert report.effective_scale == report.rho2 == 0
+    beside, told = merging.merge(rows(zero, torch.ones(4, 6)), method, BOTH)
+    assert beside["w"].isfinite().all() and json.dumps(told.as_dict())
 
 
 @pytest.mark.parametrize("method", CLOSED)
