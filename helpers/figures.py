@@ -38,7 +38,7 @@ LOOKS: dict[str, dict[str, str]] = {
     "iso_c": {"label": "Iso-C", "color": SKY, "marker": "p"},
     "tsv": {"label": "TSV", "color": SKY, "marker": "h"},
     "regmean": {"label": "RegMean", "color": BLACK, "marker": "*"},
-    "chebyshev": {"label": "Chebyshev", "color": BLUE, "marker": "8"},
+    "chebyshev": {"label": "Chebyshev", "color": BLACK, "marker": "8"},
     "prism": {"label": "PRISM", "color": BLACK, "marker": ">"},
 }
 

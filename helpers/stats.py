@@ -338,7 +338,9 @@ def predict_left_out(x: ArrayLike, y: ArrayLike) -> float:
         (fit_x, fit_y), (x_held, y_held) = (
             (x[rows[part], columns[part]], y[rows[part], columns[part]]) for part in (~held, held)
         )
-        line += np.sum((np.polyval(np.polyfit(fit_x, fit_y, 1), x_held) - y_held) ** 2)
+        # a metric that only the task left out sets apart has no slope without it
+        fitted = np.polyfit(fit_x, fit_y, 1) if np.ptp(fit_x) > 0 else [fit_y.mean()]
+        line += np.sum((np.polyval(fitted, x_held) - y_held) ** 2)
         mean += np.sum((fit_y.mean() - y_held) ** 2)
     return float(1 - line / mean) if mean > 0 else math.nan
 

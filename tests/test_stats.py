@@ -463,3 +463,10 @@ def test_the_merging_loss_is_one_formula_in_two_rooms(rng):
     theirs = [evaluate.merging_loss(m, s) for m, s in zip(merged, specialist, strict=True)]
     np.testing.assert_array_equal(ours, theirs)
     assert np.isnan(ours[-1])
+
+
+def test_a_metric_that_one_task_alone_sets_apart_predicts_the_mean_without_it():
+    x = np.zeros((4, 4))
+    x[0, 1:] = x[1:, 0] = 1.0
+    y = np.array([[0, 3, 1, 2], [3, 0, 4, 5], [1, 4, 0, 6], [2, 5, 6, 0]], float)
+    assert np.isfinite(stats.predict_left_out(x, y))
