@@ -1,7 +1,8 @@
-"""The command line: python -m helpers run|refresh|merge|advise."""
+"""The command line: python -m helpers run|refresh|merge|advise|students."""
 
 import argparse
 import sys
+from pathlib import Path
 
 from helpers import supported
 
@@ -45,6 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         "--readme", action="store_true", help="only bring the README's tables up to date"
     )
 
+    students_parser = commands.add_parser(
+        "students", help="write copies of the notebooks with the exercises left to do"
+    )
+    students_parser.add_argument("folder")
+
     commands.add_parser("merge", add_help=False, help="merge checkpoints or adapters")
     commands.add_parser("advise", add_help=False, help="say before merging which will go together")
 
@@ -66,6 +72,10 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
     try:
         if arguments.command == "run":
             run(arguments.profile, arguments.only, typed(arguments.parameters))
+        elif arguments.command == "students":
+            from helpers.students import write_copies
+
+            print(*write_copies(Path(arguments.folder)), sep="\n")
         elif arguments.command == "refresh":
             from helpers import publish
 

@@ -667,14 +667,25 @@ def beside_paper(groups: pd.DataFrame, related: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["what", "paper", "here", "right test"]).set_index("what")
 
 
-def agreement(studies: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The declared correlations of each study and, from two studies on, pooled.
+def apart(tasks: dict[str, set[str]]) -> list[str]:
+    """Studies that share no task: from the largest down, each that shares none with those taken."""
+    taken: list[str] = []
+    for study in sorted(tasks, key=lambda name: (-len(tasks[name]), name)):
+        if all(tasks[study].isdisjoint(tasks[other]) for other in taken):
+            taken.append(study)
+    return taken
 
-    `studies`: profile -> its statistics.csv. One row per estimand, metric and study: r, low, high,
-    n_tasks; and one `pooled` over studies of 5 tasks or more (`stats.pool_correlations`), with i2.
-    Studies that share tasks or a base are no independent replications: the pooled interval tells
-    how far these studies agree, not what other tasks would give.
+
+def agreement(studies: dict[str, pd.DataFrame], tasks: dict[str, set[str]]) -> pd.DataFrame:
+    """The declared correlations of each study and, from two studies `apart` on, pooled.
+
+    `studies`: profile -> its statistics.csv; `tasks`: profile -> its tasks. One row per estimand,
+    metric and study: r, low, high, n_tasks; and one `pooled` over the studies of 5 tasks or more
+    that share no task (`stats.pool_correlations`), with i2. Shared tasks would count one
+    observation twice. Studies on one base are still no independent replications: the pooled
+    interval tells how far they agree, not what another base would give.
     """
+    independent = apart(tasks)
     rows = []
     declared = [
         table[table["family"] == "declared"].assign(study=name) for name, table in studies.items()
@@ -686,7 +697,7 @@ def agreement(studies: dict[str, pd.DataFrame]) -> pd.DataFrame:
             one = of[["study", "n_tasks", *ends]].rename(columns=ends)
             one = one.assign(estimand=estimand, metric=metric)
             rows += one.to_dict("records")
-            kept = one[(one["n_tasks"] >= 5) & one["r"].notna()]
+            kept = one[(one["n_tasks"] >= 5) & one["r"].notna() & one["study"].isin(independent)]
             if len(kept) >= 2:
                 n = kept["n_tasks"]
                 se = [stats.specific_se(k) if specific else 1 / math.sqrt(k - 3) for k in n]

@@ -295,8 +295,11 @@ def write_agreement() -> None:
     from helpers.findings import agreement
 
     told = {name: pd.read_csv(folder / "statistics.csv") for name, folder in studies().items()}
+    tasks = {
+        name: set(pd.read_csv(folder / "losses.csv")["task"]) for name, folder in studies().items()
+    }
     if told:
-        write_table(ROOT / "data" / "results" / "agreement.csv", agreement(told))
+        write_table(ROOT / "data" / "results" / "agreement.csv", agreement(told, tasks))
 
 
 def findings() -> str:
@@ -386,7 +389,7 @@ def _bound_sentence(folder: Path) -> str:
 
 
 def _agreement_table(known: dict[str, Path]) -> list[str]:
-    """Hidden distance and loss in every study and pooled, from two studies on."""
+    """Hidden distance and loss in every study, and pooled where studies share no task."""
     if len(known) < 2:
         return []
     agreed = pd.read_csv(ROOT / "data" / "results" / "agreement.csv")
@@ -400,7 +403,7 @@ def _agreement_table(known: dict[str, Path]) -> list[str]:
         }
         for row in agreed[agreed["metric"] == "hidden_sim"].to_dict("records")
     ]
-    note = "*Studies that share tasks or a base are no independent replications.*"
+    note = "*Studies that share tasks are not pooled; those on one base are no replications.*"
     return ["", *_markdown(rows), "", note]
 
 

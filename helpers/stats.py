@@ -480,14 +480,17 @@ def pool_correlations(r: ArrayLike, se: ArrayLike) -> dict[str, float]:
     """Random-effects meta-analysis of correlations over studies, on Fisher's z.
 
     `se`: standard errors of z. Paule-Mandel tau^2, Hartung-Knapp-Sidik-Jonkman interval (t with
-    k - 1 degrees of freedom). Returns r, low, high, tau2, i2, k. Raises ValueError below 2 studies.
+    k - 1 degrees of freedom), never narrower than without their correction: a few studies that
+    agree by luck would give one of almost no width (Roever, Knapp & Friede 2015). Returns r, low,
+    high, tau2, i2, k. Raises ValueError below 2 studies.
     """
     r, se = np.asarray(r, float), np.asarray(se, float)
     if len(r) < 2:
         raise ValueError("a meta-analysis needs two studies or more")
     found = combine_effects(np.arctanh(r), se**2, method_re="iterated", use_t=True)
-    low, high = found.conf_int()[3]  # fixed, random, fixed with HKSJ, random with HKSJ
-    pooled = np.tanh([found.mean_effect_re, low, high])
+    spread = max(found.sd_eff_w_re, found.sd_eff_w_re_hksj)
+    reach = stats.t.ppf(0.975, len(r) - 1) * spread
+    pooled = np.tanh(found.mean_effect_re + reach * np.array([0, -1, 1]))
     out = dict(zip(("r", "low", "high"), map(float, pooled), strict=True))
     return out | {"tau2": float(found.tau2), "i2": float(found.i2), "k": len(r)}
 

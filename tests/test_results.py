@@ -151,7 +151,8 @@ def test_agreement_follows_from_the_studies():
         pytest.skip("no study's findings are committed yet")
     studies = {study: table(study, "statistics.csv") for study in FOUND}
     written = pd.read_csv(RESULTS / "agreement.csv")
-    pd.testing.assert_frame_equal(written, findings.agreement(studies), check_dtype=False)
+    tasks = {study: set(table(study, "losses.csv")["task"]) for study in FOUND}
+    pd.testing.assert_frame_equal(written, findings.agreement(studies, tasks), check_dtype=False)
 
 
 # --- described -----------------------------------------------------------------------------------

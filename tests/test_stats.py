@@ -271,6 +271,8 @@ def test_pooled_correlations_equal_the_formulas_by_hand():
     np.testing.assert_allclose(
         [found["r"], found["low"], found["high"]], np.tanh([mean, mean - reach, mean + reach])
     )
+    alike = stats.pool_correlations([0.2, 0.2001], [0.3, 0.3])
+    assert np.arctanh(alike["high"]) - np.arctanh(0.2) > 1.96 * 0.3 / np.sqrt(2)
     with pytest.raises(ValueError, match="two studies"):
         stats.pool_correlations([0.1], [0.1])
 

@@ -1,0 +1,50 @@
+"""Student copies: the answers are gone, the checks are there and not yet satisfied."""
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from helpers import students
+from helpers.records import ROOT
+
+SOLVED = sorted(
+    path
+    for path in (ROOT / "notebooks").glob("*.ipynb")
+    if '"solution"' in path.read_text(encoding="utf-8")
+)
+
+
+def test_a_solution_becomes_the_names_it_defines():
+    solution = (
+        "import math\nweights: list = [0.5]\na, b = 1, 2\ndef area(r):\n    return math.pi * r"
+    )
+    cells = [
+        new_code_cell("x = 1", outputs=[new_output("stream", text="1")], execution_count=3),
+        new_code_cell(solution, metadata={"tags": ["solution"]}),
+    ]
+    plain, asked = students.student_copy(new_notebook(cells=cells)).cells
+    assert (plain.source, plain.outputs, plain.execution_count) == ("x = 1", [], None)
+    assert asked.source.splitlines()[1:] == ["weights = ...", "a = ...", "b = ...", "area = ..."]
+    assert cells[1].source == solution, "the original keeps its solution"
+
+
+def test_there_are_exercises():
+    assert len(SOLVED) >= 5
+
+
+@pytest.mark.parametrize("path", SOLVED, ids=lambda path: path.stem)
+def test_no_copy_holds_an_answer_and_all_else_is_as_it_was(path):
+    book = nbformat.read(path, as_version=4)
+    copy = students.student_copy(book)
+    for original, left in zip(book.cells, copy.cells, strict=True):
+        if "solution" in original.metadata.get("tags", []):
+            assert " = ..." in left.source and original.source not in left.source
+        else:
+            assert left.source == original.source
+        assert not left.get("outputs")
+
+
+def test_copies_are_written_for_all_notebooks(tmp_path):
+    written = students.write_copies(tmp_path / "class")
+    assert [p.name for p in written] == sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb"))
+    assert all(nbformat.read(path, as_version=4).cells for path in written)
