@@ -5,6 +5,8 @@ tables can be committed, in data/results/<profile>; a committed notebook is an e
 profile's run, the one that its parameters cell names (`shows`).
 """
 
+import base64
+import io
 import json
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ from typing import Any
 
 import nbformat
 import pandas as pd
+from PIL import Image
 
 from helpers.page import figures_of
 from helpers.records import REVISION, ROOT, atomic_write, revision, store, write_table
@@ -36,6 +39,7 @@ MARKS = (
     "<!-- notebooks: written by `python -m helpers refresh` -->",
     "<!-- end of notebooks -->",
 )
+LARGE = 200_000  # characters of a picture in a notebook, beyond which it is made lighter
 
 
 def refresh(profile: str = "demo", reuse: bool = False) -> None:
@@ -233,7 +237,19 @@ def _stable(output: Any) -> Any:
         return output if output.name == "stdout" else None
     if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
         return None  # a widget shows nothing without its kernel
+    if len(output.get("data", {}).get("image/png", "")) > LARGE:
+        output.data["image/png"] = _in_few_colours(output.data["image/png"])
     return output
+
+
+def _in_few_colours(png: str) -> str:
+    """A figure (base64) with a palette of its 256 main colours; one that has a palette stays."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    if picture.mode == "P":
+        return png
+    light = io.BytesIO()
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(light, "PNG", optimize=True)
+    return base64.b64encode(light.getvalue()).decode() + "\n"
 
 
 def _write_minutes(profile: str, results: Path) -> None:

@@ -1,10 +1,14 @@
 """Publishing: what the README says of a study comes from its tables; nothing is run for it."""
 
+import base64
+import io
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
 
 from helpers import publish, run
 
@@ -97,3 +101,18 @@ def test_tables_agree_to_nine_digits(tmp_path):
     assert publish._same(tmp_path / "a.csv", tmp_path / "b.csv")
     assert not publish._same(tmp_path / "a.csv", tmp_path / "c.csv")
     assert not publish._same(tmp_path / "none.csv", tmp_path / "a.csv")
+
+
+def test_a_large_picture_is_made_lighter_once():
+    rng = np.random.default_rng(0)
+    pixels = np.repeat(rng.integers(0, 255, (200, 300, 3), np.uint8), 2, axis=0)
+    whole = io.BytesIO()
+    Image.fromarray(pixels).save(whole, "PNG")
+    data = {"image/png": base64.b64encode(whole.getvalue()).decode()}
+    cell = new_code_cell("draw()", outputs=[new_output("display_data", data)])
+    once = publish.normalised(new_notebook(cells=[cell]))
+    light = once.cells[0].outputs[0].data["image/png"]
+    assert len(light) < len(data["image/png"]) / 2
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(light))).convert("RGB"), int)
+    assert seen.shape == pixels.shape and np.abs(seen - pixels).mean() < 25
+    assert publish.normalised(once).cells[0].outputs[0].data["image/png"] == light
