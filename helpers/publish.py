@@ -128,7 +128,8 @@ def recompute(profile: str) -> Path:
             papermill.execute_notebook(
                 notebook.path, target, named, cwd=ROOT, kernel_name="python3", progress_bar=False
             )
-    names = [file for notebook in notebooks for file in notebook.published]
+    # tables, not records: 06 records the advice too, which takes a model
+    names = [file for notebook in notebooks for file in notebook.produces]
     stale = [file for file in names if not _same(tables / file, out / file)]
     if stale:
         raise ValueError(
