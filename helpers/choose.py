@@ -321,8 +321,7 @@ def criteria(
 
     @cache
     def lost_alone(task: str, n: int) -> float:
-        scores = [evaluate.read_dose(curves[task], dose, "score") for dose in (1 / n, 1.0)]
-        return evaluate.merging_loss(*scores)
+        return evaluate.dose_loss(curves[task], 1 / n)
 
     def without(held: frozenset[str]) -> pd.DataFrame:
         return known[~(known["task_a"].isin(held) | known["task_b"].isin(held))]

@@ -244,3 +244,8 @@ def read_dose(curve: pd.DataFrame, dose: float, column: str = "correct") -> floa
     """
     points = curve.sort_values("dose")
     return float(np.interp(dose, points["dose"], points[column], left=np.nan, right=np.nan))
+
+
+def dose_loss(curve: pd.DataFrame, dose: float) -> float:
+    """Merging loss (%) at a share of the own task vector, no partner, by the curve (`score`)."""
+    return merging_loss(read_dose(curve, dose, "score"), read_dose(curve, 1.0, "score"))

@@ -17,9 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from helpers.hidden import blocks_of
 from helpers.rules import gram_matrix
+from helpers.specialists import IGNORED
 from helpers.tasks import Task, encode_answer, encode_prompt, length_buckets, pad
-
-IGNORED = -100  # label of a position that the loss does not count
 
 
 class Kept(NamedTuple):

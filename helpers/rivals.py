@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from helpers.evaluate import merging_loss, read_dose
+from helpers.evaluate import dose_loss, read_dose
 from helpers.tasks import Task, encode_answer
 
 PAIR = ["task_a", "task_b"]
@@ -87,7 +87,7 @@ def of_tasks(losses: pd.DataFrame, doses: pd.DataFrame, training: pd.DataFrame) 
     known = losses.groupby("task").first()
     curves = dict(list(doses.groupby("task")))
     table = pd.DataFrame(index=known.index)
-    table["dose_loss"] = [_loss_at(curves[task], 0.5) for task in table.index]
+    table["dose_loss"] = [dose_loss(curves[task], 0.5) for task in table.index]
     table["dose_nll"] = [
         read_dose(curves[task], 0.5, "nll") - read_dose(curves[task], 1.0, "nll")
         for task in table.index
@@ -98,10 +98,6 @@ def of_tasks(losses: pd.DataFrame, doses: pd.DataFrame, training: pd.DataFrame) 
     table["nll_gain"] = known.nll_base - known.nll_specialist
     table["steps"] = training.groupby("task").step.max()
     return table
-
-
-def _loss_at(curve: pd.DataFrame, dose: float) -> float:
-    return merging_loss(read_dose(curve, dose, "score"), read_dose(curve, 1.0, "score"))
 
 
 def means(tasks: pd.DataFrame) -> pd.DataFrame:
@@ -124,7 +120,7 @@ def dose_losses(pairs: pd.DataFrame, doses: pd.DataFrame, weight: float) -> pd.S
         ratio = pair.norm_b / pair.norm_a
         reached = weight * (1 + pair.cosine * ratio), weight * (1 + pair.cosine / ratio)
         tasks = pair.task_a, pair.task_b
-        out.append(np.mean([_loss_at(curves[t], c) for t, c in zip(tasks, reached, strict=True)]))
+        out.append(np.mean([dose_loss(curves[t], c) for t, c in zip(tasks, reached, strict=True)]))
     return pd.Series(out, index=pairs.index)
 
 
