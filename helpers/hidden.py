@@ -497,6 +497,38 @@ def rank_agreement(readings: pd.DataFrame, reference: pd.Series) -> pd.Series:
     return pd.Series(out)
 
 
+def probe_bootstrap(
+    distances: ArrayLike, draws: int = 1000, seed: int = 0
+) -> tuple[NDArray, NDArray]:
+    """95 % interval of the mean of every pair's `distances` (pairs, tasks, probes), over probes.
+
+    A draw takes the same probes of a task for all pairs' first tasks, and for all second ones.
+    """
+    distances, rng = np.asarray(distances), np.random.default_rng(seed)
+    at = rng.integers(distances.shape[2], size=(draws, *distances.shape[1:]))
+    drawn = np.take_along_axis(distances[:, None], at[None], axis=3).mean(axis=(2, 3))
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
+    return low, high
+
+
+def probe_counts(
+    distances: ArrayLike, counts: Iterable[int], harm: pd.Series, draws: int = 100, seed: int = 0
+) -> pd.DataFrame:
+    """How few probes would do? `distances` (pairs, tasks, probes) on k of them, `draws` times.
+
+    Columns family ("probes"), reading, x (k), agreement: Spearman correlation over pairs of their
+    mean distance with that on the probes not drawn; harm: with `harm` (one value a pair).
+    """
+    distances, rng, out = np.asarray(distances), np.random.default_rng(seed), []
+    for k in [*counts] * draws:
+        parts = np.split(rng.permutation(distances.shape[2]), [k])
+        inside, unseen = (pd.Series(distances[:, :, at].mean(axis=(1, 2))) for at in parts)
+        marks = {"agreement": unseen, "harm": harm}
+        found = {name: inside.corr(mark, "spearman") for name, mark in marks.items()}
+        out.append({"family": "probes", "reading": "hidden_sim", "x": k} | found)
+    return pd.DataFrame(out)
+
+
 # Readings of the Merging Difficulty Score: several pair distances in one number. The paper calls it
 # reciprocal and leaves the formula open; the first is primary here.
 MDS_READINGS = {

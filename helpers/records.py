@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,15 +103,20 @@ def finished(step: str, version: int, determinants: dict) -> bool:
     return (store() / step / key(step, version, determinants)).exists()
 
 
+_asked: dict[Path, None] = {}  # the results that this process has asked for, in order
+
+
 def cached(step: str, version: int, determinants: dict, compute: Callable[[Path], None]) -> Path:
     """Folder of the step's result, computed only if no earlier run has finished it.
 
-    `compute(folder)` fills an empty folder; `determinants.json` is added and the folder renamed to
-    store()/step/key. Two processes that want the same result do not both compute it: the second
-    waits for the first. A lock dies with its process: after `kill -9` the next call starts over.
+    `compute(folder)` fills an empty folder; `determinants.json` is added (what it was made from and
+    what it cost) and the folder renamed to store()/step/key. Two processes that want the same
+    result do not both compute it: the second waits for the first. A lock dies with its process:
+    after `kill -9` the next call starts over.
     """
     name = key(step, version, determinants)
     done = store() / step / name
+    _asked[done] = None
     if done.exists():
         return done
     done.parent.mkdir(parents=True, exist_ok=True)
@@ -123,12 +129,34 @@ def cached(step: str, version: int, determinants: dict, compute: Callable[[Path]
         if part.exists():  # left by a killed run: we hold the lock, so nobody is filling it
             shutil.rmtree(part)
         part.mkdir()
+        start, cpu = time.perf_counter(), time.process_time()
         compute(part)
         made_from = {"step": step, "version": version, "determinants": determinants}
+        made_from["seconds"] = time.perf_counter() - start
+        made_from["cpu_seconds"] = time.process_time() - cpu
         (part / "determinants.json").write_text(json.dumps(made_from, indent=1, sort_keys=True))
         part.rename(done)
         lock_path.unlink()  # whoever waits on it finds the result
     return done
+
+
+def costs() -> list[dict]:
+    """What the results that this process asked for took to compute, whenever that was.
+
+    A row for each step and number of specialists in it: step, models, count, and the mean seconds
+    and cpu_seconds of one result. A result that holds no cost (of an older store) counts in none.
+    """
+    found: dict[tuple, list[dict]] = {}
+    for folder in _asked:
+        told = json.loads((folder / "determinants.json").read_text(encoding="utf-8"))
+        if "cpu_seconds" in told:
+            models = len(told["determinants"].get("specialists", []))
+            found.setdefault((told["step"], models), []).append(told)
+    return [
+        {"step": step, "models": models, "count": len(rows)}
+        | {name: sum(row[name] for row in rows) / len(rows) for name in ("seconds", "cpu_seconds")}
+        for (step, models), rows in sorted(found.items())
+    ]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ answers look, and the loss barrier between the two specialists, which needs mode
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import NamedTuple
 
@@ -73,6 +73,20 @@ RIVALS = {
         merge=True,
     ),
 }
+
+
+def needs(parameter: Iterable[str], states: Iterable[str]) -> pd.DataFrame:
+    """What each metric must be given: of these of the parameters and of hidden states, and RIVALS.
+
+    Columns data, forward passes, gradients, merge; indexed by metric.
+    """
+    rows = {name: ("none", "none", "no", "no") for name in parameter}
+    rows |= {name: ("prompts", "probes", "no", "no") for name in states}
+    yes = {True: "yes", False: "no"}
+    for name, rival in RIVALS.items():
+        rows[name] = rival.data, rival.passes, yes[rival.gradients], yes[rival.merge]
+    columns = ["data", "forward passes", "gradients", "merge"]
+    return pd.DataFrame.from_dict(rows, "index", columns=columns)
 
 
 def of_tasks(losses: pd.DataFrame, doses: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:

@@ -91,6 +91,12 @@ def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool 
     return records.cached("specialist", VERSION, determinants, compute)
 
 
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe that a specialist in the store was trained by."""
+    told = json.loads((folder / "determinants.json").read_text(encoding="utf-8"))
+    return Recipe(**told["determinants"]["recipe"])
+
+
 def task_seed(seed: int, name: str) -> int:
     """Seed of one task's training: independent between tasks, repeatable within."""
     return int.from_bytes(hashlib.sha256(f"{seed}|{name}".encode()).digest()[:4], "big")

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -31,7 +31,7 @@ from transformers import (
     logging,
 )
 
-from helpers import assets, bound, evaluate, hidden, merging, records, vectors
+from helpers import assets, bound, evaluate, hidden, merging, records, specialists, vectors
 from helpers.tasks import (
     SHOT_END,
     Task,
@@ -449,6 +449,32 @@ def segment(
     return pd.DataFrame(out)
 
 
+def trained_twice(bench: Bench, label: str) -> tuple[Bench, tuple[np.ndarray, np.ndarray], float]:
+    """A task's specialist beside one of the next seed: what a merge of equal aims looks like.
+
+    Returns a bench of the two (its labels are `once` and `twice`, both with the task of `label`),
+    their states on the task's probes (probes, layers, d), and the merging loss (%) of their linear
+    average against the mean of their own scores.
+    """
+    first = bench.specialists[label]
+    recipe = specialists.recipe_of(first)
+    again = specialists.train(
+        bench.model,
+        bench.tokenizer,
+        bench.base,
+        bench.tasks[label],
+        replace(recipe, seed=recipe.seed + 1),
+    )
+    both = {"once": first, "twice": again}
+    two = replace(bench, tasks=dict.fromkeys(both, bench.tasks[label]), specialists=both)
+    (average,) = merge_group(two, both, {"linear": {"method": "linear"}})
+    own, states = zip(*(at_dose(two, x, 1.0, [x]) for x in both), strict=True)
+    score = np.mean([examples["correct"].mean() for examples in own])
+    loss = evaluate.merging_loss(average.examples["correct"].mean(), score)
+    once, twice = (of[x].double().numpy() for x, of in zip(both, states, strict=True))
+    return two, (once, twice), loss
+
+
 def _merge_key(
     bench: Bench, parents: Sequence[str], labels: Sequence[str], recipe: Mapping, seed: int
 ) -> dict:
@@ -511,10 +537,10 @@ def loss_table(
 
     With L the merging loss (%) and the control scores read off the task's dose-response curve in
     `doses`: dilution = L(a), a the ingredient dose; overlap = L(c) - L(a), c the own-direction
-    dose; interference = L_total - L(c). control_solo, for rules that are no weighted sum, is the
-    score of the same rule with partners that changed nothing, and solo its loss. floor: a control
-    (solo where it was run, else one of the two doses) below -90 %, where a partner can do no more
-    harm.
+    dose; interference = L_total - L(c). control_solo and nll_solo, for rules that
+    are no weighted sum, are the score and NLL of the same rule with partners that changed nothing,
+    solo its loss. floor: a control (solo where it was run, else one of the two doses) below -90 %,
+    where a partner can do no more harm.
     """
     known = references(bench).set_index("task")
     curves = dict(list(doses.groupby("task")))
@@ -526,13 +552,13 @@ def loss_table(
             a, c = m.report["ingredient"][i], m.report["own"][i]
             at_a, at_c = (evaluate.read_dose(curves[x], dose, "score") for dose in (a, c))
             plain = merging.METHODS[m.report["method"]].coefficients is not None or m.same_as
-            alone = np.nan
+            alone = nll_alone = np.nan
             if not plain:
                 # at the scale that the merge had: matched alone, the rule would be another one
                 recipe = {name: value for name, value in m.recipe.items() if name != "match"}
                 recipe |= {"scale": m.report["scale"]}
                 run = at_solo(bench, x, len(m.group), recipe, seed)
-                alone = run["correct"].mean()
+                alone, nll_alone = run[["correct", "nll"]].mean()
             lost = evaluate.losses(there["correct"], own, base, chance)
             diluted, reached, solo = (
                 evaluate.merging_loss(score, own) for score in (at_a, at_c, alone)
@@ -556,6 +582,7 @@ def loss_table(
                     "control_ingredient": at_a,
                     "control_own": at_c,
                     "control_solo": alone,
+                    "nll_solo": nll_alone,
                     "solo": solo,
                     "dilution": diluted,
                     "overlap": reached - diluted,

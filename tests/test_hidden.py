@@ -394,6 +394,26 @@ def test_half_samples_spread_as_means_of_the_probes_do():
     assert found == pytest.approx(expected, rel=0.15)
 
 
+def test_a_bootstrap_over_probes_is_as_wide_as_the_theory_says():
+    distances = np.random.default_rng(0).normal(3, 1, size=(40, 2, 50))
+    low, high = hidden.probe_bootstrap(distances, draws=2000)
+    width = 2 * 1.96 * np.sqrt(distances.var(axis=2).sum(axis=1) / 50) / 2
+    np.testing.assert_allclose(high - low, width, rtol=0.15)
+    assert (abs(distances.mean(axis=(1, 2)) - (low + high) / 2) < width / 10).all()
+
+
+def test_more_probes_agree_better_with_those_not_drawn():
+    """Pairs with means 0 to 5 and noise of 3: one probe blurs their order, 50 restore it."""
+    rng, truth = np.random.default_rng(0), np.arange(12) / 2
+    distances = truth[:, None, None] + rng.normal(0, 3, size=(12, 2, 100))
+    found = hidden.probe_counts(distances, [1, 10, 50], pd.Series(truth), draws=30)
+    assert list(found.columns) == ["family", "reading", "x", "agreement", "harm"]
+    mean = found.groupby("x")[["agreement", "harm"]].mean()
+    assert mean["harm"].is_monotonic_increasing and mean["agreement"].is_monotonic_increasing
+    assert mean.loc[1, "harm"] < 0.8 and mean.loc[50, "harm"] > 0.95
+    assert (mean["agreement"] <= mean["harm"] + 0.02).all()  # the other side is noisy, too
+
+
 def test_pair_table_has_the_columns_that_its_inputs_allow():
     optional = {"change_cosine", "logit_kl"}
     assert set(hidden.MEASURES) - set(hidden.pair_table(STATES, LABELS)) == optional

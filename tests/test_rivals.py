@@ -115,3 +115,11 @@ def test_barrier_of_known_curves():
 def test_barrier_refuses_a_segment_with_gaps(lost):
     with pytest.raises(ValueError, match="needs both ends"):
         rivals.barrier(segment({"a": [1, 2, 3], "b": [4, 3, 2]}).drop(index=lost))
+
+
+def test_every_metric_says_what_it_needs():
+    table = rivals.needs(["cosine"], ["hidden_sim"])
+    assert list(table.index) == ["cosine", "hidden_sim", *rivals.RIVALS]
+    assert table.loc["cosine"].tolist() == ["none", "none", "no", "no"]
+    assert table.loc["hidden_sim", "data"] == "prompts"
+    assert table.loc["barrier", "merge"] == "yes" and table.notna().all(axis=None)

@@ -67,6 +67,7 @@ def test_same_seed_same_bits_other_seed_or_task_other_weights(store, monkeypatch
     again = weights()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other_seed[name]) for name in first)
+    assert specialists.recipe_of(train(tiny.toy("a"), replace(RECIPE, seed=1))).seed == 1
     down = [name for name in first if "lora_A" in name]
     assert not any(torch.allclose(first[name], other_task[name]) for name in down)
 

@@ -1,6 +1,7 @@
 """Visits: applied, recorded once by content, resumed, and the base restored."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -95,6 +96,24 @@ def test_doses_end_at_the_base_and_at_the_specialist(bench):
     assert torch.equal(delta()[tau.name], tau.taus[0])
 
 
+def test_a_task_trained_twice_is_two_models_of_one_task(bench, monkeypatch):
+    recipe = specialists.Recipe(examples=4, epochs=1, batch_size=4, rank=4)
+    first = specialists.train(
+        bench.model, bench.tokenizer, bench.base, bench.tasks["a"], recipe, quiet=True
+    )
+    bench = replace(bench, specialists=bench.specialists | {"a": first})
+    two, (once, twice), loss = study.trained_twice(bench, "a")
+    assert two.specialists["once"] == first
+    assert specialists.recipe_of(two.specialists["twice"]) == replace(recipe, seed=1)
+    assert {task.name for task in two.tasks.values()} == {bench.tasks["a"].name}
+    own = study.at_dose(bench, "a", 1.0, ["a"])[1]["a"].double().numpy()
+    np.testing.assert_array_equal(once, own)
+    assert once.shape == twice.shape and not np.allclose(once[:, -1], twice[:, -1])
+    assert math.isnan(loss)  # a tiny random model scores 0: nothing to lose
+    monkeypatch.setattr(study, "_scores", lambda *a, f=study._scores: f(*a).assign(correct=0.5))
+    assert study.trained_twice(bench, "a")[2] == 0
+
+
 def test_solo_needs_no_partner(bench):
     """What TIES does to a task whose partner changed nothing is what trimming alone does."""
     alone = study.at_solo(bench, "a", 2, RECIPES["ties"])
@@ -123,6 +142,10 @@ def test_the_parts_of_a_loss_add_up_to_it(bench, monkeypatch):
     assert by_method["control_solo"].notna().groupby("method").all().to_dict() == {
         "linear": False, "halves": False, "ties": True,
     }  # fmt: skip
+    assert by_method["nll_solo"].notna().equals(by_method["control_solo"].notna())
+    for x in "ab":
+        alone = study.at_solo(bench, x, 2, RECIPES["ties"])
+        assert by_method.loc[("ties", x), "nll_solo"] == pytest.approx(alone["nll"].mean())
     ratio = by_method["control_solo"] / by_method["specialist"]
     np.testing.assert_allclose(by_method["solo"], 100 * (ratio - 1))
 
@@ -133,7 +156,7 @@ def test_the_floor_of_a_rule_with_a_solo_run_is_read_off_that_run(bench, monkeyp
     known = {"specialist": 1.0, "base": 0.0, "chance": 0.0}
     known = pd.DataFrame([{"task": x} | known for x in "ab"])
     monkeypatch.setattr(study, "references", lambda bench: known)
-    monkeypatch.setattr(study, "at_solo", lambda *a: pd.DataFrame({"correct": [alone]}))
+    monkeypatch.setattr(study, "at_solo", lambda *a: pd.DataFrame({"correct": [alone], "nll": 1.0}))
     merged = study.merge_group(bench, "ab", RECIPES)
     table = study.loss_table(bench, merged, doses).set_index("method")
     assert (table.loc["ties", "floor"] == floor).all() and table.loc["linear", "floor"].all()
