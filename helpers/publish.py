@@ -38,6 +38,8 @@ MARKS = (
     "<!-- end of findings -->",
     "<!-- notebooks: written by `python -m helpers refresh` -->",
     "<!-- end of notebooks -->",
+    "<!-- engine: written by `python -m helpers refresh` -->",
+    "<!-- end of engine -->",
 )
 LARGE = 200_000  # characters of a picture in a notebook, beyond which it is made lighter
 
@@ -341,6 +343,7 @@ def findings() -> str:
         *_loss_table(tables["summary"]),
         "",
         *_variance_sentence(tables["effects"]),
+        *_seeds_sentence(folder),
         _bound_sentence(folder),
         *_agreement_table(known),
     ]
@@ -393,6 +396,21 @@ def _variance_sentence(effects: pd.DataFrame) -> list[str]:
     return ["Of the variance of the losses: " + ", ".join(told) + ".", ""] if told else []
 
 
+def _seeds_sentence(folder: Path) -> list[str]:
+    """What notebook 05 recorded of the same study from another training seed, if there is one."""
+    rows = json.loads((folder / "record_05.json").read_text(encoding="utf-8"))
+    told = {row["name"]: row for row in rows}
+    loss, distance = (told.get(f"r between seeds, {what}") for what in ("loss mean", "hidden_sim "))
+    if not loss:
+        return []
+    sentence = (
+        f"Trained again from another seed ({loss['n']} tasks), the losses of the pairs correlate "
+        f"with those of the first run at r = {loss['value']:.2f}, their hidden distances at "
+        f"r = {distance['value']:.2f}."
+    )
+    return [sentence, ""]
+
+
 def _bound_sentence(folder: Path) -> str:
     """What notebook 04 recorded of the rate-distortion bound."""
     rows = json.loads((folder / "record_04.json").read_text(encoding="utf-8"))
@@ -424,10 +442,40 @@ def _agreement_table(known: dict[str, Path]) -> list[str]:
     return ["", *_markdown(rows), "", note]
 
 
+def engine() -> str:
+    """The benchmark of the merge engine (tests/benchmarks/bench_merge.py), in Markdown."""
+    path = ROOT / "data" / "results" / "bench_merge.csv"
+    if not path.exists():
+        return "Not measured yet."
+    table = pd.read_csv(path)
+    cells = table.groupby(["size", "dtype", "method", "models"], sort=False)
+    rows = []
+    for (size, dtype, method, models), cell in cells:
+        of = cell.set_index("subject")
+        ours = of.loc["ours"]
+        row = {"merge": f"{method} of {models:.0f}", "parameters": f"{size} {dtype}"}
+        row |= {"CPU s": f"{ours['cpu_merge']:.1f}", "mergekit": "", "times faster": ""}
+        row |= {"memory (GB)": f"{ours['anonymous_gb']:.2f}", "mergekit's": ""}
+        if "mergekit" in of.index:
+            theirs = of.loc["mergekit"]
+            row["mergekit"] = f"{theirs['cpu_merge']:.1f}"
+            row["times faster"] = f"{theirs['cpu_merge'] / ours['cpu_merge']:.1f}"
+            row["mergekit's"] = f"{theirs['anonymous_gb']:.2f}"
+        rows.append(row)
+    note = (
+        "*CPU seconds of the merge itself (medians of "
+        f"{table['repeats'].min():.0f} to {table['repeats'].max():.0f} runs) and peak anonymous "
+        f"memory, one thread, torch {table['torch'].iloc[0]}, on synthetic checkpoints: `make "
+        "bench`.*"
+    )
+    return "\n".join([*_markdown(rows), "", note])
+
+
 def readme() -> str:
     """The README's text with what stands between its marks brought up to date."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for start, end, write in ((*MARKS[:2], findings), (*MARKS[2:], table)):
+    written = zip(MARKS[::2], MARKS[1::2], (findings, table, engine), strict=True)
+    for start, end, write in written:
         if not text.count(start) == text.count(end) == 1:
             raise ValueError(f"README.md needs the lines {start!r} and {end!r} once each")
         head, rest = text.split(start)

@@ -188,6 +188,28 @@ def test_contests_put_the_metric_that_makes_the_loss_ahead(tables):
     assert (found.loc["specific", "p_holm"] < 0.05).all() and (found.loc["raw", "low"] > 0).all()
 
 
+def test_what_repeats_from_seed_to_seed_is_the_tasks_doing(rng):
+    """Both runs lose by one harm and half a point of noise; their distances are unrelated."""
+    harm = rng.random((6, 6))
+    harm = harm + harm.T
+    distances = [d + d.T for d in rng.random((2, 6, 6))]
+    runs = [study(rng, d, harm) for d in distances]
+    for run in runs:
+        run["losses"]["arm"] = "default"
+    runs[1]["losses"] = runs[1]["losses"][~runs[1]["losses"]["group"].str.contains("tense")]
+    runs[1]["pairs"] = runs[1]["pairs"][runs[1]["pairs"]["task_b"] != "tense"]
+    told = findings.repeated(*runs).set_index(["what", "method"])
+    assert list(told.loc["loss"].index) == ["mean", "linear", "ties"]
+    assert (told["tasks"] == 5).all()
+    assert (told.loc["loss", ["raw", "specific"]] > 0.99).all(axis=None)
+    # a pair is the mean of two cells, so half a point of noise becomes 0.35
+    assert told.loc[("loss", "linear"), "spread"] == pytest.approx(0.35, rel=0.5)
+    assert told.loc[("hidden_sim", ""), "raw"] < 0.9
+    assert told.loc[("loss", "ties"), "first"] == pytest.approx(
+        told.loc[("loss", "linear"), "first"] - 5, abs=0.5
+    )
+
+
 def test_verdicts_follow_the_plan(tables):
     cells, known = findings.directed(tables["losses"]), findings.metrics(tables)
     losses, groups = tables["losses"], tables["groups"]

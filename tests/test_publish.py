@@ -46,6 +46,13 @@ def project(tmp_path, monkeypatch):
     told = [("merges below the floor", 0, 7), ("least slack delta_max / R^2", 1.5, 7)]
     rows = [dict(zip(("name", "value", "n"), row, strict=True)) for row in told]
     (folder / "record_04.json").write_text(json.dumps(rows))
+    (folder / "record_05.json").write_text("[]")
+    cell = {"size": "1M", "dtype": "float32", "method": "ties", "models": 4.0, "repeats": 3}
+    cell |= {"torch": "2", "anonymous_gb": 0.25}
+    cells = [cell | {"subject": "ours", "cpu_merge": 2}]
+    cells += [cell | {"subject": "mergekit", "cpu_merge": 9}]
+    cells += [cells[0] | {"size": "9M", "repeats": 1}]
+    pd.DataFrame(cells).to_csv(folder.parent / "bench_merge.csv", index=False)
     teller = run.Notebook("05_tell", "What?", [], ["verdicts.csv"])
     monkeypatch.setattr(publish, "chain", lambda: [teller])
     monkeypatch.setattr(publish, "declared", lambda path: {"PROFILE": "big", "OUT": "data/runs/x"})
@@ -60,8 +67,20 @@ def test_the_readme_tells_the_study_that_the_notebook_shows(project):
     assert "| linear | -30 [-31, -29] | -10 [-11, -9] | -20 [-21, -19] | 25% of 20 cells |" in text
     assert "the task scored 50% [25%, 75%], its partner 25%." in text
     assert "0 of 7 merges lie below its floor; the nearest lies 1.50 times as high" in text
+    assert "| ties of 4 | 1M float32 | 2.0 | 9.0 | 4.5 | 0.25 | 0.25 |" in text
+    assert "| ties of 4 | 9M float32 | 2.0 |  |  | 0.25 |  |" in text  # mergekit was not run there
+    assert "medians of 1 to 3 runs" in text and "another seed" not in text
     publish.write_readme()
     assert (project / "README.md").read_text() == text == publish.readme()
+
+
+def test_the_readme_tells_what_another_training_seed_said(project):
+    told = [("r between seeds, loss mean", 0.875, 9), ("r between seeds, hidden_sim ", 0.5, 9)]
+    rows = [dict(zip(("name", "value", "n"), row, strict=True)) for row in told]
+    (project / "data/results/big/record_05.json").write_text(json.dumps(rows))
+    text = publish.readme()
+    assert "another seed (9 tasks)" in text and "r = 0.88, their hidden" in text
+    assert "r = 0.50." in text
 
 
 def test_without_a_study_the_readme_says_so_and_without_marks_it_is_refused(project):
