@@ -344,6 +344,7 @@ def findings() -> str:
         "",
         *_variance_sentence(tables["effects"]),
         *_seeds_sentence(folder),
+        *_twins_sentence(folder),
         _bound_sentence(folder),
         *_agreement_table(known),
     ]
@@ -407,6 +408,26 @@ def _seeds_sentence(folder: Path) -> list[str]:
         f"Trained again from another seed ({loss['n']} tasks), the losses of the pairs correlate "
         f"with those of the first run at r = {loss['value']:.2f}, their hidden distances at "
         f"r = {distance['value']:.2f}."
+    )
+    return [sentence, ""]
+
+
+def _twins_sentence(folder: Path) -> list[str]:
+    """What notebook 03 saw in two specialists of one task, beside those of different tasks."""
+    path = folder / "twins.csv"
+    twins = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    if twins.empty:
+        return []
+    pairs = pd.read_csv(folder / "pairs.csv")
+    low, high = pairs.min(numeric_only=True), pairs.max(numeric_only=True)
+    sign, distance, loss = twins[["sign_change", "hidden_sim", "loss"]].mean()
+    signs, distances = ([low[name], high[name]] for name in ("sign_change", "hidden_sim"))
+    sentence = (
+        f"Two specialists of *one* task from two seeds (mean of {len(twins)} tasks) disagree in "
+        f"sign on {sign:.0%} of the coordinates, those of different tasks on {signs[0]:.0%} to "
+        f"{signs[1]:.0%}; their hidden distance is {distance:.2f}, that of different tasks "
+        f"{distances[0]:.2f} to {distances[1]:.2f}. Averaging them changes the score by "
+        f"{loss:+.0f} %."
     )
     return [sentence, ""]
 

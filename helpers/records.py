@@ -140,11 +140,14 @@ def cached(step: str, version: int, determinants: dict, compute: Callable[[Path]
     return done
 
 
+COST_FIELDS = ("step", "models", "count", "seconds", "cpu_seconds")
+
+
 def costs() -> list[dict]:
     """What the results that this process asked for took to compute, whenever that was.
 
-    A row for each step and number of specialists in it: step, models, count, and the mean seconds
-    and cpu_seconds of one result. A result that holds no cost (of an older store) counts in none.
+    A row (COST_FIELDS) for each step and number of specialists in it: how many results, and the
+    mean seconds of one. A result that holds no cost (of an older store) counts in none.
     """
     found: dict[tuple, list[dict]] = {}
     for folder in _asked:

@@ -464,6 +464,7 @@ def trained_twice(bench: Bench, label: str) -> tuple[Bench, tuple[np.ndarray, np
         bench.base,
         bench.tasks[label],
         replace(recipe, seed=recipe.seed + 1),
+        quiet=True,
     )
     both = {"once": first, "twice": again}
     two = replace(bench, tasks=dict.fromkeys(both, bench.tasks[label]), specialists=both)

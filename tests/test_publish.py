@@ -83,6 +83,18 @@ def test_the_readme_tells_what_another_training_seed_said(project):
     assert "r = 0.50." in text
 
 
+def test_the_readme_tells_what_two_seeds_of_one_task_look_like(project):
+    folder = project / "data/results/big"
+    twins = {"task": ["a", "b"], "sign_change": [0.4, 0.5], "hidden_sim": 0.25, "loss": [1.0, -3.0]}
+    pd.DataFrame(twins).to_csv(folder / "twins.csv", index=False)
+    pairs = {"sign_change": [0.47, 0.49], "hidden_sim": [0.5, 0.75]}
+    pd.DataFrame(pairs).to_csv(folder / "pairs.csv", index=False)
+    text = publish.readme()
+    assert "(mean of 2 tasks) disagree in sign on 45% of the coordinates" in text
+    assert "different tasks on 47% to 49%" in text and "different tasks 0.50 to 0.75" in text
+    assert "changes the score by -1 %" in text
+
+
 def test_without_a_study_the_readme_says_so_and_without_marks_it_is_refused(project):
     (project / "data" / "results" / "big" / "verdicts.csv").unlink()
     assert "None is published yet." in publish.readme()
