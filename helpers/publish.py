@@ -300,7 +300,27 @@ def table() -> str:
             f"\nIn all {total:.0f} minutes for the demo profile, measured on {demo['date']} with "
             f"{demo['threads']} threads ({demo['machine']}; revision {demo['revision']})."
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_growth(ROOT / "data" / "results" / "demo")])
+
+
+def _growth(folder: Path) -> list[str]:
+    """What one step of a study took, and so how a study grows with its tasks, in Markdown."""
+    if not (folder / "costs.csv").exists():
+        return []
+    train = pd.read_csv(folder / "specialists.csv")["cpu_seconds"].mean()
+    steps = pd.read_csv(folder / "costs.csv").set_index(["step", "models"])["cpu_seconds"]
+    merges = pd.read_csv(folder / "merges.csv").query("n == 2 and arm == 'default'")
+    methods = merges.loc[merges["same_as"].isna(), "method"].nunique()
+    merge, scores, states = (steps[key] for key in (("merge", 2), ("scores", 0), ("states", 0)))
+    pair = methods * (merge + 2 * (scores + states))
+    return [
+        "",
+        f"How it grows: training a specialist took {train:.0f} CPU seconds, merging two "
+        f"{merge:.1f}, one task's scores under one model {scores:.1f} and its hidden states "
+        f"{states:.1f}. N tasks need N specialists and, with {methods} distinct methods, "
+        f"N(N − 1)/2 × {methods} merges, each scored on both of its tasks: {pair:.0f} CPU seconds "
+        f"a pair. From {1 + 2 * train / pair:.0f} tasks on the pairs cost more than the training.",
+    ]
 
 
 def studies() -> dict[str, Path]:

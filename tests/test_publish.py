@@ -83,6 +83,22 @@ def test_the_readme_tells_what_another_training_seed_said(project):
     assert "r = 0.50." in text
 
 
+def test_the_readme_tells_how_a_study_grows(project):
+    assert "How it grows" not in publish.table()
+    folder = project / "data/results/demo"
+    folder.mkdir()
+    pd.DataFrame({"cpu_seconds": [50, 70]}).to_csv(folder / "specialists.csv", index=False)
+    steps = [("merge", 2, 3.0), ("merge", 3, 9.0), ("scores", 0, 2.0), ("states", 0, 1.5)]
+    steps = pd.DataFrame(steps, columns=["step", "models", "cpu_seconds"])
+    steps.to_csv(folder / "costs.csv", index=False)
+    merges = {"n": [2, 2, 2, 3], "arm": "default", "method": ["linear", "ties", "slerp", "dare"]}
+    merges = pd.DataFrame(merges | {"same_as": [None, None, "linear", None]})
+    merges.to_csv(folder / "merges.csv", index=False)
+    text = publish.table()
+    assert "took 60 CPU seconds, merging two 3.0" in text and "with 2 distinct methods" in text
+    assert "20 CPU seconds a pair. From 7 tasks on" in text  # 2 (3 + 2 (2 + 1.5)); 1 + 2 * 60 / 20
+
+
 def test_the_readme_tells_what_two_seeds_of_one_task_look_like(project):
     folder = project / "data/results/big"
     twins = {"task": ["a", "b"], "sign_change": [0.4, 0.5], "hidden_sim": 0.25, "loss": [1.0, -3.0]}
