@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from helpers import assets, bound, choose, evaluate, figures, hidden, merging, page, tasks, vectors
+from helpers.checkpoints import read_probes as texts_of
 from helpers.records import ROOT, atomic_write
 
 NEUTRAL = ROOT / "data" / "neutral_probes.txt"
@@ -56,7 +57,7 @@ def read_probes(sources: Sequence[str] = ()) -> pd.DataFrame:
     for source in sources or [str(NEUTRAL)]:
         file = Path(source).expanduser()
         if file.is_file():
-            texts = _texts(file)
+            texts = texts_of(file)
         elif source.partition(":")[0] in tasks.READERS:
             task = tasks.load_task(source, tasks.Sizes(1, 1, TASK_PROBES, 1))
             texts = task.splits["probe"]["prompt"]
@@ -66,20 +67,8 @@ def read_probes(sources: Sequence[str] = ()) -> pd.DataFrame:
         rows += [(name, text.strip()[:LONGEST]) for text in texts if text.strip()]
     probes = pd.DataFrame(rows, columns=["source", "text"]).drop_duplicates("text")
     if len(probes) < 2:
-        found = "all the same" if rows else "empty"
-        raise ValueError(f"the probes are {found}: give texts that differ, 50 or more")
+        raise ValueError("the probes are all the same: give texts that differ, 50 or more")
     return probes.reset_index(drop=True)
-
-
-def _texts(file: Path) -> list[str]:
-    lines = file.read_text(encoding="utf-8").splitlines()
-    if file.suffix != ".jsonl":
-        return lines
-    rows = _json_lines(file)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("prompt", row.get("text")), str):
-            raise ValueError(f"{file}, line {number}: a probe needs a field prompt or text")
-    return [row.get("prompt", row.get("text")) for row in rows]
 
 
 def _json_lines(file: Path) -> list[dict]:

@@ -303,7 +303,7 @@ def _json_text(line: str, where: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where} is not JSON: {error}") from error
     text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise ValueError(f"{where}: no prompt or text is given as a string")

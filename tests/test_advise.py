@@ -59,9 +59,9 @@ def test_probes_are_texts_json_or_neutral(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.txt", "", "the probes are empty"),
+        ("a.txt", "", "holds no text"),
         ("a.txt", "same\nsame\n same ", "the probes are all the same"),
-        ("a.jsonl", '{"prompt": "x"}\n{"question": "y"}', "line 2: a probe needs"),
+        ("a.jsonl", '{"prompt": "x"}\n{"question": "y"}', "line 2: no prompt or text"),
         ("a.jsonl", '{"prompt": "x"}\nplain', "line 2 is not JSON"),
     ],
 )

@@ -128,7 +128,7 @@ def test_regmean_reads_each_models_own_probes(tiny_base, tiny_adapters, tmp_path
     [
         ("a.txt", "\n \n", "holds no text"),
         ("a.jsonl", '{"prompt": "x"}\n{"answer": "y"}', "line 2: no prompt or text"),
-        ("a.jsonl", "plain words", "line 1: Expecting value"),
+        ("a.jsonl", "plain words", "line 1 is not JSON: Expecting value"),
     ],
 )
 def test_probes_that_are_no_texts_are_named(tmp_path, name, text, message):
