@@ -36,7 +36,7 @@ test: $(READY)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env -x notebooks/04_bound.ipynb notebooks/05_statistics.ipynb
 
 lab: $(READY)
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab $(LAB) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/bench_merge.py
