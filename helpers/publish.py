@@ -425,9 +425,9 @@ def _seeds_sentence(folder: Path) -> list[str]:
     if not loss:
         return []
     sentence = (
-        f"Trained again from another seed ({loss['n']} tasks), the losses of the pairs correlate "
-        f"with those of the first run at r = {loss['value']:.2f}, their hidden distances at "
-        f"r = {distance['value']:.2f}."
+        f"Trained again on the same examples from another seed ({loss['n']} tasks), the losses of "
+        f"the pairs correlate with those of the first run at r = {loss['value']:.2f}, their "
+        f"hidden distances at r = {distance['value']:.2f}."
     )
     return [sentence, ""]
 
