@@ -425,12 +425,17 @@ def repeated(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame]) ->
     and the correlation of the two runs, `raw` and by estimand, with 95 % intervals over tasks.
     No other measure can go with the loss more closely than the square root of this on average.
     """
-    tables, cells = (first, second), [directed(t["losses"]) for t in (first, second)]
-    order = dict.fromkeys(cells[0]["task"])
-    tasks = [task for task in order if task in set(cells[1]["task"])]
-    methods = [m for m in distinct(first["losses"]) if m in distinct(second["losses"])]
+    cells, known = zip(*((directed(t["losses"]), metrics(t)) for t in (first, second)), strict=True)
+    tasks, others = (dict.fromkeys(c["task"]) for c in cells)
+    methods, also = (distinct(c) for c in cells)
+    tasks = [task for task in tasks if task in others]
+    methods = [method for method in methods if method in also]
+    spans = {
+        "raw": stats.jackknife_interval,
+        "between": stats.between_interval,
+        "specific": stats.specific_interval,
+    }
     plan = [("loss", "mean", methods), *(("loss", method, [method]) for method in methods)]
-    known = [metrics(t) for t in tables]
     rows = []
     for what, method, used in [*plan, *((name, "", []) for name in PRIMARY)]:
         if used:
@@ -443,9 +448,8 @@ def repeated(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame]) ->
         a, b = (m.to_numpy()[np.triu_indices(len(tasks), 1)] for m in both)
         row = {"what": what, "method": method, "tasks": len(tasks), "first": a.mean()}
         row |= {"second": b.mean(), "spread": (b - a).std(ddof=1) / math.sqrt(2)}
-        spans = {"raw": stats.jackknife_interval, "between": stats.between_interval}
-        for name, of in (spans | {"specific": stats.specific_interval}).items():
-            r = of(*both)
+        for name, interval in spans.items():
+            r = interval(*both)
             row |= {name: r.value, f"{name}_low": r.low, f"{name}_high": r.high}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -417,10 +417,15 @@ def _variance_sentence(effects: pd.DataFrame) -> list[str]:
     return ["Of the variance of the losses: " + ", ".join(told) + ".", ""] if told else []
 
 
+def _recorded(folder: Path, notebook: str) -> dict[str, dict]:
+    """The named results of a notebook (its number) in a committed study."""
+    rows = json.loads((folder / f"record_{notebook}.json").read_text(encoding="utf-8"))
+    return {row["name"]: row for row in rows}
+
+
 def _seeds_sentence(folder: Path) -> list[str]:
     """What notebook 05 recorded of the same study from another training seed, if there is one."""
-    rows = json.loads((folder / "record_05.json").read_text(encoding="utf-8"))
-    told = {row["name"]: row for row in rows}
+    told = _recorded(folder, "05")
     loss, distance = (told.get(f"r between seeds, {what}") for what in ("loss mean", "hidden_sim "))
     if not loss:
         return []
@@ -454,8 +459,7 @@ def _twins_sentence(folder: Path) -> list[str]:
 
 def _bound_sentence(folder: Path) -> str:
     """What notebook 04 recorded of the rate-distortion bound."""
-    rows = json.loads((folder / "record_04.json").read_text(encoding="utf-8"))
-    told = {row["name"]: row for row in rows}
+    told = _recorded(folder, "04")
     below, slack = told["merges below the floor"], told["least slack delta_max / R^2"]
     return (
         "The paper's bound, taken step by step ([04 bound](notebooks/04_bound.ipynb)): "

@@ -89,12 +89,14 @@ def chain() -> list[Notebook]:
 
 
 def profiles() -> dict[str, dict[str, Any]]:
-    """Parameters of every profile: those of `demo`, overridden by its own."""
+    """Parameters of every profile: those of `demo`, of the one that it is `like`, and its own."""
     tables = tomllib.loads((ROOT / "data" / "profiles.toml").read_text(encoding="utf-8"))
-    return {
-        name: {key: value for key, value in (tables["demo"] | own).items() if key.isupper()}
-        for name, own in tables.items()
-    }
+    found = {}
+    for name, own in tables.items():
+        model = tables[pick(own.get("like", "demo"), tables, "profile")]
+        values = tables["demo"] | model | own
+        found[name] = {key: value for key, value in values.items() if key.isupper()}
+    return found
 
 
 def costs() -> dict[str, dict]:

@@ -538,10 +538,10 @@ def loss_table(
 
     With L the merging loss (%) and the control scores read off the task's dose-response curve in
     `doses`: dilution = L(a), a the ingredient dose; overlap = L(c) - L(a), c the own-direction
-    dose; interference = L_total - L(c). control_solo and nll_solo, for rules that
-    are no weighted sum, are the score and NLL of the same rule with partners that changed nothing,
-    solo its loss. floor: a control (solo where it was run, else one of the two doses) below -90 %,
-    where a partner can do no more harm.
+    dose; interference = L_total - L(c). control_solo and nll_solo, for rules that are no weighted
+    sum, are the score and NLL of the same rule with partners that changed nothing, solo its loss.
+    floor: a control (solo where it was run, else one of the two doses) below -90 %, where a partner
+    can do no more harm.
     """
     known = references(bench).set_index("task")
     curves = dict(list(doses.groupby("task")))

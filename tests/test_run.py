@@ -233,6 +233,16 @@ def test_a_profile_overrides_demo_and_parameters_override_a_profile(project):
     }
 
 
+def test_a_profile_may_be_like_another(project):
+    path = project / "data" / "profiles.toml"
+    path.write_text(PROFILES + "RATE = 2.0\n[again]\nlike = 'tiny'\nN = 7\n")
+    known = run.profiles()
+    assert known["again"] == known["demo"] | {"N": 7, "RATE": 2.0}
+    path.write_text(PROFILES + "like = 'dem'\n")
+    with pytest.raises(ValueError, match=r"'dem'; did you mean demo\?"):
+        run.profiles()
+
+
 def test_a_misspelt_name_in_a_profile_is_refused(project):
     path = project / "data" / "profiles.toml"
     path.write_text(PROFILES + "RATTE = 1.0\n")
