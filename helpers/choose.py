@@ -395,8 +395,10 @@ def swap_test(table: pd.DataFrame, scores: Mapping[str, Criterion]) -> pd.DataFr
         by_member = np.array([leaves == member for member in np.unique(leaves)], float)
         by_member /= by_member.sum(1, keepdims=True)
         new = [tuple(name.split("+")) for name in options["swapped"]]
+        # a single newcomer is held out, too; of many, each is nearly all there is to learn from
+        held = {*group.split("+"), *(options["enters"] if options["enters"].nunique() == 1 else ())}
         for name, criterion in scores.items():
-            score = criterion(frozenset(group.split("+")))
+            score = criterion(frozenset(held))
             values = np.array([score(members) for members in new])
             if np.isnan(values).any():
                 continue
@@ -472,8 +474,11 @@ def over_tasks(
 ) -> Interval:
     """Mean of a column over groups, with a percentile interval over tasks; n = tasks.
 
-    Tasks are drawn with replacement; a group ("a+b") counts as often as the product of the draws of
-    its members, so groups that share tasks move together. A single group has no interval (nan).
+    Tasks are drawn with replacement, a task m times; a group ("a+b") weighs 1 + f times the sum of
+    m - 1 over its members, so groups that share tasks move together. (The product of the m would be
+    0 for nearly every large group.) f = (tasks - 1) / (tasks - size): the other members of a task's
+    groups are the other tasks, so that its groups differ from the rest by less than it does. A
+    group's own noise counts once for each member: wide, of large groups. A single group has none.
     """
     members = [name.split("+") for name in table["group"]]
     tasks, at = np.unique(np.array(members), return_inverse=True)
@@ -481,7 +486,9 @@ def over_tasks(
     if table["group"].nunique() < 2:
         return Interval(float(values.mean()), math.nan, math.nan, n)
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
-    weight = drawn[:, at.reshape(len(members), -1)].prod(2)
+    at = at.reshape(len(members), -1)
+    shared = (n - 1) / max(n - at.shape[1], 1)
+    weight = 1 + shared * (drawn - 1)[:, at].sum(2)
     total = weight.sum(1)
     means = (weight @ values)[total > 0] / total[total > 0]
     low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])

@@ -511,21 +511,30 @@ def probe_bootstrap(
     return low, high
 
 
+# Numbers of probes at which `probe_counts` reads; five is the paper's.
+COUNTS = (1, 2, 3, 5, 8, 12, 16, 24, 32, 48, 64, 100, 150, 200)
+
+
 def probe_counts(
-    distances: ArrayLike, counts: Iterable[int], harm: pd.Series, draws: int = 100, seed: int = 0
+    distances: ArrayLike,
+    harm: pd.Series,
+    reading: str = "hidden_sim",
+    draws: int = 100,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """How few probes would do? `distances` (pairs, tasks, probes) on k of them, `draws` times.
 
-    Columns family ("probes"), reading, x (k), agreement: Spearman correlation over pairs of their
-    mean distance with that on the probes not drawn; harm: with `harm` (one value a pair).
+    k runs through COUNTS up to half of the probes. Columns family ("probes"), reading, x (k),
+    agreement: Spearman correlation over pairs of their mean distance with that on the probes not
+    drawn; harm: with `harm` (one value a pair).
     """
     distances, rng, out = np.asarray(distances), np.random.default_rng(seed), []
-    for k in [*counts] * draws:
+    for k in [k for k in COUNTS if k <= distances.shape[2] // 2] * draws:
         parts = np.split(rng.permutation(distances.shape[2]), [k])
         inside, unseen = (pd.Series(distances[:, :, at].mean(axis=(1, 2))) for at in parts)
         marks = {"agreement": unseen, "harm": harm}
         found = {name: inside.corr(mark, "spearman") for name, mark in marks.items()}
-        out.append({"family": "probes", "reading": "hidden_sim", "x": k} | found)
+        out.append({"family": "probes", "reading": reading, "x": k} | found)
     return pd.DataFrame(out)
 
 

@@ -8,6 +8,7 @@ profile's run, the one that its parameters cell names (`shows`).
 import base64
 import io
 import json
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -367,6 +368,7 @@ def findings() -> str:
         *_twins_sentence(folder),
         _bound_sentence(folder),
         *_agreement_table(known),
+        *_choices(folder),
     ]
     return "\n".join(lines)
 
@@ -426,7 +428,7 @@ def _recorded(folder: Path, notebook: str) -> dict[str, dict]:
 def _seeds_sentence(folder: Path) -> list[str]:
     """What notebook 05 recorded of the same study from another training seed, if there is one."""
     told = _recorded(folder, "05")
-    loss, distance = (told.get(f"r between seeds, {what}") for what in ("loss mean", "hidden_sim "))
+    loss, distance = (told.get(f"r between seeds, {what}") for what in ("loss mean", "hidden_sim"))
     if not loss:
         return []
     sentence = (
@@ -485,6 +487,57 @@ def _agreement_table(known: dict[str, Path]) -> list[str]:
     ]
     note = "*Studies that share tasks are not pooled; those on one base are no replications.*"
     return ["", *_markdown(rows), "", note]
+
+
+POLICIES = {
+    "member": "who leaves a pair",
+    "swap": "who leaves, who enters",
+    "subset": "which to keep",
+    "member of 8": "who leaves eight",
+}
+
+
+def _choices(folder: Path) -> list[str]:
+    """What notebook 06 found a score's choices to be worth, in pairs and in larger groups."""
+    if not (folder / "choices.csv").exists():
+        return []
+    files = [folder / "choices.csv", *sorted(folder.parent.glob("*/choices.csv"))]
+    own, *others = (pd.read_csv(file) for file in files)
+    large = [table[table["policy"].str.startswith("member of")] for table in others]
+    told = pd.concat([own, *large]).query("rule == 'linear' and criterion != 'random'")
+    cells = told.drop_duplicates(["criterion", "policy"]).set_index(["criterion", "policy"])
+    rows = []
+    for criterion in dict.fromkeys(told["criterion"]):
+        row = {"a choice by": criterion}
+        for policy, title in POLICIES.items():
+            if policy in set(told["policy"]):
+                at = cells.reindex([(criterion, policy)]).iloc[0]
+                span = f"{at['gain']:+.1f} [{at['gain_low']:.1f}, {at['gain_high']:.1f}]"
+                row[title] = "abstains" if math.isnan(at["gain"]) else span
+        rows.append(row)
+    regrets = cells["regret"].unstack()
+    left = ", ".join(
+        f"{POLICIES[p]} {regrets.loc['MDS', p]:.1f}" for p in POLICIES if p in regrets.columns
+    )
+    seen = _recorded(folder, "06")
+    rank, skill, cover = (
+        seen[f"{name}, own tasks, linear"] for name in ("foretold", "skill", "coverage")
+    )
+    return [
+        "",
+        "What a choice by each score saves beyond a random one, in points of merging loss "
+        "([06 choose](notebooks/06_choose.ipynb)):",
+        "",
+        *_markdown(rows),
+        "",
+        "*Linear averaging; 95 % over tasks. Points that the best possible choice would save "
+        f"beyond that of MDS: {left}.*",
+        "",
+        "A line from hidden distance, fitted without the tasks of a pair, foretells the losses of "
+        f"pairs with rank correlation {rank['value']:.2f} [{rank['low']:.2f}, {rank['high']:.2f}] "
+        f"and skill {skill['value']:.2f} (below 0: worse than saying the mean); "
+        f"{cover['value']:.0%} of its 90 % intervals hold the loss.",
+    ]
 
 
 def engine() -> str:

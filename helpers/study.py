@@ -366,6 +366,23 @@ def draw_groups(
     return [tuple(labels[i] for i in group) for group in sorted(drawn)]
 
 
+def draw_swaps(
+    labels: Sequence[str], group: Sequence[str], seed: int = 0
+) -> list[tuple[str, str, tuple[str, ...]]]:
+    """One drawn newcomer in the place of each member of a group: (leaves, enters, new group).
+
+    Members of the new groups are in the order of `labels`, as in `draw_groups`. Raises ValueError
+    if no task is left outside the group.
+    """
+    outside = [x for x in labels if x not in group]
+    if not outside:
+        raise ValueError(f"a group of all {len(labels)} tasks has no newcomer to swap in")
+    rng = np.random.default_rng([seed, *(list(labels).index(x) for x in group)])
+    enters = outside[rng.integers(len(outside))]
+    swapped = {leaves: {*group, enters} - {leaves} for leaves in group}
+    return [(x, enters, tuple(y for y in labels if y in new)) for x, new in swapped.items()]
+
+
 def chebyshev_weights(
     d2x: np.ndarray, models: Sequence[str], owner: Sequence[str], group: Sequence[str]
 ) -> list[float]:
@@ -402,6 +419,31 @@ def merge_group(
             seen, same_as = visit(bench, report["digest"], make, group, group), None
         done.append(Merged(group, name, arm, recipe, report, *seen, same_as))
     return done
+
+
+def swap_losses(
+    bench: Bench, groups: Iterable[Sequence[str]], recipe: dict, seed: int = 0
+) -> pd.DataFrame:
+    """What each group loses before and after every swap of `draw_swaps`, merged by one recipe.
+
+    Columns method, n, group, leaves, enters, swapped (the new group), before, after: mean merging
+    loss (%) of the members on their test examples.
+    """
+    labels, rows = list(bench.tasks), []
+
+    def loss(group: Sequence[str]) -> float:
+        (merged,) = merge_group(bench, group, {recipe["method"]: recipe}, seed)
+        score = merged.examples.groupby("task")["correct"].mean()
+        own = {x: at_dose(bench, x, 1.0)[0]["correct"].mean() for x in group}
+        return float(np.mean([evaluate.merging_loss(score[x], own[x]) for x in group]))
+
+    for group in tqdm(list(groups), desc="swaps", unit="group", mininterval=5):
+        same = recipe["method"], len(group), "+".join(group)
+        before = loss(group)
+        for leaves, enters, new in draw_swaps(labels, group, seed):
+            rows.append((*same, leaves, enters, "+".join(new), before, loss(new)))
+    columns = ["method", "n", "group", "leaves", "enters", "swapped", "before", "after"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def in_arm(recipe: dict, arm: str, linear: dict, n: int) -> dict:

@@ -207,6 +207,19 @@ def test_intervals_over_tasks_are_wider_than_over_groups_that_share_them():
     assert alone.value == 1 and math.isnan(alone.low) and math.isnan(alone.high)
 
 
+def test_intervals_over_tasks_cover_also_where_a_large_group_never_holds_all_drawn_tasks():
+    """Gains that come from tasks and from the group: 95 % intervals cover at least nine in ten."""
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(60):
+        of_task = rng.normal(size=16)
+        drawn = [sorted(rng.choice(16, 8, replace=False)) for _ in range(12)]
+        gain = [of_task[g].mean() + rng.normal(0, 0.35) for g in drawn]
+        names = ["+".join(f"t{i:02d}" for i in g) for g in drawn]
+        found = choose.over_tasks(pd.DataFrame({"group": names, "gain": gain}), "gain", 300)
+        hits.append(found.low <= 0 <= found.high)
+    assert np.mean(hits) >= 0.9
+
+
 # --- committed studies ---------------------------------------------------------------------------
 
 

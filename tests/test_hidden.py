@@ -403,14 +403,15 @@ def test_a_bootstrap_over_probes_is_as_wide_as_the_theory_says():
 
 
 def test_more_probes_agree_better_with_those_not_drawn():
-    """Pairs with means 0 to 5 and noise of 3: one probe blurs their order, 50 restore it."""
+    """Pairs with means 0 to 5 and noise of 3: one probe blurs their order, 48 restore it."""
     rng, truth = np.random.default_rng(0), np.arange(12) / 2
     distances = truth[:, None, None] + rng.normal(0, 3, size=(12, 2, 100))
-    found = hidden.probe_counts(distances, [1, 10, 50], pd.Series(truth), draws=30)
+    found = hidden.probe_counts(distances, pd.Series(truth), draws=30)
     assert list(found.columns) == ["family", "reading", "x", "agreement", "harm"]
-    mean = found.groupby("x")[["agreement", "harm"]].mean()
+    assert found["x"].max() == 48  # half of the probes at most: the others are what it is held to
+    mean = found.groupby("x")[["agreement", "harm"]].mean().loc[[1, 8, 48]]
     assert mean["harm"].is_monotonic_increasing and mean["agreement"].is_monotonic_increasing
-    assert mean.loc[1, "harm"] < 0.8 and mean.loc[50, "harm"] > 0.95
+    assert mean.loc[1, "harm"] < 0.8 and mean.loc[48, "harm"] > 0.95
     assert (mean["agreement"] <= mean["harm"] + 0.02).all()  # the other side is noisy, too
 
 

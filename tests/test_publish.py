@@ -75,7 +75,7 @@ def test_the_readme_tells_the_study_that_the_notebook_shows(project):
 
 
 def test_the_readme_tells_what_another_training_seed_said(project):
-    told = [("r between seeds, loss mean", 0.875, 9), ("r between seeds, hidden_sim ", 0.5, 9)]
+    told = [("r between seeds, loss mean", 0.875, 9), ("r between seeds, hidden_sim", 0.5, 9)]
     rows = [dict(zip(("name", "value", "n"), row, strict=True)) for row in told]
     (project / "data/results/big/record_05.json").write_text(json.dumps(rows))
     text = publish.readme()
@@ -109,6 +109,34 @@ def test_the_readme_tells_what_two_seeds_of_one_task_look_like(project):
     assert "(mean of 2 tasks) disagree in sign on 45% of the coordinates" in text
     assert "different tasks on 47% to 49%" in text and "different tasks 0.50 to 0.75" in text
     assert "changes the score by -1 %" in text
+
+
+def test_the_readme_tells_what_choices_were_worth(project):
+    """Those of pairs from the study shown, those of larger groups from whichever has them."""
+    folder, other = project / "data/results/big", project / "data/results/wide"
+    other.mkdir()
+    columns = ["rule", "policy", "criterion", "gain", "gain_low", "gain_high", "regret"]
+    mine = [("linear", "member", "MDS", 2.0, -1, 5, 3.0), ("ties", "member", "MDS", 9, 9, 9, 9)]
+    mine += [("linear", "member", "random", 0.0, 0, 0, 4), ("linear", "swap", "MDS", 6, 5, 7, 8.5)]
+    pd.DataFrame(mine, columns=columns).to_csv(folder / "choices.csv", index=False)
+    theirs = [("linear", "member of 8", "radius", -0.5, -1, 0, 2.0)]
+    theirs += [
+        ("linear", "member of 8", "MDS", 0.25, -1, 1, 1),
+        ("linear", "swap", "MDS", 1, 1, 1, 1),
+    ]
+    pd.DataFrame(theirs, columns=columns).to_csv(other / "choices.csv", index=False)
+    told = {"foretold": (-0.25, -0.5, 0.125), "skill": (-0.1, 0, 0), "coverage": (0.875, 0, 0)}
+    rows = [
+        {"name": f"{name}, own tasks, linear", "value": value, "low": low, "high": high}
+        for name, (value, low, high) in told.items()
+    ]
+    (folder / "record_06.json").write_text(json.dumps(rows))
+    text = publish.readme()
+    assert "| a choice by | who leaves a pair | who leaves, who enters | who leaves eight |" in text
+    assert "| MDS | +2.0 [-1.0, 5.0] | +6.0 [5.0, 7.0] | +0.2 [-1.0, 1.0] |" in text
+    assert "| radius | abstains | abstains | -0.5 [-1.0, 0.0] |" in text
+    assert "a pair 3.0, who leaves, who enters 8.5, who leaves eight 1.0.*" in text
+    assert "rank correlation -0.25 [-0.50, 0.12] and skill -0.10" in text and "88% of its" in text
 
 
 def test_without_a_study_the_readme_says_so_and_without_marks_it_is_refused(project):

@@ -211,6 +211,37 @@ def test_a_sample_of_groups_is_seeded_and_grows():
     assert few != study.draw_groups(labels, 4, 5, seed=4)
 
 
+def test_swaps_put_one_newcomer_in_the_place_of_each_member():
+    labels, group = list("abcdefg"), ("b", "d", "g")
+    swaps = study.draw_swaps(labels, group, seed=3)
+    assert [leaves for leaves, _, _ in swaps] == list(group)
+    (enters,) = {enters for _, enters, _ in swaps}
+    assert enters in "acef" and swaps == study.draw_swaps(labels, group, seed=3)
+    assert all(new == tuple(sorted({*group, enters} - {x})) for x, _, new in swaps)
+    assert len({study.draw_swaps(labels, group, seed)[0][1] for seed in range(20)}) > 1
+    with pytest.raises(ValueError, match="no newcomer"):
+        study.draw_swaps(labels, labels)
+
+
+def test_a_swap_is_worth_what_the_swapped_group_loses(bench, monkeypatch):
+    """Losses are read off merges that are made by hand here; a group without outsiders has none."""
+    monkeypatch.setattr(evaluate, "merging_loss", lambda merged, own: 100 * (merged - own))
+    found = study.swap_losses(bench, ["ab", "bc"], {"method": "linear"}, seed=1)
+    assert list(found["group"]) == ["a+b"] * 2 + ["b+c"] * 2 and set(found["n"]) == {2}
+    assert list(found["swapped"]) == ["b+c", "a+c", "a+c", "a+b"]
+    assert list(found["enters"]) == ["c", "c", "a", "a"]
+    own = {x: study.at_dose(bench, x, 1.0)[0]["correct"].mean() for x in "abc"}
+    for pair in ("ab", "ac", "bc"):
+        (merged,) = study.merge_group(bench, pair, {"linear": {"method": "linear"}})
+        score = merged.examples.groupby("task")["correct"].mean()
+        loss = 100 * (score - pd.Series(own)[list(pair)]).mean()
+        name = "+".join(pair)
+        told = [*found.loc[found["group"] == name, "before"]]
+        told += [*found.loc[found["swapped"] == name, "after"]]
+        assert told and np.allclose(told, loss)
+    assert study.swap_losses(bench, [], {"method": "linear"}).empty
+
+
 def test_chebyshev_weights_are_those_of_the_group_on_its_own_probes():
     """Three points of an obtuse triangle: the ball is that of the longest side."""
     owner, models = list("aabbcc"), ["base", *"abc"]
