@@ -369,6 +369,7 @@ def swaps(groups: pd.DataFrame) -> pd.DataFrame:
 
 
 POLICIES = ("member", "swap")
+TAKEN = ("outcome", "gain", "regret", "hit")  # of the option that a criterion takes
 
 
 def _taken(score: NDArray, outcome: NDArray, hit: NDArray) -> dict[str, float]:
@@ -405,7 +406,7 @@ def swap_test(table: pd.DataFrame, scores: Mapping[str, Criterion]) -> pd.DataFr
             for policy, over in zip(POLICIES, (by_member, np.eye(len(new))), strict=True):
                 done = _taken(over @ values, over @ change, over @ (change > 0))
                 rows.append({"group": group, "criterion": name, "policy": policy, **done})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["group", "criterion", "policy", *TAKEN])
 
 
 def subset_test(
@@ -447,7 +448,7 @@ def subset_test(
             if not np.isnan(values).any():
                 done = _taken(values, outcome, outcome == outcome.max())
                 rows.append({"group": "+".join(chosen), "criterion": name, **done})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["group", "criterion", *TAKEN])
 
 
 def follows(groups: pd.DataFrame, scores: Mapping[str, Criterion]) -> pd.DataFrame:
@@ -491,6 +492,7 @@ def over_tasks(
     weight = 1 + shared * (drawn - 1)[:, at].sum(2)
     total = weight.sum(1)
     means = (weight @ values)[total > 0] / total[total > 0]
+    means = means.clip(values.min(), values.max())  # weights may be negative, a mean is within
     low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
     return Interval(float(values.mean()), float(low), float(high), n)
 
@@ -505,4 +507,5 @@ def summary(table: pd.DataFrame, by: Sequence[str], draws: int = 1000, seed: int
             found = over_tasks(rows_of, column, draws, seed)
             row |= {column: found.value, f"{column}_low": found.low, f"{column}_high": found.high}
         rows.append(row | {"groups": len(rows_of), "tasks": found.n})
-    return pd.DataFrame(rows)
+    spans = [f"{column}{end}" for column in ("gain", "regret") for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=[*by, "outcome", "hit", *spans, "groups", "tasks"])

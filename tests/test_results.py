@@ -111,6 +111,24 @@ def test_intervals_and_collapses_follow_from_the_recorded_answers(study, answers
     assert (pd.array(groups["collapsed"], dtype="boolean") == flags).all()
 
 
+@each_study
+def test_swaps_start_from_measured_groups_and_each_has_one_newcomer(study):
+    swaps = table(study, "swaps.csv")
+    groups = table(study, "groups.csv").query("method == 'linear' and arm == 'default'")
+    measured = groups.set_index("group")["loss"]
+    known = swaps["group"].isin(measured.index)
+    assert known.all(), "a group was swapped in that was not merged by itself"
+    np.testing.assert_allclose(swaps["before"], measured.reindex(swaps["group"]))
+    again = swaps["swapped"].isin(measured.index)  # a drawn group that is also another's swap
+    np.testing.assert_allclose(swaps["after"][again], measured.reindex(swaps["swapped"][again]))
+    for group, options in swaps.groupby("group"):
+        members = set(group.split("+"))
+        (enters,) = set(options["enters"])
+        assert list(options["leaves"]) == group.split("+") and enters not in members
+        for row in options.itertuples():
+            assert set(row.swapped.split("+")) == members - {row.leaves} | {enters}
+
+
 @each_found
 def test_findings_follow_from_the_tables(study):
     tables = findings.read(RESULTS / study)
