@@ -334,10 +334,9 @@ def write_agreement() -> None:
     """Bring data/results/agreement.csv up to date with the committed studies."""
     from helpers.findings import agreement
 
-    told = {name: pd.read_csv(folder / "statistics.csv") for name, folder in studies().items()}
-    tasks = {
-        name: set(pd.read_csv(folder / "losses.csv")["task"]) for name, folder in studies().items()
-    }
+    known = studies().items()
+    told = {name: pd.read_csv(folder / "statistics.csv") for name, folder in known}
+    tasks = {name: set(pd.read_csv(folder / "losses.csv")["task"]) for name, folder in known}
     if told:
         write_table(ROOT / "data" / "results" / "agreement.csv", agreement(told, tasks))
 
