@@ -299,6 +299,7 @@ def criteria(
     doses: pd.DataFrame,
     d2: pd.DataFrame,
     method: str,
+    elsewhere: pd.DataFrame | None = None,
 ) -> dict[str, Criterion]:
     """The scores that compete, by name, for one merge rule.
 
@@ -307,9 +308,10 @@ def criteria(
     members alone at dose 1/n, from their dose curves. base accuracy: mean few-shot score of the
     base. advisor: `worst_predicted`. parameters: the same from the one of conflict.PRIMARY that
     follows the known losses best. random: no preference. The first four learn nothing; their
-    direction is that of the claims they stand for.
+    direction is that of the claims they stand for. Those that learn may learn from another study,
+    too: `elsewhere`, a table of `joined`.
     """
-    known = joined(pairs, losses).query("method == @method")
+    known = pd.concat([joined(pairs, losses), elsewhere]).query("method == @method")
     curves = dict(list(doses.groupby("task")))
     base = losses.groupby("task")["base"].first()
 

@@ -500,11 +500,8 @@ def _choices(folder: Path) -> list[str]:
     """What notebook 06 found a score's choices to be worth, in pairs and in larger groups."""
     if not (folder / "choices.csv").exists():
         return []
-    files = [folder / "choices.csv", *sorted(folder.parent.glob("*/choices.csv"))]
-    own, *others = (pd.read_csv(file) for file in files)
-    large = [table[table["policy"].str.startswith("member of")] for table in others]
-    told = pd.concat([own, *large]).query("rule == 'linear' and criterion != 'random'")
-    cells = told.drop_duplicates(["criterion", "policy"]).set_index(["criterion", "policy"])
+    told = pd.read_csv(folder / "choices.csv").query("rule == 'linear' and criterion != 'random'")
+    cells = told.set_index(["criterion", "policy"])
     rows = []
     for criterion in dict.fromkeys(told["criterion"]):
         row = {"a choice by": criterion}
