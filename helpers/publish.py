@@ -428,7 +428,7 @@ def _seeds_sentence(folder: Path) -> list[str]:
     """What notebook 05 recorded of the same study from another training seed, if there is one."""
     told = _recorded(folder, "05")
     loss, distance = (told.get(f"r between seeds, {what}") for what in ("loss mean", "hidden_sim"))
-    if not loss:
+    if not (loss and distance):
         return []
     sentence = (
         f"Trained again on the same examples from another seed ({loss['n']} tasks), the losses of "
@@ -492,7 +492,7 @@ POLICIES = {
     "member": "who leaves a pair",
     "swap": "who leaves, who enters",
     "subset": "which to keep",
-    "member of 8": "who leaves eight",
+    "member_of_8": "who leaves eight",
 }
 
 
@@ -527,13 +527,27 @@ def _choices(folder: Path) -> list[str]:
         *_markdown(rows),
         "",
         "*Linear averaging; 95 % over tasks. Points that the best possible choice would save "
-        f"beyond that of MDS: {left}.*",
+        f"beyond that of MDS: {left}.{_before_swaps(folder)}*",
         "",
         "A line from hidden distance, fitted without the tasks of a pair, foretells the losses of "
         f"pairs with rank correlation {rank['value']:.2f} [{rank['low']:.2f}, {rank['high']:.2f}] "
         f"and skill {skill['value']:.2f} (below 0: worse than saying the mean); "
         f"{cover['value']:.0%} of its 90 % intervals hold the loss.",
     ]
+
+
+def _before_swaps(folder: Path) -> str:
+    """What larger groups had lost before their swaps: near -100 % no choice can show its worth."""
+    path = folder / "swaps.csv"
+    swaps = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    if swaps.empty:
+        return ""
+    groups = swaps.groupby("group")
+    before, best = groups["before"].first().mean(), groups["after"].max().mean()
+    return (
+        f" The {len(groups)} groups of {swaps['n'].max()} had lost {before:.0f} % before any swap, "
+        f"{best:.0f} % after their best one: near -100 % no choice can show its worth."
+    )
 
 
 def engine() -> str:

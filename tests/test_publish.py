@@ -116,8 +116,8 @@ def test_the_readme_tells_what_choices_were_worth(project):
     columns = ["rule", "policy", "criterion", "gain", "gain_low", "gain_high", "regret"]
     mine = [("linear", "member", "MDS", 2.0, -1, 5, 3.0), ("ties", "member", "MDS", 9, 9, 9, 9)]
     mine += [("linear", "member", "random", 0.0, 0, 0, 4), ("linear", "swap", "MDS", 6, 5, 7, 8.5)]
-    mine += [("linear", "member of 8", "radius", -0.5, -1, 0, 2.0)]
-    mine += [("linear", "member of 8", "MDS", 0.25, -1, 1, 1)]
+    mine += [("linear", "member_of_8", "radius", -0.5, -1, 0, 2.0)]
+    mine += [("linear", "member_of_8", "MDS", 0.25, -1, 1, 1)]
     pd.DataFrame(mine, columns=columns).to_csv(folder / "choices.csv", index=False)
     told = {"foretold": (-0.25, -0.5, 0.125), "skill": (-0.1, 0, 0), "coverage": (0.875, 0, 0)}
     rows = [
@@ -125,11 +125,15 @@ def test_the_readme_tells_what_choices_were_worth(project):
         for name, (value, low, high) in told.items()
     ]
     (folder / "record_06.json").write_text(json.dumps(rows))
+    swaps = {"group": ["a", "a", "b", "b"], "n": 8, "before": [-90, -90, -98, -98]}
+    swaps = pd.DataFrame(swaps | {"after": [-99, -80, -97, -70]})
+    swaps.to_csv(folder / "swaps.csv", index=False)
     text = publish.readme()
+    assert "The 2 groups of 8 had lost -94 % before any swap, -75 % after their best one" in text
     assert "| a choice by | who leaves a pair | who leaves, who enters | who leaves eight |" in text
     assert "| MDS | +2.0 [-1.0, 5.0] | +6.0 [5.0, 7.0] | +0.2 [-1.0, 1.0] |" in text
     assert "| radius | abstains | abstains | -0.5 [-1.0, 0.0] |" in text
-    assert "a pair 3.0, who leaves, who enters 8.5, who leaves eight 1.0.*" in text
+    assert "a pair 3.0, who leaves, who enters 8.5, who leaves eight 1.0. The" in text
     assert "rank correlation -0.25 [-0.50, 0.12] and skill -0.10" in text and "88% of its" in text
 
 
