@@ -181,6 +181,16 @@ class Known(NamedTuple):
     distance: str  # the column of `pairs` that is like the advisor's distances: one of READ_ON
 
 
+def read_study(folder: Path) -> tuple[pd.DataFrame, ...]:
+    """Tables of one study: pairs, losses, doses, groups, and squared distances between the states
+    of its models (models x models, mean over all probes)."""
+    with np.load(folder / "geometry.npz") as geometry:
+        models, distances = geometry["models"].tolist(), geometry["d2x"].mean(-1)
+    names = ("pairs", "losses", "doses", "groups")
+    tables = (pd.read_csv(folder / f"{name}.csv") for name in names)
+    return *tables, pd.DataFrame(distances, models, models)
+
+
 def known_merges(
     folders: Iterable[Path] | None = None, without: Iterable[str] = (), neutral: bool = False
 ) -> Known:

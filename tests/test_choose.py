@@ -223,6 +223,16 @@ def test_intervals_over_tasks_cover_also_where_a_large_group_never_holds_all_dra
 # --- committed studies ---------------------------------------------------------------------------
 
 
+def test_a_study_is_read_with_the_distances_of_its_models(study):
+    pd.DataFrame({"task": ["A"], "dose": [1.0]}).to_csv(study / "doses.csv", index=False)
+    d2x = np.arange(8.0).reshape(2, 2, 2)
+    np.savez(study / "geometry.npz", models=np.array(["base", "A"]), d2x=d2x)
+    pairs, losses, doses, groups, d2 = choose.read_study(study)
+    assert {"task_a", "hidden_sim_pool"} <= set(pairs) and {"method", "loss"} <= set(losses)
+    assert list(doses) == ["task", "dose"] and {"group", "n"} <= set(groups)
+    assert d2.loc["base", "A"] == d2x[0, 1].mean() and list(d2) == ["base", "A"]
+
+
 @pytest.fixture
 def study(tmp_path):
     """A folder of tables as notebook 02 and 03 leave them: six tasks, three rules."""
