@@ -392,15 +392,18 @@ def _taken(score: NDArray, outcome: NDArray, hit: NDArray) -> dict[str, float]:
     return {"outcome": value, **compared, "hit": hit[best].mean()}
 
 
-def swap_test(table: pd.DataFrame, scores: Mapping[str, Criterion]) -> pd.DataFrame:
+def swap_test(
+    table: pd.DataFrame, scores: Mapping[str, Criterion], hold_newcomers: bool = False
+) -> pd.DataFrame:
     """What each criterion's swap does to each group: one row per group, criterion and policy.
 
     `table`: the swaps of one rule (`swaps`). "member": the criterion says who leaves (the one whose
     leaving gives the best expected score) and the newcomer is drawn at random; "swap": it says who
     leaves and who enters. outcome: change of the group's loss (points), expected over random
     newcomers and ties; gain: outcome less that of a random choice; regret: outcome of the best
-    choice less this one; hit: chance that the group gets better. A criterion that has too few
-    losses to learn from abstains: no row.
+    choice less this one; hit: chance that the group gets better. What learns, learns from no pair
+    with a member of the group; with `hold_newcomers` from none with a newcomer, either, which is
+    right where these are few. A criterion that has too few losses to learn from abstains: no row.
     """
     rows = []
     for group, options in table.groupby("group", sort=False):
@@ -408,8 +411,7 @@ def swap_test(table: pd.DataFrame, scores: Mapping[str, Criterion]) -> pd.DataFr
         by_member = np.array([leaves == member for member in np.unique(leaves)], float)
         by_member /= by_member.sum(1, keepdims=True)
         new = [tuple(name.split("+")) for name in options["swapped"]]
-        # a single newcomer is held out, too; of many, each is nearly all there is to learn from
-        held = {*group.split("+"), *(options["enters"] if options["enters"].nunique() == 1 else ())}
+        held = {*group.split("+"), *(options["enters"] if hold_newcomers else ())}
         for name, criterion in scores.items():
             score = criterion(frozenset(held))
             values = np.array([score(members) for members in new])
@@ -463,23 +465,39 @@ def subset_test(
     return pd.DataFrame(rows, columns=["group", "criterion", *TAKEN])
 
 
-def follows(groups: pd.DataFrame, scores: Mapping[str, Criterion]) -> pd.DataFrame:
+def follows(
+    groups: pd.DataFrame, scores: Mapping[str, Criterion], relabellings: int = 0, seed: int = 0
+) -> pd.DataFrame:
     """Spearman's correlation of each score with the loss of measured groups, by size.
 
     `groups`: columns group, n, loss of one rule. Columns n, criterion, spearman (1: what scores
-    best lost least), groups. Sizes with fewer than three groups, and scores that abstain or do not
-    vary, are left out. Groups share tasks: no p-value belongs to it.
+    best lost least), p, groups. Groups share tasks, so the tasks are what p permutes: the share of
+    their relabellings under which the score follows the losses at least as closely, either way (nan
+    without relabellings). Sizes with fewer than three groups, and scores that abstain or do not
+    vary, are left out.
     """
-    rows = []
+    rng, rows = np.random.default_rng(seed), []
     for n, measured in default_arm(groups).dropna(subset=["loss"]).groupby("n"):
-        for name, criterion in scores.items():
-            members = [tuple(group.split("+")) for group in measured["group"]]
-            values = np.array([criterion(frozenset(group))(group) for group in members])
-            if len(values) > 2 and not np.isnan(values).any() and np.ptp(values) > 0:
-                found = distributions.spearmanr(values, measured["loss"]).statistic
-                row = {"n": n, "criterion": name, "spearman": found, "groups": len(values)}
-                rows.append(row)
-    return pd.DataFrame(rows, columns=["n", "criterion", "spearman", "groups"])
+        members, loss = [x.split("+") for x in measured["group"]], measured["loss"].to_numpy()
+        tasks = sorted(set().union(*members))
+        orders = [tasks, *(rng.permutation(tasks).tolist() for _ in range(relabellings))]
+        labels = [dict(zip(tasks, order, strict=True)) for order in orders]
+        for name, criterion in scores.items() if len(members) > 2 else ():
+            own, *others = (_followed(criterion, members, label, loss) for label in labels)
+            others = [r for r in others if not math.isnan(r)]
+            as_close = sum(abs(r) >= abs(own) - 1e-12 for r in others)
+            p = (1 + as_close) / (1 + len(others)) if others else math.nan
+            if not math.isnan(own):
+                rows.append((n, name, own, p, len(members)))
+    return pd.DataFrame(rows, columns=["n", "criterion", "spearman", "p", "groups"])
+
+
+def _followed(criterion: Criterion, members: list, label: Mapping, loss: NDArray) -> float:
+    """Spearman's correlation of a score with losses, each task under the name that it is given."""
+    named = [tuple(label[x] for x in group) for group in members]
+    values = np.array([criterion(frozenset(group))(group) for group in named])
+    varies = not np.isnan(values).any() and np.ptp(values) > 0
+    return float(distributions.spearmanr(values, loss).statistic) if varies else math.nan
 
 
 def over_tasks(

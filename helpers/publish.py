@@ -18,6 +18,7 @@ import nbformat
 import pandas as pd
 from PIL import Image
 
+from helpers.figures import look
 from helpers.page import figures_of
 from helpers.records import REVISION, ROOT, atomic_write, revision, store, write_table
 from helpers.run import (
@@ -42,6 +43,7 @@ MARKS = (
     "<!-- engine: written by `python -m helpers refresh` -->",
     "<!-- end of engine -->",
 )
+ENOUGH = 10  # groups of tasks that an interval is given for
 LARGE = 200_000  # characters of a picture in a notebook, beyond which it is made lighter
 
 
@@ -362,6 +364,7 @@ def findings() -> str:
         "",
         *_loss_table(tables["summary"]),
         "",
+        *_groups_table(folder),
         *_variance_sentence(tables["effects"]),
         *_seeds_sentence(folder),
         *_twins_sentence(folder),
@@ -399,6 +402,36 @@ def _loss_table(summary: pd.DataFrame) -> list[str]:
         "floor, where a partner can do no more harm, are left out of the two parts.*"
     )
     return [*_markdown(rows), "", note]
+
+
+def _groups_table(folder: Path) -> list[str]:
+    """What whole groups lost, by size and rule: this study's and those that 06 tries choices on."""
+    from helpers.choose import RULES, default_arm, over_tasks
+
+    choices = folder / "choices.csv"
+    tried = pd.read_csv(choices)["study"].unique() if choices.exists() else []
+    rows, passed = [], []
+    for study in dict.fromkeys([folder.name, *tried]):
+        tasks, groups = (
+            pd.read_csv(folder.parent / study / f"{x}.csv") for x in ("tasks", "groups")
+        )
+        passed.append(f"{tasks['kept'].sum()} of {len(tasks)} in {study}")
+        groups = default_arm(groups)
+        for n, of_size in groups[groups["method"].isin(RULES)].groupby("n"):
+            row = {"study": study, "models": n, "groups": of_size["group"].nunique()}
+            for rule in RULES:
+                row[look(rule)["label"]] = ""
+            for rule, mine in of_size.groupby("method"):
+                loss = over_tasks(mine, "loss")
+                span = f" [{loss.low:.0f}, {loss.high:.0f}]" if len(mine) >= ENOUGH else ""
+                collapsed = mine["collapsed"].eq(True).sum()
+                row[look(rule)["label"]] = f"{loss.value:.0f}{span}, {collapsed} collapsed"
+            rows.append(row)
+    note = (
+        "*Mean merging loss (%) of groups of tasks merged at once, at default scales; 95 % over "
+        f"tasks from {ENOUGH} groups on. Tasks that passed screening: {', '.join(passed)}.*"
+    )
+    return [*_markdown(rows), "", note, ""]
 
 
 def _variance_sentence(effects: pd.DataFrame) -> list[str]:
@@ -492,7 +525,6 @@ POLICIES = {
     "member": "who leaves a pair",
     "swap": "who leaves, who enters",
     "subset": "which to keep",
-    "member_of_8": "who leaves eight",
 }
 
 
@@ -500,25 +532,29 @@ def _choices(folder: Path) -> list[str]:
     """What notebook 06 found a score's choices to be worth, in pairs and in larger groups."""
     if not (folder / "choices.csv").exists():
         return []
-    told = pd.read_csv(folder / "choices.csv").query("rule == 'linear' and criterion != 'random'")
-    cells = told.set_index(["criterion", "policy"])
+    told = pd.read_csv(folder / "choices.csv").query("criterion != 'random'")
+    titles = {(folder.name, policy, "linear"): title for policy, title in POLICIES.items()}
+    for at in told[["study", "policy", "rule"]].drop_duplicates().itertuples(index=False):
+        if at.policy.startswith("member_of_"):
+            size = at.policy.removeprefix("member_of_")
+            titles[tuple(at)] = f"who leaves {size} ({look(at.rule)['label']}, {at.study})"
+    cells = told.set_index(["study", "policy", "rule", "criterion"])
     rows = []
     for criterion in dict.fromkeys(told["criterion"]):
         row = {"a choice by": criterion}
-        for policy, title in POLICIES.items():
-            if policy in set(told["policy"]):
-                at = cells.reindex([(criterion, policy)]).iloc[0]
+        for column, title in titles.items():
+            if column in cells.index.droplevel("criterion"):
+                at = cells.reindex([(*column, criterion)]).iloc[0]
                 span = f"{at['gain']:+.1f} [{at['gain_low']:.1f}, {at['gain_high']:.1f}]"
                 row[title] = "abstains" if math.isnan(at["gain"]) else span
         rows.append(row)
-    regrets = cells["regret"].unstack()
-    left = ", ".join(
-        f"{POLICIES[p]} {regrets.loc['MDS', p]:.1f}" for p in POLICIES if p in regrets.columns
-    )
+    regrets = cells["regret"].xs("MDS", level="criterion")
+    left = ", ".join(f"{title} {regrets[x]:.1f}" for x, title in titles.items() if x in regrets)
     seen = _recorded(folder, "06")
     rank, skill, cover = (
         seen[f"{name}, own tasks, linear"] for name in ("foretold", "skill", "coverage")
     )
+    larger = " ".join(_before_swaps(*column) for column in titles if column[1] not in POLICIES)
     return [
         "",
         "What a choice by each score saves beyond a random one, in points of merging loss "
@@ -526,27 +562,39 @@ def _choices(folder: Path) -> list[str]:
         "",
         *_markdown(rows),
         "",
-        "*Linear averaging; 95 % over tasks. Points that the best possible choice would save "
-        f"beyond that of MDS: {left}.{_before_swaps(folder)}*",
+        "*Pairs and subsets by linear averaging; 95 % over tasks. Points that the best possible "
+        f"choice would save beyond that of MDS: {left}. {larger}*",
         "",
         "A line from hidden distance, fitted without the tasks of a pair, foretells the losses of "
         f"pairs with rank correlation {rank['value']:.2f} [{rank['low']:.2f}, {rank['high']:.2f}] "
         f"and skill {skill['value']:.2f} (below 0: worse than saying the mean); "
         f"{cover['value']:.0%} of its 90 % intervals hold the loss.",
+        *_ranks(folder),
     ]
 
 
-def _before_swaps(folder: Path) -> str:
+def _ranks(folder: Path) -> list[str]:
+    """How notebook 06 saw MDS rank whole groups, as the paper has it, where there are enough."""
+    path = folder / "ranks.csv"
+    ranks = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["criterion"])
+    told = [
+        f"{at.spearman:.2f} by {look(at.rule)['label']} (p {at.p:.2f}, {at.groups} groups of "
+        f"{at.n} in {at.study})"
+        for at in ranks[ranks["criterion"] == "MDS"].itertuples()
+    ]
+    sentence = f"MDS ranks whole groups by their mean loss with {', '.join(told)}."
+    return ["", sentence] if told else []
+
+
+def _before_swaps(study: str, policy: str, rule: str) -> str:
     """What larger groups had lost before their swaps: near -100 % no choice can show its worth."""
-    path = folder / "swaps.csv"
-    swaps = pd.read_csv(path) if path.exists() else pd.DataFrame()
-    if swaps.empty:
-        return ""
-    groups = swaps.groupby("group")
+    swaps = pd.read_csv(ROOT / "data" / "results" / study / "swaps.csv")
+    groups = swaps[swaps["method"] == rule].groupby("group")
     before, best = groups["before"].first().mean(), groups["after"].max().mean()
+    size, by = policy.removeprefix("member_of_"), look(rule)["label"]
     return (
-        f" The {len(groups)} groups of {swaps['n'].max()} had lost {before:.0f} % before any swap, "
-        f"{best:.0f} % after their best one: near -100 % no choice can show its worth."
+        f"The {len(groups)} groups of {size} of {study} had lost {before:.0f} % by {by} before any "
+        f"swap, {best:.0f} % after their best one: near -100 % no choice can show its worth."
     )
 
 

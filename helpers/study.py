@@ -422,28 +422,38 @@ def merge_group(
 
 
 def swap_losses(
-    bench: Bench, groups: Iterable[Sequence[str]], recipe: dict, seed: int = 0
+    bench: Bench,
+    groups: Iterable[Sequence[str]],
+    recipes: Mapping[str, dict],
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """What each group loses before and after every swap of `draw_swaps`, merged by one recipe.
+    """What each group loses before and after every swap of `draw_swaps`, merged by each recipe.
 
     Columns method, n, group, leaves, enters, swapped (the new group), before, after: mean merging
     loss (%) of the members on their test examples.
     """
     labels, rows = list(bench.tasks), []
 
-    def loss(group: Sequence[str]) -> float:
-        (merged,) = merge_group(bench, group, {recipe["method"]: recipe}, seed)
-        score = merged.examples.groupby("task")["correct"].mean()
-        own = {x: at_dose(bench, x, 1.0)[0]["correct"].mean() for x in group}
-        return float(np.mean([evaluate.merging_loss(score[x], own[x]) for x in group]))
+    @cache
+    def own(label: str) -> float:
+        return at_dose(bench, label, 1.0)[0]["correct"].mean()
+
+    def losses(group: Sequence[str]) -> list[float]:
+        scores = (
+            merged.examples.groupby("task")["correct"].mean()
+            for merged in merge_group(bench, group, recipes, seed)
+        )
+        return [np.mean([evaluate.merging_loss(of[x], own(x)) for x in group]) for of in scores]
 
     for group in tqdm(list(groups), desc="swaps", unit="group", mininterval=5):
-        same = recipe["method"], len(group), "+".join(group)
-        before = loss(group)
+        before = losses(group)
         for leaves, enters, new in draw_swaps(labels, group, seed):
-            rows.append((*same, leaves, enters, "+".join(new), before, loss(new)))
+            told = len(group), "+".join(group), leaves, enters, "+".join(new)
+            rows += [
+                (name, *told, *of) for name, *of in zip(recipes, before, losses(new), strict=True)
+            ]
     columns = ["method", "n", "group", "leaves", "enters", "swapped", "before", "after"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=columns).sort_values("method", kind="stable")
 
 
 def in_arm(recipe: dict, arm: str, linear: dict, n: int) -> dict:

@@ -1,7 +1,7 @@
 """Predictions that cover, choices that learn nothing from what they are tried on, known answers."""
 
 import math
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pandas as pd
@@ -156,7 +156,27 @@ def test_how_well_scores_follow_the_losses_of_measured_groups():
     assert list(table.index) == ["MDS"]  # a score that does not vary ranks nothing
     distance, loss = DISTANCES["hidden_sim"], GROUPS["loss"]
     assert table.loc["MDS", "spearman"] == pytest.approx((-distance).corr(loss, "spearman"))
-    assert choose.follows(GROUPS.head(2), MDS).empty
+    assert choose.follows(GROUPS.head(2), MDS).empty and math.isnan(table.loc["MDS", "p"])
+
+
+def test_ranks_of_groups_are_tested_by_giving_the_tasks_other_names():
+    """The exact p of all 24 relabellings of four tasks, and nominal false positives of triples."""
+    names = [dict(zip("ABCD", order, strict=True)) for order in permutations("ABCD")]
+    apart = [[PLACE[f[a]] - PLACE[f[b]] for a, b in combinations("ABCD", 2)] for f in names]
+    found = [pd.Series(np.abs(x)).corr(pd.Series(LOSS.values()), "spearman") for x in apart]
+    exact = np.mean(np.abs(found) >= np.abs(found[0]) - 1e-12)
+    (p,) = choose.follows(GROUPS, MDS, relabellings=2000)["p"]
+    assert p == pytest.approx(exact, abs=0.03)
+
+    rng, few = np.random.default_rng(0), list(combinations("ABCDEFGH", 3))[::4]
+    told = []
+    for _ in range(100):  # losses and scores both go by the task, and have nothing to do with
+        hurt, score = (dict(zip("ABCDEFGH", rng.normal(size=8), strict=True)) for _ in range(2))
+        loss = [sum(map(hurt.get, triple)) for triple in few]
+        groups = pd.DataFrame({"group": ["+".join(triple) for triple in few], "n": 3, "loss": loss})
+        by = {"score": lambda held, of=score: lambda group: sum(map(of.get, group))}
+        told += choose.follows(groups, by, relabellings=39)["p"].tolist()
+    assert 0.005 <= np.mean(np.array(told) <= 0.05) <= 0.12
 
 
 def test_criteria_point_as_claimed_and_learn_nothing_from_held_out_tasks():
@@ -194,6 +214,11 @@ def test_criteria_point_as_claimed_and_learn_nothing_from_held_out_tasks():
     nothing = {"none": lambda held: lambda group: math.nan}
     rows = choose.swap_test(choose.swaps(GROUPS), RANDOM | nothing)
     assert set(rows["criterion"]) == {"random"}  # who cannot score abstains
+    asked = []
+    for hold in (False, True):
+        by = {"all": lambda held: asked.append(held) or (lambda group: 0.0)}
+        choose.swap_test(choose.swaps(GROUPS).query("group == 'A+B'"), by, hold_newcomers=hold)
+    assert asked == [frozenset("AB"), frozenset("ABCD")]
 
 
 def test_intervals_over_tasks_are_wider_than_over_groups_that_share_them():

@@ -39,6 +39,11 @@ def project(tmp_path, monkeypatch):
         "tasks": [{"kept": True}, {"kept": False}],
         "pairs": [{}, {}, {}],
         "merges": [{"x": 1}] * 7,
+        "groups": [
+            {"group": group, "n": 2, "method": method, "arm": arm, "loss": loss, "collapsed": hit}
+            for method, arm in (("linear", "default"), ("linear", "sum"), ("dare", "default"))
+            for group, loss, hit in (("a+b", -40, arm == "default"), ("a+c", -20, np.nan))
+        ],
     }  # fmt: skip
     for name, rows in tables.items():
         frame = pd.DataFrame(rows if name != "pairs" else [{"x": 0}] * 3)
@@ -66,6 +71,9 @@ def test_the_readme_tells_the_study_that_the_notebook_shows(project):
     assert "| it falls | p > .05 |" in text and "nan" not in text
     assert "| linear | -30 [-31, -29] | -10 [-11, -9] | -20 [-21, -19] | 25% of 20 cells |" in text
     assert "the task scored 50% [25%, 75%], its partner 25%." in text
+    assert "| study | models | groups | LA | TA | TIES |" in text
+    assert "| big | 2 | 2 | -30, 1 collapsed |  |  |" in text
+    assert "passed screening: 1 of 2 in big.*" in text
     assert "0 of 7 merges lie below its floor; the nearest lies 1.50 times as high" in text
     assert "| ties of 4 | 1M float32 | 2.0 | 9.0 | 4.5 | 0.25 | 0.25 |" in text
     assert "| ties of 4 | 9M float32 | 2.0 |  |  | 0.25 |  |" in text  # mergekit was not run there
@@ -113,11 +121,15 @@ def test_the_readme_tells_what_two_seeds_of_one_task_look_like(project):
 
 def test_the_readme_tells_what_choices_were_worth(project):
     folder = project / "data/results/big"
-    columns = ["rule", "policy", "criterion", "gain", "gain_low", "gain_high", "regret"]
-    mine = [("linear", "member", "MDS", 2.0, -1, 5, 3.0), ("ties", "member", "MDS", 9, 9, 9, 9)]
-    mine += [("linear", "member", "random", 0.0, 0, 0, 4), ("linear", "swap", "MDS", 6, 5, 7, 8.5)]
-    mine += [("linear", "member_of_8", "radius", -0.5, -1, 0, 2.0)]
-    mine += [("linear", "member_of_8", "MDS", 0.25, -1, 1, 1)]
+    columns = ["study", "rule", "policy", "criterion", "gain", "gain_low", "gain_high", "regret"]
+    mine = [
+        ("big", "linear", "member", "MDS", 2.0, -1, 5, 3.0),
+        ("big", "ties", "member", "MDS", 9, 9, 9, 9),
+        ("big", "linear", "member", "random", 0.0, 0, 0, 4),
+        ("big", "linear", "swap", "MDS", 6, 5, 7, 8.5),
+        ("many", "ties", "member_of_8", "radius", -0.5, -1, 0, 2.0),
+        ("many", "ties", "member_of_8", "MDS", 0.25, -1, 1, 1),
+    ]
     pd.DataFrame(mine, columns=columns).to_csv(folder / "choices.csv", index=False)
     told = {"foretold": (-0.25, -0.5, 0.125), "skill": (-0.1, 0, 0), "coverage": (0.875, 0, 0)}
     rows = [
@@ -126,15 +138,27 @@ def test_the_readme_tells_what_choices_were_worth(project):
     ]
     (folder / "record_06.json").write_text(json.dumps(rows))
     swaps = {"group": ["a", "a", "b", "b"], "n": 8, "before": [-90, -90, -98, -98]}
-    swaps = pd.DataFrame(swaps | {"after": [-99, -80, -97, -70]})
-    swaps.to_csv(folder / "swaps.csv", index=False)
+    swaps = pd.DataFrame(swaps | {"after": [-99, -80, -97, -70], "method": "ties"})
+    swaps = pd.concat([swaps, swaps.assign(method="linear", before=0)])
+    many = project / "data/results/many"
+    many.mkdir()
+    swaps.to_csv(many / "swaps.csv", index=False)
+    pd.DataFrame({"kept": [True] * 4}).to_csv(many / "tasks.csv", index=False)
+    names = ["+".join(f"{x}{i}" for x in "abcdefgh") for i in range(10)]
+    groups = {"group": names, "n": 8, "method": "ties", "loss": -np.arange(10.0), "collapsed": True}
+    pd.DataFrame(groups | {"arm": "default"}).to_csv(many / "groups.csv", index=False)
+    ranks = {"study": "many", "rule": "ties", "n": 8, "criterion": ["MDS", "radius"], "groups": 25}
+    ranks = pd.DataFrame(ranks | {"spearman": [0.125, 0.9], "p": [0.25, 0.01]})
+    ranks.to_csv(folder / "ranks.csv", index=False)
     text = publish.readme()
-    assert "The 2 groups of 8 had lost -94 % before any swap, -75 % after their best one" in text
-    assert "| a choice by | who leaves a pair | who leaves, who enters | who leaves eight |" in text
+    assert "2 groups of 8 of many had lost -94 % by TIES before any swap, -75 % after their" in text
+    assert "| who leaves a pair | who leaves, who enters | who leaves 8 (TIES, many) |" in text
+    assert "| many | 8 | 10 |  |  | -4 [-" in text and "1 of 2 in big, 4 of 4 in many" in text
     assert "| MDS | +2.0 [-1.0, 5.0] | +6.0 [5.0, 7.0] | +0.2 [-1.0, 1.0] |" in text
     assert "| radius | abstains | abstains | -0.5 [-1.0, 0.0] |" in text
-    assert "a pair 3.0, who leaves, who enters 8.5, who leaves eight 1.0. The" in text
+    assert "pair 3.0, who leaves, who enters 8.5, who leaves 8 (TIES, many) 1.0. The" in text
     assert "rank correlation -0.25 [-0.50, 0.12] and skill -0.10" in text and "88% of its" in text
+    assert "mean loss with 0.12 by TIES (p 0.25, 25 groups of 8 in many)." in text
 
 
 def test_without_a_study_the_readme_says_so_and_without_marks_it_is_refused(project):

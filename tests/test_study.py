@@ -226,20 +226,23 @@ def test_swaps_put_one_newcomer_in_the_place_of_each_member():
 def test_a_swap_is_worth_what_the_swapped_group_loses(bench, monkeypatch):
     """Losses are read off merges that are made by hand here; a group without outsiders has none."""
     monkeypatch.setattr(evaluate, "merging_loss", lambda merged, own: 100 * (merged - own))
-    found = study.swap_losses(bench, ["ab", "bc"], {"method": "linear"}, seed=1)
-    assert list(found["group"]) == ["a+b"] * 2 + ["b+c"] * 2 and set(found["n"]) == {2}
-    assert list(found["swapped"]) == ["b+c", "a+c", "a+c", "a+b"]
-    assert list(found["enters"]) == ["c", "c", "a", "a"]
+    rules = {name: {"method": name} for name in ("linear", "ties")}
+    both = study.swap_losses(bench, ["ab", "bc"], rules, seed=1)
+    assert list(both["method"]) == ["linear"] * 4 + ["ties"] * 4
     own = {x: study.at_dose(bench, x, 1.0)[0]["correct"].mean() for x in "abc"}
-    for pair in ("ab", "ac", "bc"):
-        (merged,) = study.merge_group(bench, pair, {"linear": {"method": "linear"}})
-        score = merged.examples.groupby("task")["correct"].mean()
-        loss = 100 * (score - pd.Series(own)[list(pair)]).mean()
-        name = "+".join(pair)
-        told = [*found.loc[found["group"] == name, "before"]]
-        told += [*found.loc[found["swapped"] == name, "after"]]
-        assert told and np.allclose(told, loss)
-    assert study.swap_losses(bench, [], {"method": "linear"}).empty
+    for rule, found in both.groupby("method"):
+        assert list(found["group"]) == ["a+b"] * 2 + ["b+c"] * 2 and set(found["n"]) == {2}
+        assert list(found["swapped"]) == ["b+c", "a+c", "a+c", "a+b"]
+        assert list(found["enters"]) == ["c", "c", "a", "a"]
+        for pair in ("ab", "ac", "bc"):
+            (merged,) = study.merge_group(bench, pair, {rule: rules[rule]})
+            score = merged.examples.groupby("task")["correct"].mean()
+            loss = 100 * (score - pd.Series(own)[list(pair)]).mean()
+            name = "+".join(pair)
+            told = [*found.loc[found["group"] == name, "before"]]
+            told += [*found.loc[found["swapped"] == name, "after"]]
+            assert told and np.allclose(told, loss)
+    assert study.swap_losses(bench, [], rules).empty
 
 
 def test_chebyshev_weights_are_those_of_the_group_on_its_own_probes():
