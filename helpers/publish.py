@@ -563,7 +563,8 @@ def _choices(folder: Path) -> list[str]:
         *_markdown(rows),
         "",
         "*Pairs and subsets by linear averaging; 95 % over tasks. Points that the best possible "
-        f"choice would save beyond that of MDS: {left}. {larger}*",
+        f"choice would save beyond that of MDS: {left}. {larger} Near -100 % no choice can show "
+        "its worth.*",
         "",
         "A line from hidden distance, fitted without the tasks of a pair, foretells the losses of "
         f"pairs with rank correlation {rank['value']:.2f} [{rank['low']:.2f}, {rank['high']:.2f}] "
@@ -594,7 +595,7 @@ def _before_swaps(study: str, policy: str, rule: str) -> str:
     size, by = policy.removeprefix("member_of_"), look(rule)["label"]
     return (
         f"The {len(groups)} groups of {size} of {study} had lost {before:.0f} % by {by} before any "
-        f"swap, {best:.0f} % after their best one: near -100 % no choice can show its worth."
+        f"swap, {best:.0f} % after their best one."
     )
 
 
