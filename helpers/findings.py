@@ -22,6 +22,7 @@ PRIMARY = ("hidden_sim", "sign_change", "magnitude_change", "conflict_magnitude"
 ESTIMANDS = {"between": False, "specific": True}  # between tasks; pair-specific
 # Arm of matched scales -> the rule that has this scale by default, and so is part of the arm.
 REFERENCE = {"norm": "linear", "dose": "linear", "sum": "task_arithmetic"}
+GRID = "bfloat16"  # arm of merges rounded to that grid
 MARGIN = 0.3  # |r| below it is no correlation that matters
 SMALL = 0.06  # partial omega squared below it is no effect that matters (Cohen's medium: .06)
 POINTS = 5.0  # a mean loss smaller than this (percentage points) is none that matters
@@ -106,6 +107,11 @@ def directed(losses: pd.DataFrame) -> pd.DataFrame:
     ends = cells["group"].str.split("+", expand=True)
     cells["partner"] = np.where(ends[0] == cells["task"], ends[1], ends[0])
     return cells
+
+
+def scales(table: pd.DataFrame) -> list[str]:
+    """The arms of a table that are scales of whole rules: the default and the matched ones."""
+    return [arm for arm in dict.fromkeys(table["arm"]) if arm == "default" or arm in REFERENCE]
 
 
 def distinct(losses: pd.DataFrame, arm: str = "default", n: int = 2) -> list[str]:
@@ -284,12 +290,12 @@ def associations(
 
     Families: `declared`, the primary metrics against the loss, mean over the distinct methods, for
     both estimands: p_holm is Holm's over these tests and no other. `method`: the same under each
-    method. `outcome`: against every part of the loss and of the NLL, in every arm. `exploratory`:
+    method. `outcome`: against every part of the loss and of the NLL, at every scale. `exploratory`:
     all other metrics against loss, partners and nll_loss. auroc: the chance that a collapsed cell
     has the larger value of the metric than one that has not (collapsed: under half of the methods
     or more). A task with an undefined cell takes no part in an outcome.
     """
-    methods, arms = distinct(cells), list(dict.fromkeys(cells["arm"]))
+    methods, arms = distinct(cells), scales(cells)
     primary = [name for name in PRIMARY if name in known]
     others = [name for name in known if name not in PRIMARY]
     plan = [("declared", primary, "loss", methods, "default")]
@@ -500,7 +506,7 @@ def verdicts(
 
 def _rq1(groups: pd.DataFrame, told: pd.DataFrame) -> Iterable[tuple]:
     two = groups[groups["n"] == 2]
-    for arm in dict.fromkeys(two["arm"]):
+    for arm in scales(two):
         mine = two[two["arm"] == arm].groupby("method", sort=False)
         fell = mine["collapsed"].agg(lambda c: c.eq(True).sum())
         spared = mine["low"].min() > stats.COLLAPSE
@@ -514,7 +520,7 @@ def _rq1(groups: pd.DataFrame, told: pd.DataFrame) -> Iterable[tuple]:
             "a method under which the 95 % interval of every pair ends above -30 %, or a rate of "
             "false collapses near the rate seen",
         )
-    for arm in dict.fromkeys(told["arm"]):
+    for arm in scales(told):
         rest = told[(told["arm"] == arm) & (told["n"] == 2) & (told["outcome"] == "partners")]
         if rest["high"].notna().any():
             yield (

@@ -55,6 +55,7 @@ class Method(NamedTuple):
     weight: Callable[[int], float] = lambda n: 1.0  # default weight of each of n models
     signed: bool = True  # whether a weight may be negative
     divides: bool = False  # whether the rule divides by the sum of the weights
+    random: bool = False  # whether the rule drops entries at random, by the seed
     coefficients: Callable[[Sequence[float]], list[float]] | None = None  # of a plain weighted sum
     state: State = lambda row, plan: ({}, {})  # (arguments of the rule, notes) for one tensor
     memory: int = 4  # bytes held at the peak per entry of a tensor: the fp32 delta and scratch
@@ -106,8 +107,8 @@ METHODS = {
     "slerp": Method(rules.slerp, 2, signed=False, divides=True, state=_slerp_state),
     "task_slerp": Method(rules.task_slerp, 2, signed=False, divides=True, state=_task_slerp_state),
     "ties": Method(rules.ties, state=_ties_state),
-    "dare": Method(rules.dare, weight=lambda n: 1 / n, state=_dare_state),
-    "dare_ties": Method(rules.dare_ties, state=_dare_state),
+    "dare": Method(rules.dare, weight=lambda n: 1 / n, random=True, state=_dare_state),
+    "dare_ties": Method(rules.dare_ties, random=True, state=_dare_state),
     "breadcrumbs": Method(rules.breadcrumbs),
     "iso_c": Method(rules.iso_c, memory=20),
     "tsv": Method(rules.tsv, memory=28),

@@ -44,7 +44,9 @@ from helpers.tasks import (
 
 VERSION = 1  # raised by hand whenever a visit records something else
 BASE = "base"  # the digest of no delta
-ARMS = ("norm", "dose", "sum")  # scales beside a rule's default (`in_arm`)
+# Other versions of a rule than its default (`in_arm`): scales, draws of the entries that it drops
+# at random, and the grid on which base and result are stored.
+ARMS = ("norm", "dose", "sum", "mask1", "mask2", "bfloat16")
 SHOTS = 4  # solved examples before a question, where the base's own ability is measured
 
 # The settings of an adapter that its task vector depends on.
@@ -402,12 +404,13 @@ def merge_group(
     recipes: Mapping[str, dict],
     seed: int = 0,
     arm: str = "default",
+    probe: bool = True,
 ) -> list[Merged]:
     """Merge the specialists of `group` by each recipe and visit every distinct delta once.
 
-    `recipes`: name -> {"method": …, options…}; `arm` says which family of scales they belong to
-    (`in_arm`). Every member is scored on its test examples and probed; probes are pooled over the
-    group.
+    `recipes`: name -> {"method": …, options…}; `arm` says which version of the rule they are
+    (`in_arm`). Every member is scored on its test examples; with `probe`, and in the default arm
+    only, hidden states are read on the probes of all members; else `states` stays empty.
     """
     group, done = tuple(group), []
     for name, recipe in recipes.items():
@@ -416,7 +419,8 @@ def merge_group(
         if twin:
             seen, same_as = (twin.examples, twin.states), twin.same_as or twin.method
         else:
-            seen, same_as = visit(bench, report["digest"], make, group, group), None
+            probed = group if probe and arm == "default" else ()
+            seen, same_as = visit(bench, report["digest"], make, group, probed), None
         done.append(Merged(group, name, arm, recipe, report, *seen, same_as))
     return done
 
@@ -441,7 +445,7 @@ def swap_losses(
     def losses(group: Sequence[str]) -> list[float]:
         scores = (
             merged.examples.groupby("task")["correct"].mean()
-            for merged in merge_group(bench, group, recipes, seed)
+            for merged in merge_group(bench, group, recipes, seed, probe=False)
         )
         return [np.mean([evaluate.merging_loss(of[x], own(x)) for x in group]) for of in scores]
 
@@ -457,16 +461,24 @@ def swap_losses(
 
 
 def in_arm(recipe: dict, arm: str, linear: dict, n: int) -> dict:
-    """A recipe for n models at another scale, so that rules can differ in direction alone.
+    """A recipe for n models in another version.
 
-    arm: "norm": as long as the linear average; "dose": mean own-direction dose as the linear
-    average; "sum": n times itself (the total weight of task arithmetic). `linear` is the report of
-    the group's linear average.
+    Another scale, so that rules can differ in direction alone: "norm": as long as the linear
+    average; "dose": mean own-direction dose as the linear average; "sum": n times itself (the total
+    weight of task arithmetic). "mask1", "mask2": the next draws of a rule that drops entries at
+    random. "bfloat16": base and result rounded to that grid. `linear` is the report of the group's
+    linear average. Raises ValueError for an unknown arm and for a mask of a rule that draws none.
     """
     if arm not in ARMS:
         raise ValueError(f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}")
     if arm == "sum":
         return recipe | {"scale": float(n)}
+    if arm == "bfloat16":
+        return recipe | {"grid": arm}
+    if arm.startswith("mask"):
+        if not merging.METHODS[recipe["method"]].random:
+            raise ValueError(f"{recipe['method']} drops nothing at random: it has no arm {arm!r}")
+        return recipe | {"mask": int(arm.removeprefix("mask"))}
     asked = linear["effective_scale" if arm == "norm" else "own_mean"]
     return recipe | {"match": arm, "scale": asked}
 
@@ -474,13 +486,32 @@ def in_arm(recipe: dict, arm: str, linear: dict, n: int) -> dict:
 def _merge(
     bench: Bench, group: Sequence[str], recipe: dict, seed: int
 ) -> tuple[dict, Callable[[], Delta]]:
-    """The report of a merge (with its digest), and a maker of its delta."""
+    """The report of a merge (with its digest), and a maker of its delta.
+
+    On a grid the delta leads from the base in fp32 to the rounded result; the report is that of the
+    merge before rounding, but for the own-direction doses, which are those realised on the grid.
+    """
+    grid = recipe.get("grid")
+    seed, options = _drawn(recipe, seed)
 
     def make() -> tuple[Delta, dict]:
-        delta, report = merging.merge(bench.rows(group), labels=group, seed=seed, **recipe)
-        return delta, report.as_dict()
+        rows = bench.rows(group)
+        delta, report = merging.merge(rows, labels=group, seed=seed, **options)
+        told = report.as_dict()
+        if grid:
+            base = bench.sources([])[0].tensors
+            delta, own = merging.rounded(base, rows, delta, getattr(torch, grid))
+            told |= {"own": own}
+        return delta, told
 
-    return _known("merge", _merge_key(bench, group, group, recipe, seed), make)
+    what = _merge_key(bench, group, group, options, seed) | ({"grid": grid} if grid else {})
+    return _known("merge", what, make)
+
+
+def _drawn(recipe: Mapping, seed: int) -> tuple[int, dict]:
+    """Seed and options of the merge of a recipe: what `mask` and `grid` ask for is not its own."""
+    options = {name: value for name, value in recipe.items() if name not in ("mask", "grid")}
+    return seed + recipe.get("mask", 0), options
 
 
 def segment(
@@ -541,6 +572,7 @@ def _merge_key(
 def at_solo(bench: Bench, label: str, n: int, recipe: dict, seed: int = 0) -> pd.DataFrame:
     """The method's own loss: its merge of `label` with n - 1 partners that changed nothing."""
     labels = [label, *(f"unchanged {i}" for i in range(1, n))]
+    seed, recipe = _drawn(recipe, seed)
     what = _merge_key(bench, [label], labels, recipe, seed)
 
     def make() -> tuple[Delta, dict]:
@@ -607,9 +639,10 @@ def loss_table(
             plain = merging.METHODS[m.report["method"]].coefficients is not None or m.same_as
             alone = nll_alone = np.nan
             if not plain:
-                # at the scale that the merge had: matched alone, the rule would be another one
+                # At the scale that the merge had (matched alone, the rule would be another one), to
+                # two digits: pairs of nearly one scale share a run.
                 recipe = {name: value for name, value in m.recipe.items() if name != "match"}
-                recipe |= {"scale": m.report["scale"]}
+                recipe |= {"scale": round(m.report["scale"], 2)}
                 run = at_solo(bench, x, len(m.group), recipe, seed)
                 alone, nll_alone = run[["correct", "nll"]].mean()
             lost = evaluate.losses(there["correct"], own, base, chance)

@@ -278,9 +278,53 @@ def test_arms_bring_rules_to_the_scale_of_the_average(bench):
     assert set(table["arm"]) == {"norm"}
     # alone, the rule is run at the factor that matching gave the merge, not matched again
     factor = norm.report["norm"] / ties.report["norm"]
-    assert all("match" not in r and r["scale"] == pytest.approx(factor) for r in asked)
+    assert all("match" not in r and r["scale"] == round(factor, 2) for r in asked)
     with pytest.raises(ValueError, match="unknown arm 'length': choose one of norm, dose, sum"):
         study.in_arm(ties.recipe, "length", la.report, 3)
+
+
+def test_another_mask_is_the_draw_of_the_next_seed(bench):
+    dare = {"method": "dare"}
+    first, next_seed = (study.merge_group(bench, "ab", {"dare": dare}, seed)[0] for seed in (0, 1))
+    recipe = study.in_arm(dare, "mask1", {}, 2)
+    (again,) = study.merge_group(bench, "ab", {"dare": recipe}, 0, "mask1")
+    assert again.report["digest"] == next_seed.report["digest"] != first.report["digest"]
+    alone = [study.at_solo(bench, "a", 2, of, seed) for of, seed in ((recipe, 0), (dare, 1))]
+    pd.testing.assert_frame_equal(*alone)
+    with pytest.raises(ValueError, match="ties drops nothing at random: it has no arm 'mask1'"):
+        study.in_arm({"method": "ties"}, "mask1", {}, 2)
+
+
+def test_a_merge_on_a_grid_has_the_doses_that_are_left_there(bench):
+    recipe = study.in_arm(RECIPES["linear"], "bfloat16", {}, 2)
+    report, make = study._merge(bench, "ab", recipe, 0)
+    delta, _ = merging.merge(bench.rows("ab"), "linear", list("ab"))
+    base = bench.sources([])[0].tensors
+    change, own = merging.rounded(base, bench.rows("ab"), delta)
+    assert report["own"] == own and report["digest"] == merging.delta_digest(change)
+    assert report["digest"] != study._merge(bench, "ab", RECIPES["linear"], 0)[0]["digest"]
+    for name, left in make().items():
+        stored = base[name].detach() + left
+        torch.testing.assert_close(stored, stored.bfloat16().float(), rtol=1e-6, atol=1e-8)
+
+
+def test_states_are_read_where_they_are_wanted(bench):
+    linear = {"linear": RECIPES["linear"]}
+    (silent,) = study.merge_group(bench, "ab", linear, probe=False)
+    (scaled,) = study.merge_group(bench, "ab", linear, arm="norm")
+    (read,) = study.merge_group(bench, "ab", linear)
+    assert silent.states == scaled.states == {} and set(read.states) == {"a", "b"}
+    pd.testing.assert_frame_equal(silent.examples, read.examples)
+
+
+def test_pairs_of_nearly_one_scale_share_a_run_without_partners(bench, monkeypatch):
+    asked = []
+    solo = study.at_solo
+    monkeypatch.setattr(study, "at_solo", lambda *a: asked.append(a[3]["scale"]) or solo(*a))
+    recipes = {str(scale): RECIPES["ties"] | {"scale": scale} for scale in (0.701, 0.699)}
+    merged = study.merge_group(bench, "ab", recipes)
+    study.loss_table(bench, merged, study.dose_curves(bench, [0.0, 1.0]))
+    assert asked == [0.7] * 4
 
 
 def test_a_segment_leads_from_one_specialist_to_the_other(bench):
