@@ -40,7 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     refresh_parser.add_argument(
         "--recompute",
         action="store_true",
-        help="only run what needs no model on the committed tables, elsewhere, and compare",
+        help="only run what needs no model on the committed tables, elsewhere, and compare; with "
+        "--publish write what comes out",
+    )
+    refresh_parser.add_argument(
+        "--compare",
+        metavar="FOLDER",
+        help="only hold another run's scores (data/runs/NAME) to the committed ones",
     )
     refresh_parser.add_argument(
         "--readme", action="store_true", help="only bring the README's tables up to date"
@@ -81,10 +87,12 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
 
             if arguments.readme:
                 publish.write_readme()
+            elif arguments.compare:
+                print(publish.compare(arguments.profile, Path(arguments.compare)).to_string())
+            elif arguments.recompute:
+                publish.recompute(arguments.profile, write=arguments.publish)
             elif arguments.publish:
                 publish.publish(arguments.profile)
-            elif arguments.recompute:
-                publish.recompute(arguments.profile)
             else:
                 publish.refresh(arguments.profile, arguments.reuse)
         elif arguments.command == "merge":

@@ -22,7 +22,6 @@ PRIMARY = ("hidden_sim", "sign_change", "magnitude_change", "conflict_magnitude"
 ESTIMANDS = {"between": False, "specific": True}  # between tasks; pair-specific
 # Arm of matched scales -> the rule that has this scale by default, and so is part of the arm.
 REFERENCE = {"norm": "linear", "dose": "linear", "sum": "task_arithmetic"}
-GRID = "bfloat16"  # arm of merges rounded to that grid
 MARGIN = 0.3  # |r| below it is no correlation that matters
 SMALL = 0.06  # partial omega squared below it is no effect that matters (Cohen's medium: .06)
 POINTS = 5.0  # a mean loss smaller than this (percentage points) is none that matters
@@ -192,6 +191,39 @@ def summary(losses: pd.DataFrame, draws: int = 1000, seed: int = 0) -> pd.DataFr
                 rows.append(row)
     order = ["arm", "n", "method", "outcome", "value", "low", "high", "cells", "groups"]
     return pd.DataFrame(rows).reindex(columns=order)
+
+
+def versions(cells: pd.DataFrame, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Pairs merged in another version of a rule that is no scale (another draw, a coarse grid),
+    beside its default.
+
+    One row per arm and method: pairs; dose, dose_there: mean own-direction dose in the default and
+    in the version; loss, loss_there: mean merging loss (%); difference: loss_there - loss with its
+    95 % interval over tasks (low, high); spread: standard deviation of one pair's loss between the
+    two (of the differences, over root two); r: their correlation over pairs.
+    """
+    rows = []
+    for arm in [arm for arm in dict.fromkeys(cells["arm"]) if arm not in scales(cells)]:
+        for method in dict.fromkeys(cells.loc[cells["arm"] == arm, "method"]):
+            loss, there = (matrix(cells, "loss", [method], of) for of in ("default", arm))
+            doses = (matrix(cells, "dose_own", [method], of) for of in ("default", arm))
+            span = stats.task_bootstrap([loss, there], _mean_difference, draws, seed)
+            upper = np.triu_indices(len(loss), 1)
+            a, b = (((m + m.T) / 2).to_numpy()[upper] for m in (loss, there))
+            a, b = (values[~np.isnan(a + b)] for values in (a, b))
+            row = {"arm": arm, "method": method, "pairs": len(a)}
+            row |= dict(zip(("dose", "dose_there"), (np.nanmean(m) for m in doses), strict=True))
+            row |= {"loss": a.mean(), "loss_there": b.mean(), "difference": span.value}
+            row |= {"low": span.low, "high": span.high}
+            row |= {"spread": (b - a).std(ddof=1) / math.sqrt(2), "r": np.corrcoef(a, b)[0, 1]}
+            rows.append(row)
+    columns = ["arm", "method", "pairs", "dose", "dose_there", "loss", "loss_there"]
+    columns += ["difference", "low", "high", "spread", "r"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _mean_difference(before: np.ndarray, after: np.ndarray) -> float:
+    return float((after - before).mean())
 
 
 # --- what the loss depends on ------------------------------------------------------------------

@@ -20,7 +20,15 @@ from PIL import Image
 
 from helpers.figures import look
 from helpers.page import figures_of
-from helpers.records import REVISION, ROOT, atomic_write, revision, store, write_table
+from helpers.records import (
+    REVISION,
+    ROOT,
+    atomic_write,
+    read_jsonl,
+    revision,
+    store,
+    write_table,
+)
 from helpers.run import (
     Notebook,
     chain,
@@ -91,14 +99,8 @@ def publish(profile: str) -> None:
         raise ValueError(f"no notebook is finished in data/runs/{profile}: run the profile first")
     _publish_tables(profile, results)
     for notebook in chain():
-        if notebook.name not in done:
-            continue
-        story = shows(notebook) == profile
-        _publish_figures(notebook, results, ROOT / "figures" / ("" if story else profile))
-        if story:
-            book = nbformat.read(executed(results, notebook.name), as_version=4)
-            with atomic_write(notebook.path) as part:
-                nbformat.write(normalised(book), part)
+        if notebook.name in done:
+            _publish_pictures(notebook, results, executed(results, notebook.name), profile)
     write_agreement()
     write_readme()
 
@@ -108,24 +110,30 @@ def shows(notebook: Notebook) -> str:
     return declared(notebook.path).get("PROFILE", "demo")
 
 
-def recompute(profile: str) -> Path:
+def recompute(profile: str, write: bool = False) -> Path:
     """Run the notebooks that need no model on the committed tables of a profile, and compare.
 
     Writes tables, figures and notebooks to data/runs/recomputed/<profile> and returns that folder.
-    Raises ValueError if there are no such tables, and if a table comes out another one.
+    With `write` nothing is compared: what 04 and 05 make of the tables is committed in the place of
+    what they made before, as `publish` does it. Raises ValueError if there are no such tables, and
+    if a table comes out another one.
     """
     import papermill
 
     tables = ROOT / "data" / "results" / profile
     out = ROOT / "data" / "runs" / "recomputed" / profile
     notebooks = [notebook for notebook in chain() if "OUT" in declared(notebook.path)]
+    if write:  # the choices of 06 take a model, so they are made by a run
+        notebooks = [notebook for notebook in notebooks if "MODEL" not in declared(notebook.path)]
     if not tables.is_dir():
         raise ValueError(
             f"there are no tables in data/results/{profile}: publish the profile first"
         )
     for notebook in notebooks:
-        named = {"PROFILE": profile}
-        named |= {"RESULTS": str(tables.relative_to(ROOT)), "OUT": str(out.relative_to(ROOT))}
+        asked = profiles()[pick(profile, profiles(), "profile")]
+        named = {name: asked[name] for name in declared(notebook.path) if name in asked}
+        named |= {"PROFILE": profile, "OUT": str(out.relative_to(ROOT))}
+        named |= {"RESULTS": str(tables.relative_to(ROOT))}
         target = out / "notebooks" / notebook.path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         print(f"{notebook.name}: {notebook.question}", flush=True)
@@ -135,6 +143,18 @@ def recompute(profile: str) -> Path:
             )
     # tables, not records: 06 records the advice too, which takes a model
     names = [file for notebook in notebooks for file in notebook.produces]
+    if write:
+        for notebook in notebooks:
+            # last digits differ from machine to machine: what agrees is left as it is
+            changed = [f for f in notebook.published if not _same(tables / f, out / f)]
+            for file in changed:
+                shutil.copyfile(out / file, tables / file)
+            if changed or shows(notebook) == profile:
+                _publish_pictures(notebook, out, target.parent / notebook.path.name, profile)
+        write_agreement()
+        write_readme()
+        print(f"Written to data/results/{profile}: {', '.join(names)}")
+        return out
     stale = [file for file in names if not _same(tables / file, out / file)]
     if stale:
         raise ValueError(
@@ -145,13 +165,61 @@ def recompute(profile: str) -> Path:
     return out
 
 
+REPRODUCED = ROOT / "data" / "results" / "reproduced.csv"
+
+
+def compare(profile: str, results: Path) -> pd.Series:
+    """Hold losses.csv of another run of a profile, or of some of its tasks, to the committed one.
+
+    Adds a row to data/results/reproduced.csv, which the README quotes, and returns it: tasks,
+    cells (scores of one task under one merge that both have), equal (of them), beyond (differ by
+    more than three standard errors of two independent scores), largest (difference, share of test
+    examples), the run's machine, threads, date and revision. Raises ValueError if there is nothing
+    to compare, or if more than one cell in a hundred lies beyond.
+    """
+    pick(profile, profiles(), "profile")
+    files = [folder / "losses.csv" for folder in (ROOT / "data" / "results" / profile, results)]
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"there is no losses.csv in {file.parent}")
+    tables = [pd.read_csv(file).set_index(["merge", "task"])["score"] for file in files]
+    committed, again = tables[0].align(tables[1], join="inner")
+    if committed.empty:
+        raise ValueError(f"{results} and data/results/{profile} have no merge in common")
+    n = profiles()[profile]["TEST_EXAMPLES"]
+    apart = (again - committed).abs()
+    error = ((committed * (1 - committed) + again * (1 - again)) / n) ** 0.5
+    ran = [row for row in read_jsonl(results / "manifest.jsonl") if row["status"] == "finished"][-1]
+    row = {"profile": profile, "tasks": committed.index.unique("task").size}
+    row |= {"cells": len(apart), "equal": int((apart < 1e-9).sum())}
+    # two scores at 0 or 1 have no error by this formula: one example more or less is no difference
+    row |= {"beyond": int((apart > 3 * error.clip(lower=1 / n)).sum()), "largest": apart.max()}
+    row |= {"machine": ran["machine"], "threads": ran["threads"], "date": ran["started"][:10]}
+    row |= {"revision": ran["revision"]}
+    before = [pd.read_csv(REPRODUCED)] if REPRODUCED.exists() else []
+    write_table(REPRODUCED, pd.concat([*before, pd.DataFrame([row])], ignore_index=True))
+    if row["beyond"] > 0.01 * row["cells"]:
+        raise ValueError(
+            f"{row['beyond']} of {row['cells']} scores lie more than three standard errors from "
+            f"those of data/results/{profile}"
+        )
+    return pd.Series(row)
+
+
 def _same(committed: Path, again: Path) -> bool:
-    """Whether two tables or records agree, numbers to nine digits (machines differ in the last)."""
+    """Whether two tables or records agree, numbers to nine digits (machines differ in the last).
+
+    Shares of variance are where a search ends, on a flat top: they agree to within 0.002.
+    """
     if not committed.exists():
         return False
     read = pd.read_json if committed.suffix == ".json" else pd.read_csv
+    tables = [read(committed), read(again)]
+    searched = tables[0].columns.intersection(["share", "share_low", "share_high"])
+    parts = ([t.drop(columns=searched, errors="ignore"), t.filter(searched)] for t in tables)
     try:
-        pd.testing.assert_frame_equal(read(committed), read(again), rtol=1e-9, check_dtype=False)
+        for one, other, atol in zip(*parts, (1e-8, 0.002), strict=True):
+            pd.testing.assert_frame_equal(one, other, rtol=1e-9, atol=atol, check_dtype=False)
     except AssertionError:
         return False
     return True
@@ -176,6 +244,16 @@ def _publish_tables(profile: str, results: Path) -> None:
         if notebook.name in done:
             for file in notebook.published:
                 shutil.copyfile(results / file, tables / file)
+
+
+def _publish_pictures(notebook: Notebook, results: Path, copy: Path, profile: str) -> None:
+    """Commit a notebook's figures and, if it shows this profile, its executed copy."""
+    story = shows(notebook) == profile
+    _publish_figures(notebook, results, ROOT / "figures" / ("" if story else profile))
+    if story:
+        book = nbformat.read(copy, as_version=4)
+        with atomic_write(notebook.path) as part:
+            nbformat.write(normalised(book), part)
 
 
 def _publish_figures(notebook: Notebook, results: Path, folder: Path) -> None:
@@ -362,6 +440,7 @@ def findings() -> str:
         "",
         *_verdict_table(tables["verdicts"].fillna("")),
         "",
+        *_elsewhere({name: path for name, path in known.items() if name not in (profile, "demo")}),
         *_loss_table(tables["summary"]),
         "",
         *_groups_table(folder),
@@ -371,6 +450,7 @@ def findings() -> str:
         _bound_sentence(folder),
         *_agreement_table(known),
         *_choices(folder),
+        *_reproduced_sentence(),
     ]
     return "\n".join(lines)
 
@@ -382,6 +462,38 @@ def _verdict_table(verdicts: pd.DataFrame) -> list[str]:
         told = {"claim": row["claim"], "the paper": row["paper"], "here": row["here"]}
         rows.append(told | {"verdict": f"**{row['verdict']}**{needs}"})
     return _markdown(rows)
+
+
+def _elsewhere(studies: dict[str, Path]) -> list[str]:
+    """What became of the same claims in the other studies: a column each."""
+    if not studies:
+        return []
+    tables = {
+        name: pd.read_csv(path / "verdicts.csv").set_index("claim")
+        for name, path in studies.items()
+    }
+    claims = dict.fromkeys(claim for table in tables.values() for claim in table.index)
+    rows = []
+    for claim in claims:
+        row = {"the same claims elsewhere": claim}
+        for name, table in tables.items():
+            there = claim in table.index
+            row[name] = f"**{table['verdict'][claim]}**: {table['here'][claim]}" if there else ""
+        rows.append(row)
+    told = "; ".join(f"{name}: {_about(path)}" for name, path in studies.items())
+    return [*_markdown(rows), "", f"*{told}.*", ""]
+
+
+def _about(folder: Path) -> str:
+    """A study in words: base, tasks that count, pairs, distinct rules at their default scale."""
+    settings = profiles()[folder.name]
+    kept = pd.read_csv(folder / "tasks.csv")["kept"]
+    groups = pd.read_csv(folder / "groups.csv").query("n == 2 and arm == 'default'")
+    rules = ", ".join(look(method)["label"] for method in groups["method"].unique())
+    return (
+        f"{settings['MODEL']}, training seed {settings['SEED']}, {kept.sum()} of {len(kept)} tasks "
+        f"passed screening, {groups['group'].nunique()} pairs by {rules}"
+    )
 
 
 def _loss_table(summary: pd.DataFrame) -> list[str]:
@@ -519,6 +631,19 @@ def _agreement_table(known: dict[str, Path]) -> list[str]:
     ]
     note = "*Studies that share tasks are not pooled; those on one base are no replications.*"
     return ["", *_markdown(rows), "", note]
+
+
+def _reproduced_sentence() -> list[str]:
+    """What came of running a study, or a part of it, once more from nothing (`compare`)."""
+    if not REPRODUCED.exists():
+        return []
+    told = [
+        f"{row.cells} scores of {row.tasks} tasks of `{row.profile}` ({row.date}, {row.machine}, "
+        f"{row.threads} threads): {row.equal} equal, {row.beyond} further than three standard "
+        "errors apart"
+        for row in pd.read_csv(REPRODUCED).itertuples()
+    ]
+    return ["", f"Trained, merged and scored again from nothing: {'; '.join(told)}."]
 
 
 POLICIES = {

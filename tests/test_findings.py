@@ -267,3 +267,49 @@ def test_agreement_pools_studies_of_five_tasks_or_more_that_share_none(tables):
     for studies, names in (({"a": one}, {"a"}), ({"a": one, "b": other}, {"a", "b"})):
         shared = dict.fromkeys(names, {"t1"})
         assert "pooled" not in set(findings.agreement(studies, shared)["study"])
+
+
+def with_versions(losses):
+    """The linear merges again on a grid, where every cell loses ten points more at half the dose,
+    and by another draw, which changes the cells by one point up or down."""
+    losses = losses.assign(dose_own=0.5)
+    linear = losses[losses["method"] == "linear"]
+    grid = linear.assign(arm="bfloat16", loss=linear["loss"] - 10, dose_own=0.25)
+    drawn = linear.assign(arm="mask1", loss=linear["loss"] + np.tile([1, 1, -1, -1], 8)[:30])
+    return pd.concat([losses, grid, drawn], ignore_index=True)
+
+
+def test_other_versions_of_a_rule_are_held_against_its_default(tables):
+    losses = with_versions(tables["losses"])
+    assert findings.scales(losses) == ["default"]
+    told = findings.versions(findings.directed(losses), 200).set_index(["arm", "method"])
+    grid, drawn = told.loc["bfloat16", "linear"], told.loc["mask1", "linear"]
+    assert grid[["difference", "low", "high"]].to_numpy() == pytest.approx([-10] * 3)
+    assert grid[["dose", "dose_there", "spread", "r"]].to_numpy() == pytest.approx(
+        [0.5, 0.25, 0, 1]
+    )
+    # each pair moved by one point, eight of fifteen up: variance of the differences / 2
+    assert drawn["difference"] == pytest.approx(1 / 15) and drawn["pairs"] == 15
+    assert drawn["spread"] == pytest.approx(np.std([1] * 8 + [-1] * 7, ddof=1) / np.sqrt(2))
+    assert drawn["low"] < 1 / 15 < drawn["high"]
+
+
+def test_a_study_without_versions_has_an_empty_table_of_them(tables):
+    told = findings.versions(findings.directed(tables["losses"].assign(dose_own=0.5)))
+    assert told.empty and "spread" in told
+
+
+def test_versions_take_no_part_in_verdicts_and_associations(tables):
+    """A draw or a grid is no scale: the claims are those of the study without them."""
+    found = []
+    for losses in (tables["losses"], with_versions(tables["losses"])):
+        cells, known = findings.directed(losses), findings.metrics(tables)
+        groups = tables["groups"]
+        if "mask1" in set(losses["arm"]):
+            groups = pd.concat([groups, groups.assign(arm="mask1", collapsed=True, low=-99.0)])
+        told = findings.summary(losses, 50)
+        effects = [findings.effects(cells, "loss", arm, 99) for arm in dict.fromkeys(cells["arm"])]
+        related = findings.associations(cells, known, 99)
+        contest = findings.contests(known, findings.matrix(cells, "loss", ["linear"]), 50, 0)
+        found.append(findings.verdicts(groups, told, pd.concat(effects), related, contest))
+    pd.testing.assert_frame_equal(*found)

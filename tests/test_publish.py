@@ -18,6 +18,7 @@ def project(tmp_path, monkeypatch):
     """A project with one committed study and a notebook that shows it."""
     for module in (publish, run):
         monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(publish, "REPRODUCED", tmp_path / "reproduced.csv")
     folder = tmp_path / "data" / "results" / "big"
     folder.mkdir(parents=True)
     (tmp_path / "README.md").write_text("\n".join(["# Toy", *publish.MARKS, "End"]))
@@ -170,7 +171,7 @@ def test_without_a_study_the_readme_says_so_and_without_marks_it_is_refused(proj
 
 
 def test_two_studies_are_set_side_by_side(project):
-    other = project / "data" / "results" / "small"
+    other = project / "data" / "results" / "demo"  # a demonstration: no column of its own claims
     other.mkdir()
     (other / "verdicts.csv").write_text("claim\n")
     row = {"estimand": "specific", "metric": "hidden_sim", "study": "big", "n_tasks": 14}
@@ -178,6 +179,60 @@ def test_two_studies_are_set_side_by_side(project):
     agreed = pd.DataFrame([row, row | {"metric": "cosine"}])
     agreed.to_csv(project / "data" / "results" / "agreement.csv", index=False)
     assert "| pair-specific | big | 14 | -0.40 [-0.60, -0.10] |" in publish.findings()
+
+
+def test_the_claims_of_the_other_studies_stand_beside(project, monkeypatch):
+    other = project / "data" / "results" / "small"
+    other.mkdir()
+    verdicts = pd.DataFrame(
+        {"claim": ["it falls", "it stays"], "verdict": "open", "here": ["a", "b"]}
+    )
+    verdicts.to_csv(other / "verdicts.csv", index=False)
+    pd.DataFrame({"kept": [True, True, False]}).to_csv(other / "tasks.csv", index=False)
+    groups = {"group": ["a+b", "a+b", "a+b+c"], "n": [2, 2, 3], "arm": "default"}
+    groups = pd.DataFrame(groups | {"method": ["linear", "ties", "dare"]})
+    groups.to_csv(other / "groups.csv", index=False)
+    monkeypatch.setattr(publish, "profiles", lambda: {"small": {"MODEL": "tiny", "SEED": 3}})
+    text = "\n".join(publish._elsewhere({"small": other}))
+    assert "| the same claims elsewhere | small |" in text
+    assert "| it falls | **open**: a |" in text and "| it stays | **open**: b |" in text
+    assert (
+        "small: tiny, training seed 3, 2 of 3 tasks passed screening, 1 pairs by LA, TIES" in text
+    )
+    assert publish._elsewhere({}) == []
+
+
+def test_a_rerun_is_held_to_the_committed_scores(project, monkeypatch):
+    monkeypatch.setattr(publish, "profiles", lambda: {"big": {"TEST_EXAMPLES": 50}})
+    monkeypatch.setattr(publish, "REPRODUCED", project / "reproduced.csv")
+    losses = pd.DataFrame({"merge": ["a+b|linear"] * 2 + ["a+c|linear"] * 2, "task": list("abac")})
+    losses["score"] = [0.5, 0.8, 1.0, 0.0]
+    losses.to_csv(project / "data" / "results" / "big" / "losses.csv", index=False)
+    again = project / "again"
+    again.mkdir()
+    with pytest.raises(ValueError, match="no losses.csv in .*again"):
+        publish.compare("big", again)
+    ran = {"status": "finished", "machine": "2 cores", "threads": 1, "started": "2026-01-02T03"}
+    (again / "manifest.jsonl").write_text(json.dumps(ran | {"revision": "abc"}) + "\n")
+
+    def rerun(*scores):
+        # the second run has other merges as well: they are not compared
+        more = pd.DataFrame({"merge": ["x+y|ties"], "task": ["x"], "score": [0.1]})
+        both = pd.concat([losses.assign(score=scores), more])
+        both.to_csv(again / "losses.csv", index=False)
+        return publish.compare("big", again)
+
+    told = rerun(0.5, 0.6, 1.0, 0.04)  # 0.2 is 2.2 standard errors
+    assert told[["tasks", "cells", "equal", "beyond"]].tolist() == [3, 4, 2, 0]
+    assert told["largest"] == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="1 of 4 scores lie more than three standard errors"):
+        rerun(0.5, 0.8, 0.7, 0.0)  # 0.3 is 4.6 standard errors
+    assert len(pd.read_csv(publish.REPRODUCED)) == 2
+    (sentence,) = publish._reproduced_sentence()[1:]
+    assert "4 scores of 3 tasks of `big` (2026-01-02, 2 cores, 1 threads): 2 equal, 0 f" in sentence
+    losses.assign(merge="z").to_csv(again / "losses.csv", index=False)
+    with pytest.raises(ValueError, match="have no merge in common"):
+        publish.compare("big", again)
 
 
 def test_only_a_finished_run_is_published_and_only_committed_tables_recomputed(
@@ -195,6 +250,10 @@ def test_only_a_finished_run_is_published_and_only_committed_tables_recomputed(
 def test_tables_agree_to_nine_digits(tmp_path):
     for name, value in (("a", 1.0), ("b", 1.0 + 1e-12), ("c", 1.001)):
         pd.DataFrame({"x": [value], "word": ["y"]}).to_csv(tmp_path / f"{name}.csv", index=False)
+    for name, share in (("d", 0.500), ("e", 0.501), ("f", 0.51)):
+        pd.DataFrame({"x": [1.0], "share": share}).to_csv(tmp_path / f"{name}.csv", index=False)
+    assert publish._same(tmp_path / "d.csv", tmp_path / "e.csv")  # where a search ends
+    assert not publish._same(tmp_path / "d.csv", tmp_path / "f.csv")
     assert publish._same(tmp_path / "a.csv", tmp_path / "b.csv")
     assert not publish._same(tmp_path / "a.csv", tmp_path / "c.csv")
     assert not publish._same(tmp_path / "none.csv", tmp_path / "a.csv")

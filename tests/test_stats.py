@@ -338,6 +338,21 @@ def test_mixed_model_finds_the_components_that_were_put_in(rng):
     np.testing.assert_allclose(pd.concat(found, axis=1).mean(axis=1)[order], 1, atol=0.15)
 
 
+def test_the_mixed_model_ends_at_the_top_wherever_its_rows_stand(rng):
+    """With no partner effect it lies on the boundary, where a gradient search stops short."""
+    for _ in range(3):
+        own = 20 * rng.standard_normal(8)
+        cells = [
+            (TASKS[i], TASKS[j], m, own[i] + effect + 5 * rng.standard_normal())
+            for i, j in permutations(range(8), 2)
+            for m, effect in (("linear", -8), ("ties", 0))
+        ]
+        cells = pd.DataFrame(cells, columns=["own", "partner", "method", "loss"])
+        once = stats.mixed_model(cells)["share"]
+        mixed = cells.sample(frac=1, random_state=1).assign(loss=lambda c: 1000 * c["loss"])
+        pd.testing.assert_series_equal(once, stats.mixed_model(mixed)["share"], atol=5e-4)
+
+
 # --- what a test can see -----------------------------------------------------------------------
 
 
