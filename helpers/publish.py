@@ -24,6 +24,7 @@ from helpers.records import (
     REVISION,
     ROOT,
     atomic_write,
+    digest,
     read_jsonl,
     revision,
     store,
@@ -101,6 +102,7 @@ def publish(profile: str) -> None:
     for notebook in chain():
         if notebook.name in done:
             _publish_pictures(notebook, results, executed(results, notebook.name), profile)
+    write_manifest(profile, results)
     write_agreement()
     write_readme()
 
@@ -223,6 +225,43 @@ def _same(committed: Path, again: Path) -> bool:
     except AssertionError:
         return False
     return True
+
+
+def write_manifest(profile: str, results: Path | None = None) -> None:
+    """Write data/results/<profile>/manifest.json: what the study was made of.
+
+    parameters (a local folder of tasks is named by its digest); base: name and digest; tasks: for
+    each its name, the digests of its splits and the ids of its probes; runs: for each notebook of
+    the run in `results`, if that is given, when and at what revision it ran, for how long, on what
+    machine and with which packages. Runs that were recorded before stay where no new one is there.
+    """
+    from helpers import assets, tasks  # seconds: not paid by those who only bring the README up
+
+    file = ROOT / "data" / "results" / profile / "manifest.json"
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.exists() else {}
+    asked = dict(profiles()[profile])
+    for name, row in (finished(results) if results else {}).items():
+        asked |= {k: v for k, v in row["parameters"].items() if k in asked}
+        runs[name] = {field: row[field] for field in RUN_FIELDS}
+    sizes = [asked[f"{part}_EXAMPLES"] for part in ("MORE", "DEV", "PROBE", "TEST")]
+    where = {"seed": asked["SPLIT_SEED"], "sources": asked["SOURCES"]}
+    loaded = tasks.load_tasks(asked["TASKS"], sizes=sizes, **where)
+    local = {name: Path(folder) for name, folder in asked["SOURCES"].items()}
+    asked["SOURCES"] = {
+        name: f"a local folder, sha256 {digest(folder)}" if folder.is_dir() else str(folder)
+        for name, folder in local.items()
+    }
+    told = {"parameters": asked, "base": assets.base_info(asked["MODEL"])}
+    told["tasks"] = {
+        label: {"name": task.name, "splits": {part: task.digest(part) for part in task.splits}}
+        | {"probe": list(task.splits["probe"]["id"])}
+        for label, task in loaded.items()
+    }
+    with atomic_write(file) as part:
+        part.write_text(json.dumps(told | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
+
+
+RUN_FIELDS = ("revision", "started", "seconds", "peak_gb", "threads", "machine", "versions")
 
 
 def _check_clean() -> None:

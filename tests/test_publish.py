@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset, DatasetDict
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
-from helpers import publish, run
+from helpers import assets, publish, run, tasks
 
 
 @pytest.fixture
@@ -233,6 +234,44 @@ def test_a_rerun_is_held_to_the_committed_scores(project, monkeypatch):
     losses.assign(merge="z").to_csv(again / "losses.csv", index=False)
     with pytest.raises(ValueError, match="have no merge in common"):
         publish.compare("big", again)
+
+
+def test_a_manifest_names_what_a_study_was_made_of_but_no_path(project, monkeypatch):
+    rows = [{"id": i, "prompt": i, "answers": ["x"], "options": []} for i in "abcd"]
+    splits = DatasetDict({part: Dataset.from_list(rows) for part in tasks.SPLITS})
+    asked = {}
+    monkeypatch.setattr(
+        tasks,
+        "load_tasks",
+        lambda names, **settings: (
+            asked.update(settings) or {"sst2": tasks.Task("glue:sst2", "exact_match", splits)}
+        ),
+    )
+    monkeypatch.setattr(assets, "base_info", lambda name: {"name": name, "digest": "d"})
+    sizes = {f"{part}_EXAMPLES": n for n, part in enumerate(("MORE", "DEV", "PROBE", "TEST"))}
+    folder = project / "glue"
+    folder.mkdir()
+    settings = {"MODEL": "tiny", "TASKS": ["glue:sst2"], "SPLIT_SEED": 7} | sizes
+    settings |= {"SOURCES": {"glue": "nyu-mll/glue"}}
+    monkeypatch.setattr(publish, "profiles", lambda: {"big": settings})
+    ran = dict.fromkeys(publish.RUN_FIELDS, "told") | {
+        "parameters": {"SOURCES": {"glue": str(folder)}}
+    }
+    monkeypatch.setattr(publish, "finished", lambda results: {"01_x": ran | {"key": "secret"}})
+
+    publish.write_manifest("big", project)
+    text = (project / "data" / "results" / "big" / "manifest.json").read_text()
+    told = json.loads(text)
+    assert told["parameters"]["SOURCES"]["glue"].startswith("a local folder, sha256 ")
+    assert str(project) not in text and "secret" not in text
+    assert told["tasks"]["sst2"]["probe"] == list("abcd")
+    assert set(told["tasks"]["sst2"]["splits"]) == set(tasks.SPLITS)
+    assert asked == {"sizes": [0, 1, 2, 3], "seed": 7, "sources": {"glue": str(folder)}}
+    assert told["base"]["digest"] == "d" and told["runs"]["01_x"]["machine"] == "told"
+
+    publish.write_manifest("big")  # nothing ran: what was known of earlier runs is kept
+    told = json.loads((project / "data" / "results" / "big" / "manifest.json").read_text())
+    assert told["parameters"]["SOURCES"] == {"glue": "nyu-mll/glue"} and "01_x" in told["runs"]
 
 
 def test_only_a_finished_run_is_published_and_only_committed_tables_recomputed(
