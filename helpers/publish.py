@@ -420,7 +420,8 @@ def table() -> str:
             f"\nIn all {total:.0f} minutes for the demo profile, measured on {demo['date']} with "
             f"{demo['threads']} threads ({demo['machine']}; revision {demo['revision']})."
         )
-    return "\n".join([*lines, *_growth(ROOT / "data" / "results" / "demo")])
+    folder = ROOT / "data" / "results"
+    return "\n".join([*lines, *_growth(folder / "demo"), *_study_costs(folder)])
 
 
 def _growth(folder: Path) -> list[str]:
@@ -441,6 +442,28 @@ def _growth(folder: Path) -> list[str]:
         f"N(N − 1)/2 × {methods} merges, each scored on both of its tasks: {pair:.0f} CPU seconds "
         f"a pair. From {1 + 2 * train / pair:.0f} tasks on the pairs cost more than the training.",
     ]
+
+
+def _study_costs(results: Path) -> list[str]:
+    """What each study took, as far as its steps' costs are known, in Markdown."""
+    rows = []
+    for folder in sorted(path.parent for path in results.glob("*/costs.csv")):
+        trained, steps = (pd.read_csv(folder / f"{x}.csv") for x in ("specialists", "costs"))
+        file = folder / "manifest.json"
+        runs = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.exists() else {}
+        peak = max([trained["peak_memory_mb"].max() / 1e3, *(r["peak_gb"] for r in runs.values())])
+        hours = (steps["count"] * steps["cpu_seconds"]).sum() / 3600
+        row = {"study": folder.name, "specialists kept": len(trained)}
+        row |= {"their training (CPU h)": f"{trained['cpu_seconds'].sum() / 3600:.1f}"}
+        row |= {
+            "merges, readings": f"{steps['count'].sum():.0f}",
+            "of them (CPU h)": f"{hours:.1f}",
+        }
+        rows.append(row | {"memory (GB)": f"{peak:.1f}"})
+    if not rows:
+        return []
+    note = "*A study recorded in parts knows the costs of its last part only.*"
+    return ["", *_markdown(rows), "", note]
 
 
 def studies() -> dict[str, Path]:

@@ -556,7 +556,7 @@ def machine() -> str:
 
 
 def _say_plan(profile: str, steps: list[Step]) -> None:
-    """Print what will run and how long it took where it was last measured."""
+    """Print what will run and how long it took where it was last measured, or a forecast."""
     measured = costs().get(profile)
     names = [step.notebook.name for step in steps]
     print(f"Profile {profile}: {', '.join(names)}")
@@ -564,6 +564,22 @@ def _say_plan(profile: str, steps: list[Step]) -> None:
         minutes = {n: m for n, m in measured["minutes"].items() if n in names}
         each = ", ".join(f"{name[:2]} {value:.1f}" for name, value in minutes.items())
         print(f"Expected: {sum(minutes.values()):.0f} minutes ({each}), on {measured['machine']}")
+    else:
+        _say_forecast(profile, steps)
+
+
+def _say_forecast(profile: str, steps: list[Step]) -> None:
+    """Print the forecast of 01 and 02, if they are among the steps and the demo was measured."""
+    from helpers import forecast  # not read by `run` but for this line
+
+    known = profiles()
+    units = forecast.unit_costs(ROOT / "data" / "results" / "demo", known["demo"])
+    numbers = [step.notebook.name[:2] for step in steps if step.notebook.name[:2] in ("01", "02")]
+    if units and numbers:
+        asked = dict(known[profile])  # 02 alone declares neither tasks nor examples
+        for step in steps:
+            asked |= step.parameters
+        print(forecast.sentence(asked, units, numbers))
 
 
 # --- what a notebook shows of it ---------------------------------------------------------------

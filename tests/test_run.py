@@ -271,6 +271,35 @@ def test_declared_reads_lists_annotations_and_second_equals_signs(tmp_path):
     assert run.declared(tmp_path / "x.ipynb") == {"A": -1, "B": ["x=1"], "C": None}
 
 
+# --- the forecast ---------------------------------------------------------------------------------
+
+
+def said(capsys, profile, only=None, parameters=None):
+    run._say_plan(profile, run.plan(profile, only, parameters or {}))
+    return capsys.readouterr().out
+
+
+def test_a_profile_that_nobody_measured_gets_a_forecast(monkeypatch, capsys):
+    minutes, known = {"demo": run.costs()["demo"]}, run.profiles()["loras"]
+    monkeypatch.setattr(run, "costs", lambda: minutes)
+    measured = said(capsys, "demo")
+    assert "Expected: " in measured and "Forecast" not in measured
+    both, first, second = (said(capsys, "loras", only) for only in (None, ["01"], ["02", "03"]))
+    assert "Forecast for 01 and 02: " in both and "Expected" not in both
+    assert f"({len(known['TASKS'])} specialists " in both and " merges " in both
+    assert "Forecast for 01: " in first and "specialists" in first and "merges" not in first
+    assert "Forecast for 02: " in second and "specialists" not in second and "merges" in second
+    asked = {"GROUP_SIZES": [5], "SWAPS": 1}
+    assert " 5 swaps " in said(capsys, "loras", ["02"], asked)
+    twice = said(capsys, "loras", ["01"], {"MORE_EXAMPLES": known["TRAIN_EXAMPLES"] + 1})
+    assert "second tries" in twice and "second tries" not in second
+    assert "Forecast" not in said(capsys, "loras", ["03"])
+
+
+def test_without_the_tables_of_the_demo_there_is_no_forecast(project, capsys):
+    assert said(capsys, "tiny") == "Profile tiny: 01_make, 02_read\n"
+
+
 # --- running --------------------------------------------------------------------------------------
 
 
@@ -380,8 +409,9 @@ produces = []
 """
 
 
-def test_refresh_writes_the_same_notebooks_and_tables_twice(project):
+def test_refresh_writes_the_same_notebooks_and_tables_twice(project, monkeypatch):
     """The first notebook shows committed tables, which the first refresh has yet to write."""
+    monkeypatch.setattr(publish, "write_manifest", lambda *_: None)  # a toy has no tasks
     parameters = "FINDINGS = 'data/results/demo'\nRESULTS = 'data/runs/demo'"
     body = READ[1].replace('(RESULTS) / "num', '(FINDINGS) / "num').replace("_02", "_00")
     write(project / "notebooks" / "00_show.ipynb", [parameters, body, "print(total)"])
