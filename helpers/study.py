@@ -47,7 +47,7 @@ BASE = "base"  # the digest of no delta
 # Other versions of a rule than its default (`in_arm`): scales, draws of the entries that it drops
 # at random, and the grid on which base and result are stored.
 ARMS = ("norm", "dose", "sum", "mask1", "mask2", "bfloat16")
-SHOTS = 4  # solved examples before a question, where the base's own ability is measured
+SHOTS = 4  # solved examples (an encoder's: of each label) by which the base's ability is measured
 
 # The settings of an adapter that its task vector depends on.
 SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
@@ -190,7 +190,7 @@ def _score_key(
     what |= {"split": task.digest(split), "evaluate": evaluate.VERSION} | bench.machine()
     probe = bench.encoder and digest == BASE
     if bench.encoder:
-        what["head"] = "linear probe" if probe else _contents(bench.specialists[label])
+        what["head"] = f"{SHOTS}-shot probe" if probe else _contents(bench.specialists[label])
     if shots or probe:
         what["shown"] = task.digest("train")
     return "scores", VERSION, what
@@ -220,15 +220,25 @@ def _scores(
 
 
 def _probe_scores(bench: Bench, task: Task, split: str) -> pd.DataFrame:
-    """Scores of a linear probe on the live encoder's last states, fitted to the train split."""
-    train, asked = (list(task.splits[part]) for part in ("train", split))
-    labels = label_set(train)
+    """Scores of a linear probe on the live encoder's last states, fitted to a few examples."""
+    labels = label_set(task.splits["train"])
+    train, asked = _shown(task, labels), list(task.splits[split])
     known, unknown = (
         _read(bench, [row["prompt"] for row in rows])[:, -1] for rows in (train, asked)
     )
     targets = torch.tensor([labels.index(row["answers"][0]) for row in train])
     logprobs = evaluate.linear_probe(known, targets, unknown, len(labels))
     return evaluate.graded(asked, labels, logprobs)
+
+
+def _shown(task: Task, labels: Sequence[str]) -> list[dict]:
+    """The first SHOTS training examples of each label, in the order of the split."""
+    left, shown = dict.fromkeys(labels, SHOTS), []
+    for row in task.splits["train"]:
+        if left[row["answers"][0]] > 0:
+            left[row["answers"][0]] -= 1
+            shown.append(row)
+    return shown
 
 
 def _state_key(bench: Bench, digest: str, task: Task) -> tuple[str, int, dict]:
@@ -260,7 +270,8 @@ def base_ability(bench: Bench, label: str, split: str = "test") -> pd.DataFrame:
 
     Of a decoder behind SHOTS solved training examples, as a bare prompt tells it neither task nor
     format. An encoder has nothing to answer with: a linear probe on its frozen last states (mean
-    over tokens) is fitted to the train split.
+    over tokens) is fitted to SHOTS training examples of each label. (Fitted to all of them it is a
+    rival of the specialist, not the base untaught.)
     """
     return _scores(bench, BASE, label, split, 0 if bench.encoder else SHOTS)
 

@@ -399,6 +399,25 @@ def test_the_base_of_encoders_answers_through_a_linear_probe(encoders):
     pd.testing.assert_frame_equal(own.assign(task="a"), probed[probed["task"] == "a"])
 
 
+def test_the_probe_is_shown_a_few_examples_of_each_label(encoders, monkeypatch):
+    monkeypatch.setattr(study, "SHOTS", 2)
+    task = encoders.tasks["b"]
+    answers = [row["answers"][0] for row in task.splits["train"]]
+    shown = study._shown(task, ["x", "y", "z"])
+    assert [row["answers"][0] for row in shown].count("x") == min(2, answers.count("x"))
+    places = [task.splits["train"]["prompt"].index(row["prompt"]) for row in shown]
+    assert places == sorted(places)
+    fitted = []
+    probe = evaluate.linear_probe
+    monkeypatch.setattr(
+        evaluate,
+        "linear_probe",
+        lambda known, *rest: fitted.append(len(known)) or probe(known, *rest),
+    )
+    study.base_ability(encoders, "b")
+    assert fitted == [len(shown)]
+
+
 GOLDEN = json.loads((study.records.ROOT / "tests" / "golden.json").read_text())
 
 
