@@ -749,10 +749,11 @@ def beside_paper(groups: pd.DataFrame, related: pd.DataFrame) -> pd.DataFrame:
 
 
 def apart(tasks: dict[str, set[str]]) -> list[str]:
-    """Studies that share no task: from the largest down, each that shares none with those taken."""
+    """Studies without a pair of tasks in common: from the largest down, each that shares at most
+    one task with each of those taken."""
     taken: list[str] = []
     for study in sorted(tasks, key=lambda name: (-len(tasks[name]), name)):
-        if all(tasks[study].isdisjoint(tasks[other]) for other in taken):
+        if all(len(tasks[study] & tasks[other]) < 2 for other in taken):
             taken.append(study)
     return taken
 
@@ -762,7 +763,7 @@ def agreement(studies: dict[str, pd.DataFrame], tasks: dict[str, set[str]]) -> p
 
     `studies`: profile -> its statistics.csv; `tasks`: profile -> its tasks. One row per estimand,
     metric and study: r, low, high, n_tasks; and one `pooled` over the studies of 5 tasks or more
-    that share no task (`stats.pool_correlations`), with i2. Shared tasks would count one
+    that share no pair of tasks (`stats.pool_correlations`), with i2. Shared pairs would count one
     observation twice. Studies on one base are still no independent replications: the pooled
     interval tells how far they agree, not what another base would give.
     """

@@ -677,7 +677,7 @@ def _bound_sentence(folder: Path) -> str:
 
 
 def _agreement_table(known: dict[str, Path]) -> list[str]:
-    """Hidden distance and loss in every study, and pooled where studies share no task."""
+    """Hidden distance and loss in every study, and pooled where studies share no pair of tasks."""
     if len(known) < 2:
         return []
     agreed = pd.read_csv(ROOT / "data" / "results" / "agreement.csv")
@@ -691,7 +691,9 @@ def _agreement_table(known: dict[str, Path]) -> list[str]:
         }
         for row in agreed[agreed["metric"] == "hidden_sim"].to_dict("records")
     ]
-    note = "*Studies that share tasks are not pooled; those on one base are no replications.*"
+    note = (
+        "*Studies that share pairs of tasks are not pooled; those on one base are no replications.*"
+    )
     return ["", *_markdown(rows), "", note]
 
 

@@ -252,20 +252,20 @@ def test_the_tasks_that_exclude_an_effect_do_so_and_fewer_do_not():
     assert high(n) < findings.SMALL <= high(n - 1)
 
 
-def test_agreement_pools_studies_of_five_tasks_or_more_that_share_none(tables):
+def test_agreement_pools_studies_of_five_tasks_or_more_that_share_no_pair(tables):
     cells, known = findings.directed(tables["losses"]), findings.metrics(tables)
     one = findings.associations(cells, known, 19)
     other = one.assign(specific=one["specific"] * 0.5, between=one["between"] * 0.5)
-    tasks = {"a": {"t1", "t2"}, "b": {"t3"}, "c": {"t4"}}
+    tasks = {"a": {"t1", "t2", "t3"}, "b": {"t3", "t4"}, "c": {"t5"}}  # a and b have no common pair
     found = findings.agreement({"a": one, "b": other, "c": one.assign(n_tasks=4)}, tasks)
     mine = found[(found["metric"] == "hidden_sim") & (found["estimand"] == "specific")]
     assert mine["study"].tolist() == ["a", "b", "c", "pooled"]
     pooled = mine.iloc[-1]
     assert pooled["n_tasks"] == 12
     assert min(mine["r"][:2]) < pooled["r"] < max(mine["r"][:2])
-    assert findings.apart(tasks | {"d": {"t1", "t5"}}) == ["a", "b", "c"]
+    assert findings.apart(tasks | {"d": {"t1", "t2"}}) == ["a", "b", "c"]
     for studies, names in (({"a": one}, {"a"}), ({"a": one, "b": other}, {"a", "b"})):
-        shared = dict.fromkeys(names, {"t1"})
+        shared = dict.fromkeys(names, {"t1", "t2"})
         assert "pooled" not in set(findings.agreement(studies, shared)["study"])
 
 
