@@ -527,7 +527,7 @@ def _verdict_table(verdicts: pd.DataFrame) -> list[str]:
 
 
 def _elsewhere(studies: dict[str, Path]) -> list[str]:
-    """What became of the same claims in the other studies: a column each."""
+    """What became of the same claims in the other studies: a column each, a study below it."""
     if not studies:
         return []
     tables = {
@@ -542,19 +542,28 @@ def _elsewhere(studies: dict[str, Path]) -> list[str]:
             there = claim in table.index
             row[name] = f"**{table['verdict'][claim]}**: {table['here'][claim]}" if there else ""
         rows.append(row)
-    told = "; ".join(f"{name}: {_about(path)}" for name, path in studies.items())
-    return [*_markdown(rows), "", f"*{told}.*", ""]
+    told = [f"*{name}: {_about(path)}.*" for name, path in studies.items()]
+    return [*_markdown(rows), "", "  \n".join(told), ""]
 
 
 def _about(folder: Path) -> str:
-    """A study in words: base, tasks that count, pairs, distinct rules at their default scale."""
+    """A study in words: base, tasks that count, pairs, rules at their default scale; what a model
+    at chance would have lost, and what pairs lost of what exceeds chance."""
+    from helpers.choose import default_arm
+
     settings = profiles()[folder.name]
     kept = pd.read_csv(folder / "tasks.csv")["kept"]
     groups = pd.read_csv(folder / "groups.csv").query("n == 2 and arm == 'default'")
     rules = ", ".join(look(method)["label"] for method in groups["method"].unique())
+    cells = default_arm(pd.read_csv(folder / "losses.csv")).query("n == 2")
+    floor = 100 * (cells["chance"] / cells["specialist"] - 1)
+    above = cells.groupby("method", sort=False)["chance_corrected"].mean()
+    least, most = above.max(), above.min()
     return (
         f"{settings['MODEL']}, training seed {settings['SEED']}, {kept.sum()} of {len(kept)} tasks "
-        f"passed screening, {groups['group'].nunique()} pairs by {rules}"
+        f"passed screening, {groups['group'].nunique()} pairs by {rules}; at chance a task would "
+        f"have lost {-floor.max():.0f} to {-floor.min():.0f} %; of what exceeds chance pairs lost "
+        f"{-least:.0f} to {-most:.0f} % on average, by rule"
     )
 
 

@@ -97,9 +97,10 @@ def test_the_readme_tells_how_a_study_grows(project):
     assert "How it grows" not in publish.table()
     folder = project / "data/results/demo"
     folder.mkdir()
-    pd.DataFrame({"cpu_seconds": [50, 70]}).to_csv(folder / "specialists.csv", index=False)
+    trained = {"cpu_seconds": [50, 70], "peak_memory_mb": [1500, 2500]}
+    pd.DataFrame(trained).to_csv(folder / "specialists.csv", index=False)
     steps = [("merge", 2, 3.0), ("merge", 3, 9.0), ("scores", 0, 2.0), ("states", 0, 1.5)]
-    steps = pd.DataFrame(steps, columns=["step", "models", "cpu_seconds"])
+    steps = pd.DataFrame(steps, columns=["step", "models", "cpu_seconds"]).assign(count=1000)
     steps.to_csv(folder / "costs.csv", index=False)
     merges = {"n": [2, 2, 2, 3], "arm": "default", "method": ["linear", "ties", "slerp", "dare"]}
     merges = pd.DataFrame(merges | {"same_as": [None, None, "linear", None]})
@@ -107,6 +108,9 @@ def test_the_readme_tells_how_a_study_grows(project):
     text = publish.table()
     assert "took 60 CPU seconds, merging two 3.0" in text and "with 2 distinct methods" in text
     assert "20 CPU seconds a pair. From 7 tasks on" in text  # 2 (3 + 2 (2 + 1.5)); 1 + 2 * 60 / 20
+    assert "| demo | 2 | 0.0 | 4000 | 4.3 | 2.5 |" in text  # 15.5 s, a thousand times
+    (folder / "manifest.json").write_text(json.dumps({"runs": {"02": {"peak_gb": 3.21}}}))
+    assert "| 4000 | 4.3 | 3.2 |" in publish.table()
 
 
 def test_the_readme_tells_what_two_seeds_of_one_task_look_like(project):
@@ -193,6 +197,9 @@ def test_the_claims_of_the_other_studies_stand_beside(project, monkeypatch):
     groups = {"group": ["a+b", "a+b", "a+b+c"], "n": [2, 2, 3], "arm": "default"}
     groups = pd.DataFrame(groups | {"method": ["linear", "ties", "dare"]})
     groups.to_csv(other / "groups.csv", index=False)
+    losses = {"n": 2, "method": ["linear", "linear", "ties"], "chance": [0.5, 0.0, 0.5]}
+    losses |= {"specialist": [0.8, 0.9, 0.8], "chance_corrected": [-20, -40, -10]}
+    pd.DataFrame(losses | {"arm": "default"}).to_csv(other / "losses.csv", index=False)
     monkeypatch.setattr(publish, "profiles", lambda: {"small": {"MODEL": "tiny", "SEED": 3}})
     text = "\n".join(publish._elsewhere({"small": other}))
     assert "| the same claims elsewhere | small |" in text
@@ -200,6 +207,8 @@ def test_the_claims_of_the_other_studies_stand_beside(project, monkeypatch):
     assert (
         "small: tiny, training seed 3, 2 of 3 tasks passed screening, 1 pairs by LA, TIES" in text
     )
+    assert "at chance a task would have lost 38 to 100 %" in text
+    assert "of what exceeds chance pairs lost 10 to 30 % on average, by rule" in text
     assert publish._elsewhere({}) == []
 
 
