@@ -197,6 +197,8 @@ def columns_of(path):
         return np.load(path).files
     if path.suffix == ".json":
         content = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "manifest.json":
+            return list(content)
         return list(content[0] if isinstance(content, list) else next(iter(content.values())))
     return list(pd.read_csv(path, nrows=0).columns)
 
