@@ -7,7 +7,8 @@ an outcome or metric that it does not hold is undefined and takes no part.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -453,44 +454,61 @@ def contests(x: dict[str, pd.DataFrame], y: pd.DataFrame, draws: int, seed: int)
 # --- trained again -----------------------------------------------------------------------------
 
 
-def repeated(first: dict[str, pd.DataFrame], second: dict[str, pd.DataFrame]) -> pd.DataFrame:
+# The correlations of two runs, and what estimates their 95 % intervals over tasks.
+INTERVALS = {
+    "raw": stats.jackknife_interval,
+    "between": stats.between_interval,
+    "specific": stats.specific_interval,
+}
+REPEATED = ["first", "second", "what", "method", "tasks", "mean", "mean_there", "spread"]
+REPEATED += [f"{name}{end}" for name in INTERVALS for end in ("", "_low", "_high")]
+
+
+def other_seeds(folder: Path) -> dict[str, dict[str, pd.DataFrame]]:
+    """The same study from other training seeds: the folders beside `folder` that have its name and
+    _seed…, each as `read` gives it."""
+    found = sorted(folder.parent.glob(f"{folder.name}_seed*/losses.csv"))
+    return {file.parent.name: read(file.parent) for file in found}
+
+
+def repeated(runs: Mapping[str, dict[str, pd.DataFrame]]) -> pd.DataFrame:
     """Does a study repeat itself when its specialists are trained from another seed?
 
-    Both as `read` gives them. Over the pairs of tasks that both have: one row per distinct method
-    for the loss of the pair, one for its mean over these methods, and one per primary metric.
-    Columns what, method, tasks, first, second (means over pairs), spread: standard deviation of a
-    pair's value between training runs (of the differences, over root two; their mean left out),
-    and the correlation of the two runs, `raw` and by estimand, with 95 % intervals over tasks.
-    No other measure can go with the loss more closely than the square root of this on average.
+    Runs by name, as `read` gives them. Of every two, over the pairs of tasks that both have: one
+    row per distinct method for the loss of the pair, one for its mean over the methods that both
+    have, and one per primary metric if both were measured. Columns as in REPEATED: first, second
+    (the runs), what, method, tasks, mean and mean_there (over pairs, in the first and in the
+    second), spread: standard deviation of a pair's value between training runs (of the differences,
+    over root two; their mean left out), and the correlation of the two runs, `raw` and by estimand,
+    with 95 % intervals over tasks. No other measure can go with the loss more closely than the
+    square root of this on average.
     """
-    cells, known = zip(*((directed(t["losses"]), metrics(t)) for t in (first, second)), strict=True)
-    tasks, others = (dict.fromkeys(c["task"]) for c in cells)
-    methods, also = (distinct(c) for c in cells)
-    tasks = [task for task in tasks if task in others]
-    methods = [method for method in methods if method in also]
-    spans = {
-        "raw": stats.jackknife_interval,
-        "between": stats.between_interval,
-        "specific": stats.specific_interval,
-    }
-    plan = [("loss", "mean", methods), *(("loss", method, [method]) for method in methods)]
+    cells = {name: directed(tables["losses"]) for name, tables in runs.items()}
+    known = {name: metrics(tables) for name, tables in runs.items() if "pairs" in tables}
     rows = []
-    for what, method, used in [*plan, *((name, "", []) for name in PRIMARY)]:
-        if used:
-            both = [matrix(c, what, used).loc[tasks, tasks] for c in cells]
-            both = [(m + m.T) / 2 for m in both]
-        elif all(what in of for of in known):
-            both = [of[what].loc[tasks, tasks] for of in known]
-        else:
-            continue
-        a, b = (m.to_numpy()[np.triu_indices(len(tasks), 1)] for m in both)
-        row = {"what": what, "method": method, "tasks": len(tasks), "first": a.mean()}
-        row |= {"second": b.mean(), "spread": (b - a).std(ddof=1) / math.sqrt(2)}
-        for name, interval in spans.items():
-            r = interval(*both)
-            row |= {name: r.value, f"{name}_low": r.low, f"{name}_high": r.high}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    for two in combinations(runs, 2):
+        tasks, others = (dict.fromkeys(cells[name]["task"]) for name in two)
+        tasks = [task for task in tasks if task in others]
+        methods, also = (distinct(cells[name]) for name in two)
+        methods = [method for method in methods if method in also]
+        of_loss = {"mean": methods} | {method: [method] for method in methods}
+        values = {
+            ("loss", label): [matrix(cells[name], "loss", used) for name in two]
+            for label, used in of_loss.items()
+        }
+        for metric in PRIMARY:
+            if all(metric in known.get(name, {}) for name in two):
+                values[metric, ""] = [known[name][metric] for name in two]
+        for (what, method), tables in values.items():
+            both = [(m + m.T).loc[tasks, tasks] / 2 for m in tables]
+            a, b = (m.to_numpy()[np.triu_indices(len(tasks), 1)] for m in both)
+            row = [*two, what, method, len(tasks), a.mean(), b.mean()]
+            row.append((b - a).std(ddof=1) / math.sqrt(2))
+            for interval in INTERVALS.values():
+                r = interval(*both)
+                row += [r.value, r.low, r.high]
+            rows.append(row)
+    return pd.DataFrame(rows, columns=REPEATED)
 
 
 # --- verdicts ----------------------------------------------------------------------------------

@@ -491,7 +491,9 @@ def findings() -> str:
     if profile not in known:
         return "None is published yet."
     folder = known[profile]
-    names = ("verdicts", "summary", "effects")
+    others = {name: path for name, path in known.items() if name not in (profile, "demo")}
+    every = {profile: folder} | others
+    names = ("verdicts", "effects")
     tables = {name: pd.read_csv(folder / f"{name}.csv") for name in names}
     kept = int(pd.read_csv(folder / "tasks.csv")["kept"].sum())
     pairs, merges = (len(pd.read_csv(folder / f"{name}.csv")) for name in ("pairs", "merges"))
@@ -502,12 +504,13 @@ def findings() -> str:
         "",
         *_verdict_table(tables["verdicts"].fillna("")),
         "",
-        *_elsewhere({name: path for name, path in known.items() if name not in (profile, "demo")}),
-        *_loss_table(tables["summary"]),
+        *_elsewhere(others),
+        *_loss_table(every),
         "",
         *_groups_table(folder),
         *_variance_sentence(tables["effects"]),
         *_seeds_sentence(folder),
+        *_versions_table(every),
         *_twins_sentence(folder),
         _bound_sentence(folder),
         *_agreement_table(known),
@@ -567,24 +570,40 @@ def _about(folder: Path) -> str:
     )
 
 
-def _loss_table(summary: pd.DataFrame) -> list[str]:
+def _loss_table(studies: dict[str, Path]) -> list[str]:
     """Mean losses of a task in a merge of two at default scales, with 95 % intervals over tasks."""
-    two = summary[(summary["n"] == 2) & (summary["arm"] == "default")]
     rows = []
-    for method, at in two.groupby("method", sort=False):
-        at = at.set_index("outcome")
-        loss, alone, partners = (
-            f"{at.loc[x, 'value']:.0f} [{at.loc[x, 'low']:.0f}, {at.loc[x, 'high']:.0f}]"
-            for x in ("loss", "alone", "partners")
-        )
-        share = f"{at.loc['collapsed', 'value']:.0%} of {at.loc['collapsed', 'cells']} cells"
-        row = {"pairs merged by": method, "merging loss (%)": loss, "no partner needed": alone}
-        rows.append(row | {"the partners": partners, "collapsed": share})
+    for study, folder in studies.items():
+        two = pd.read_csv(folder / "summary.csv").query("n == 2 and arm == 'default'")
+        for method, at in two.groupby("method", sort=False):
+            at = at.set_index("outcome")
+            loss, alone, partners = (
+                f"{at.loc[x, 'value']:.0f} [{at.loc[x, 'low']:.0f}, {at.loc[x, 'high']:.0f}]"
+                for x in ("loss", "alone", "partners")
+            )
+            share = f"{at.loc['collapsed', 'value']:.0%} of {at.loc['collapsed', 'cells']} cells"
+            row = {"study": study, "pairs merged by": look(method)["label"]}
+            row |= {"merging loss (%)": loss, "no partner needed": alone}
+            rows.append(row | {"the partners": partners, "collapsed": share})
     note = (
         "*Mean loss of a task in a pair, 95 % bootstrap over tasks (wide by design). Cells on the "
         "floor, where a partner can do no more harm, are left out of the two parts.*"
     )
     return [*_markdown(rows), "", note]
+
+
+def _versions_table(studies: dict[str, Path]) -> list[str]:
+    """What notebook 05 saw in other draws of a rule and on a coarse grid, in every study."""
+    words = {"mask1": "second draw", "mask2": "third draw", "bfloat16": "bfloat16 grid"}
+    rows = [
+        {"study": study, "the same merge": f"{look(at.method)['label']}, {words[at.arm]}"}
+        | {"loss of pairs, default (%)": f"{at.loss:.1f}"}
+        | {"the version beyond it (points)": f"{at.difference:+.1f} [{at.low:.1f}, {at.high:.1f}]"}
+        | {"spread of one pair": f"{at.spread:.1f}", "r": f"{at.r:.2f}"}
+        for study, folder in studies.items()
+        for at in _if_there(folder / "versions.csv").itertuples()
+    ]
+    return [*_markdown(rows), ""] if rows else []
 
 
 def _groups_table(folder: Path) -> list[str]:
@@ -634,6 +653,11 @@ def _variance_sentence(effects: pd.DataFrame) -> list[str]:
     return ["Of the variance of the losses: " + ", ".join(told) + ".", ""] if told else []
 
 
+def _if_there(path: Path) -> pd.DataFrame:
+    """A committed table; an empty one where a study has none."""
+    return pd.read_csv(path) if path.exists() else pd.DataFrame()
+
+
 def _recorded(folder: Path, notebook: str) -> dict[str, dict]:
     """The named results of a notebook (its number) in a committed study."""
     rows = json.loads((folder / f"record_{notebook}.json").read_text(encoding="utf-8"))
@@ -641,23 +665,32 @@ def _recorded(folder: Path, notebook: str) -> dict[str, dict]:
 
 
 def _seeds_sentence(folder: Path) -> list[str]:
-    """What notebook 05 recorded of the same study from another training seed, if there is one."""
-    told = _recorded(folder, "05")
-    loss, distance = (told.get(f"r between seeds, {what}") for what in ("loss mean", "hidden_sim"))
-    if not (loss and distance):
+    """What notebook 05 found in every two runs of a study from different training seeds."""
+    repeats = _if_there(folder / "repeats.csv")
+    if repeats.empty:
         return []
+    loss = repeats.query("what == 'loss' and method == 'mean'")
+    distance = repeats[repeats["what"] == "hidden_sim"]
     sentence = (
-        f"Trained again on the same examples from another seed ({loss['n']} tasks), the losses of "
-        f"the pairs correlate with those of the first run at r = {loss['value']:.2f}, their "
-        f"hidden distances at r = {distance['value']:.2f}."
+        f"Trained from {1 + loss['second'].nunique()} seeds on the same examples "
+        f"({_from_to(loss['tasks'], '.0f')} tasks), the losses of the pairs correlate between two "
+        f"runs at r = {_from_to(loss['raw'])}, their pair-specific parts at r = "
+        f"{_from_to(loss['specific'])}; one pair's loss has a standard deviation between trainings "
+        f"of {_from_to(loss['spread'], '.0f')} points."
     )
+    if len(distance):
+        sentence += f" Their hidden distances correlate at r = {_from_to(distance['raw'])}."
     return [sentence, ""]
+
+
+def _from_to(values: pd.Series, form: str = ".2f") -> str:
+    """The least and the largest of some values, or the one that they all are."""
+    return " to ".join(dict.fromkeys(f"{value:{form}}" for value in (values.min(), values.max())))
 
 
 def _twins_sentence(folder: Path) -> list[str]:
     """What notebook 03 saw in two specialists of one task, beside those of different tasks."""
-    path = folder / "twins.csv"
-    twins = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    twins = _if_there(folder / "twins.csv")
     if twins.empty:
         return []
     pairs = pd.read_csv(folder / "pairs.csv")

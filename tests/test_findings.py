@@ -198,15 +198,25 @@ def test_what_repeats_from_seed_to_seed_is_the_tasks_doing(rng):
         run["losses"]["arm"] = "default"
     runs[1]["losses"] = runs[1]["losses"][~runs[1]["losses"]["group"].str.contains("tense")]
     runs[1]["pairs"] = runs[1]["pairs"][runs[1]["pairs"]["task_b"] != "tense"]
-    told = findings.repeated(*runs).set_index(["what", "method"])
+    runs.append({name: table for name, table in runs[1].items() if name != "pairs"})
+    noise = rng.normal(0, 0.01, len(runs[1]["losses"]))
+    runs[2]["losses"] = runs[1]["losses"].assign(loss=runs[1]["losses"]["loss"] + noise)
+    told = findings.repeated(dict(zip(["one", "two", "scored"], runs, strict=True)))
+    assert list(told.columns) == findings.REPEATED
+    assert not told.loc[told["second"] == "scored", "what"].isin(findings.PRIMARY).any()
+    same = told[(told["first"] == "two") & (told["second"] == "scored")]
+    assert np.allclose(same[["raw", "between", "specific"]], 1, atol=1e-4)
+    assert np.allclose(same["spread"], 0, atol=0.05)
+    told = told[(told["first"] == "one") & (told["second"] == "two")]
+    told = told.set_index(["what", "method"])
     assert list(told.loc["loss"].index) == ["mean", "linear", "ties"]
     assert (told["tasks"] == 5).all()
     assert (told.loc["loss", ["raw", "specific"]] > 0.99).all(axis=None)
     # a pair is the mean of two cells, so half a point of noise becomes 0.35
     assert told.loc[("loss", "linear"), "spread"] == pytest.approx(0.35, rel=0.5)
     assert told.loc[("hidden_sim", ""), "raw"] < 0.9
-    assert told.loc[("loss", "ties"), "first"] == pytest.approx(
-        told.loc[("loss", "linear"), "first"] - 5, abs=0.5
+    assert told.loc[("loss", "ties"), "mean"] == pytest.approx(
+        told.loc[("loss", "linear"), "mean"] - 5, abs=0.5
     )
 
 

@@ -71,7 +71,7 @@ def test_the_readme_tells_the_study_that_the_notebook_shows(project):
     assert "profile `big`: specialists of 1 tasks on one base model, 3 pairs, 7 merges" in text
     assert r"| \|r\| is small | p > .05 | \|r\| 0.1 | **open** (needs 16 tasks) |" in text
     assert "| it falls | p > .05 |" in text and "nan" not in text
-    assert "| linear | -30 [-31, -29] | -10 [-11, -9] | -20 [-21, -19] | 25% of 20 cells |" in text
+    assert "| big | LA | -30 [-31, -29] | -10 [-11, -9] | -20 [-21, -19] | 25% of 20 cell" in text
     assert "the task scored 50% [25%, 75%], its partner 25%." in text
     assert "| study | models | groups | LA | TA | TIES |" in text
     assert "| big | 2 | 2 | -30, 1 collapsed |  |  |" in text
@@ -79,18 +79,33 @@ def test_the_readme_tells_the_study_that_the_notebook_shows(project):
     assert "0 of 7 merges lie below its floor; the nearest lies 1.50 times as high" in text
     assert "| ties of 4 | 1M float32 | 2.0 | 9.0 | 4.5 | 0.25 | 0.25 |" in text
     assert "| ties of 4 | 9M float32 | 2.0 |  |  | 0.25 |  |" in text  # mergekit was not run there
-    assert "medians of 1 to 3 runs" in text and "another seed" not in text
+    assert "medians of 1 to 3 runs" in text and "Trained from" not in text
     publish.write_readme()
     assert (project / "README.md").read_text() == text == publish.readme()
 
 
-def test_the_readme_tells_what_another_training_seed_said(project):
-    told = [("r between seeds, loss mean", 0.875, 9), ("r between seeds, hidden_sim", 0.5, 9)]
-    rows = [dict(zip(("name", "value", "n"), row, strict=True)) for row in told]
-    (project / "data/results/big/record_05.json").write_text(json.dumps(rows))
+def test_the_readme_tells_what_other_training_seeds_said(project):
+    rows = [("one", "two", 0.875, 4), ("one", "three", 0.75, 6), ("two", "three", 0.8, 5)]
+    rows = pd.DataFrame(rows, columns=["first", "second", "raw", "spread"])
+    loss = rows.assign(what="loss", method="mean", tasks=9, specific=0.5)
+    alone = rows.assign(what="loss", method="linear", tasks=9, raw=0.1, specific=0.1)
+    path = project / "data/results/big/repeats.csv"
+    pd.concat([loss, alone]).to_csv(path, index=False)
     text = publish.readme()
-    assert "another seed (9 tasks)" in text and "r = 0.88, their hidden" in text
-    assert "r = 0.50." in text
+    assert "Trained from 3 seeds on the same examples (9 tasks)" in text
+    assert "r = 0.75 to 0.88, their pair-specific parts at r = 0.50; one pair" in text
+    assert "trainings of 4 to 6 points." in text and "hidden distances correlate" not in text
+    pd.concat([loss, rows.assign(what="hidden_sim")]).to_csv(path, index=False)
+    assert "Their hidden distances correlate at r = 0.75 to 0.88." in publish.readme()
+
+
+def test_the_readme_tells_what_other_draws_and_grids_said(project):
+    assert "second draw" not in publish.readme()
+    row = {"arm": "mask1", "method": "dare", "loss": -9.43, "difference": 0.25}
+    row |= {"low": -0.5, "high": 1.0, "spread": 2.0, "r": 0.96}
+    pd.DataFrame([row]).to_csv(project / "data/results/big/versions.csv", index=False)
+    line = "| big | DARE, second draw | -9.4 | +0.2 [-0.5, 1.0] | 2.0 | 0.96 |"
+    assert line in publish.readme()
 
 
 def test_the_readme_tells_how_a_study_grows(project):
