@@ -478,6 +478,8 @@ def rounded(
         if not tensor.is_floating_point():
             continue
         full = tensor.detach().float()
+        if name in delta:  # the model may live on a GPU and the merge have been streamed on the CPU
+            full = full.to(delta[name].device)
         grid = full.to(dtype).float()
         result = (grid + delta[name]).to(dtype).float() if name in delta else grid
         if not torch.equal(result, full):

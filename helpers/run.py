@@ -549,10 +549,17 @@ def _peak_memory() -> Iterator[list[int]]:
 def machine() -> str:
     """This machine in words."""
     memory = psutil.virtual_memory().total / 1e9
+    gpus = "".join(f"{name}, " for name in _gpus())
     return (
-        f"{os.cpu_count()} cores, {memory:.0f} GB, {platform.system()} {platform.machine()}, "
+        f"{os.cpu_count()} cores, {memory:.0f} GB, {gpus}{platform.system()} {platform.machine()}, "
         f"Python {platform.python_version()}"
     )
+
+
+def _gpus(told: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
+    """The names of the NVIDIA devices, as their driver tells them: no library need be loaded."""
+    texts = [file.read_text() for file in sorted(told.glob("*/information"))]
+    return re.findall(r"^Model:\s*(.+?)\s*$", "\n".join(texts), flags=re.MULTILINE)
 
 
 def _say_plan(profile: str, steps: list[Step]) -> None:

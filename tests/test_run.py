@@ -546,3 +546,11 @@ def test_a_bad_merge_is_one_sentence_and_exit_code_2(monkeypatch, capsys, error)
     monkeypatch.setattr(checkpoints, "main", refuse)
     assert main(["merge"]) == 2
     assert capsys.readouterr().err == "error: there are no weights in x\n"
+
+
+def test_the_machine_is_told_with_its_gpus(tmp_path):
+    (tmp_path / "0000:01").mkdir()
+    text = "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 16\nDevice Minor: \t 0\n"
+    (tmp_path / "0000:01" / "information").write_text(text)
+    assert run._gpus(tmp_path) == ["NVIDIA H100 80GB HBM3"]
+    assert run._gpus(tmp_path / "none") == []
