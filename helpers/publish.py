@@ -171,28 +171,28 @@ REPRODUCED = ROOT / "data" / "results" / "reproduced.csv"
 
 
 def compare(profile: str, results: Path) -> pd.Series:
-    """Hold losses.csv of another run of a profile, or of some of its tasks, to the committed one.
+    """Hold the scores of another run of a profile, or of some of its tasks, to the committed ones.
 
-    Adds a row to data/results/reproduced.csv, which the README quotes, and returns it: tasks,
-    cells (scores of one task under one merge that both have), equal (of them), beyond (differ by
-    more than three standard errors of two independent scores), largest (difference, share of test
-    examples), the run's machine, threads, date and revision. Raises ValueError if there is nothing
-    to compare, or if more than one cell in a hundred lies beyond.
+    Those of merges (losses.csv, test examples); of a run that has merged nothing yet, those of base
+    and specialists (tasks.csv, dev examples). Adds a row to data/results/reproduced.csv, which the
+    README quotes, and returns it: profile; scored (merges or specialists); tasks; cells (scores of
+    one model on one task that both have), equal (of them), beyond (differ by more than three
+    standard errors of two independent scores), largest (difference, share of examples); the run's
+    machine, threads, date and revision. Raises ValueError if there is nothing to compare, or if
+    more than one cell in a hundred lies beyond.
     """
     pick(profile, profiles(), "profile")
-    files = [folder / "losses.csv" for folder in (ROOT / "data" / "results" / profile, results)]
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"there is no losses.csv in {file.parent}")
-    tables = [pd.read_csv(file).set_index(["merge", "task"])["score"] for file in files]
-    committed, again = tables[0].align(tables[1], join="inner")
+    committed = ROOT / "data" / "results" / profile
+    scored = "merges" if (results / "losses.csv").exists() else "specialists"
+    again, committed = (_scores(folder, scored) for folder in (results, committed))
+    committed, again = committed.align(again, join="inner")
     if committed.empty:
-        raise ValueError(f"{results} and data/results/{profile} have no merge in common")
-    n = profiles()[profile]["TEST_EXAMPLES"]
+        raise ValueError(f"{results} and data/results/{profile} have no score in common")
+    n = profiles()[profile]["TEST_EXAMPLES" if scored == "merges" else "DEV_EXAMPLES"]
     apart = (again - committed).abs()
     error = ((committed * (1 - committed) + again * (1 - again)) / n) ** 0.5
     ran = [row for row in read_jsonl(results / "manifest.jsonl") if row["status"] == "finished"][-1]
-    row = {"profile": profile, "tasks": committed.index.unique("task").size}
+    row = {"profile": profile, "scored": scored, "tasks": committed.index.unique("task").size}
     row |= {"cells": len(apart), "equal": int((apart < 1e-9).sum())}
     # two scores at 0 or 1 have no error by this formula: one example more or less is no difference
     row |= {"beyond": int((apart > 3 * error.clip(lower=1 / n)).sum()), "largest": apart.max()}
@@ -206,6 +206,17 @@ def compare(profile: str, results: Path) -> pd.Series:
             f"those of data/results/{profile}"
         )
     return pd.Series(row)
+
+
+def _scores(folder: Path, scored: str) -> pd.Series:
+    """The scores of a run's merges, or of its base and specialists, by model and task."""
+    file = folder / {"merges": "losses.csv", "specialists": "tasks.csv"}[scored]
+    if not file.exists():
+        raise ValueError(f"there is no {file.name} in {folder}")
+    table = pd.read_csv(file)
+    if scored == "merges":
+        return table.set_index(["merge", "task"])["score"]
+    return table.set_index("task")[["base", "specialist"]].rename_axis("model", axis=1).stack()
 
 
 def _same(committed: Path, again: Path) -> bool:
@@ -744,12 +755,12 @@ def _reproduced_sentence() -> list[str]:
     if not REPRODUCED.exists():
         return []
     told = [
-        f"{row.cells} scores of {row.tasks} tasks of `{row.profile}` ({row.date}, {row.machine}, "
-        f"{row.threads} threads): {row.equal} equal, {row.beyond} further than three standard "
-        "errors apart"
+        f"{row.cells} scores of {row.scored} on {row.tasks} tasks of `{row.profile}` ({row.date}, "
+        f"{row.machine}, {row.threads} threads): {row.equal} equal, {row.beyond} further than "
+        "three standard errors apart"
         for row in pd.read_csv(REPRODUCED).itertuples()
     ]
-    return ["", f"Trained, merged and scored again from nothing: {'; '.join(told)}."]
+    return ["", f"Trained and scored again from nothing: {'; '.join(told)}."]
 
 
 POLICIES = {

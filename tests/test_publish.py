@@ -228,14 +228,15 @@ def test_the_claims_of_the_other_studies_stand_beside(project, monkeypatch):
 
 
 def test_a_rerun_is_held_to_the_committed_scores(project, monkeypatch):
-    monkeypatch.setattr(publish, "profiles", lambda: {"big": {"TEST_EXAMPLES": 50}})
+    sizes = {"TEST_EXAMPLES": 50, "DEV_EXAMPLES": 20}
+    monkeypatch.setattr(publish, "profiles", lambda: {"big": sizes})
     monkeypatch.setattr(publish, "REPRODUCED", project / "reproduced.csv")
     losses = pd.DataFrame({"merge": ["a+b|linear"] * 2 + ["a+c|linear"] * 2, "task": list("abac")})
     losses["score"] = [0.5, 0.8, 1.0, 0.0]
     losses.to_csv(project / "data" / "results" / "big" / "losses.csv", index=False)
     again = project / "again"
     again.mkdir()
-    with pytest.raises(ValueError, match="no losses.csv in .*again"):
+    with pytest.raises(ValueError, match="no tasks.csv in .*again"):
         publish.compare("big", again)
     ran = {"status": "finished", "machine": "2 cores", "threads": 1, "started": "2026-01-02T03"}
     (again / "manifest.jsonl").write_text(json.dumps(ran | {"revision": "abc"}) + "\n")
@@ -254,10 +255,17 @@ def test_a_rerun_is_held_to_the_committed_scores(project, monkeypatch):
         rerun(0.5, 0.8, 0.7, 0.0)  # 0.3 is 4.6 standard errors
     assert len(pd.read_csv(publish.REPRODUCED)) == 2
     (sentence,) = publish._reproduced_sentence()[1:]
-    assert "4 scores of 3 tasks of `big` (2026-01-02, 2 cores, 1 threads): 2 equal, 0 f" in sentence
+    assert "4 scores of merges on 3 tasks of `big` (2026-01-02, 2 cores, 1 threads): 2" in sentence
     losses.assign(merge="z").to_csv(again / "losses.csv", index=False)
-    with pytest.raises(ValueError, match="have no merge in common"):
+    with pytest.raises(ValueError, match="have no score in common"):
         publish.compare("big", again)
+
+    (again / "losses.csv").unlink()  # a run that has merged nothing yet
+    own = pd.DataFrame({"task": ["a", "b"], "base": 0.0, "specialist": [0.5, 1.0]})
+    own.to_csv(project / "data" / "results" / "big" / "tasks.csv", index=False)
+    own.assign(specialist=[0.55, 1.0]).to_csv(again / "tasks.csv", index=False)
+    told = publish.compare("big", again)
+    assert told[["scored", "tasks", "cells", "equal"]].tolist() == ["specialists", 2, 4, 3]
 
 
 def test_a_manifest_names_what_a_study_was_made_of_but_no_path(project, monkeypatch):
