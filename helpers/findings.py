@@ -464,15 +464,15 @@ REPEATED = ["first", "second", "what", "method", "tasks", "mean", "mean_there", 
 REPEATED += [f"{name}{end}" for name in INTERVALS for end in ("", "_low", "_high")]
 
 
-def other_runs(folder: Path) -> dict[str, dict[str, pd.DataFrame]]:
-    """The same study from other training seeds or on another device: the folders beside `folder`
-    that have its name and _seed… or _gpu, each as `read` gives it."""
-    found = sorted(folder.parent.glob(f"{folder.name}_*/losses.csv"))
+def other_seeds(folder: Path) -> dict[str, dict[str, pd.DataFrame]]:
+    """The same study from other training seeds: the folders beside `folder` that have its name and
+    _seed…, each as `read` gives it."""
+    found = sorted(folder.parent.glob(f"{folder.name}_seed*/losses.csv"))
     return {file.parent.name: read(file.parent) for file in found}
 
 
 def repeated(runs: Mapping[str, dict[str, pd.DataFrame]]) -> pd.DataFrame:
-    """Does a study repeat itself when its specialists are trained once more?
+    """Does a study repeat itself when its specialists are trained from another seed?
 
     Runs by name, as `read` gives them. Of every two, over the pairs of tasks that both have: one
     row per distinct method for the loss of the pair, one for its mean over the methods that both
