@@ -754,8 +754,9 @@ def _reproduced_sentence() -> list[str]:
     """What came of running a study, or a part of it, once more from nothing (`compare`)."""
     if not REPRODUCED.exists():
         return []
+    whose = {"merges": "merges", "specialists": "base and specialists"}
     told = [
-        f"{row.cells} scores of {row.scored} on {row.tasks} tasks of `{row.profile}` ({row.date}, "
+        f"{row.cells} scores of {whose[row.scored]} on {row.tasks} tasks of `{row.profile}` ({row.date}, "
         f"{row.machine}, {row.threads} threads): {row.equal} equal, {row.beyond} further than "
         "three standard errors apart"
         for row in pd.read_csv(REPRODUCED).itertuples()
