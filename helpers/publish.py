@@ -756,9 +756,9 @@ def _reproduced_sentence() -> list[str]:
         return []
     whose = {"merges": "merges", "specialists": "base and specialists"}
     told = [
-        f"{row.cells} scores of {whose[row.scored]} on {row.tasks} tasks of `{row.profile}` ({row.date}, "
-        f"{row.machine}, {row.threads} threads): {row.equal} equal, {row.beyond} further than "
-        "three standard errors apart"
+        f"{row.cells} scores of {whose[row.scored]} on {row.tasks} tasks of `{row.profile}` "
+        f"({row.date}, {row.machine}, {row.threads} threads): {row.equal} equal, {row.beyond} "
+        "further than three standard errors apart"
         for row in pd.read_csv(REPRODUCED).itertuples()
     ]
     return ["", f"Trained and scored again from nothing: {'; '.join(told)}."]

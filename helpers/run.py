@@ -216,7 +216,7 @@ def plan(profile: str, only: list[str] | None, parameters: dict[str, Any]) -> li
         for name, value in sorted(parameters.items())
         if name not in (*SET_BY_RUNNER, THREADS) and value != settings.get(name, here[name])
     }
-    label = profile + "".join(f", {name} = {value!r}" for name, value in altered.items())
+    label = profile + "".join(f", {n} = {_placeless(v)!r}" for n, v in altered.items())
     folder = parameters.get("RESULTS", f"data/runs/{profile}")
     if (ROOT / "data" / "results") in (ROOT / folder / "x").resolve().parents:
         raise ValueError("RESULTS may not lie in data/results: only `refresh` writes there")
@@ -232,6 +232,15 @@ def plan(profile: str, only: list[str] | None, parameters: dict[str, Any]) -> li
         )
         for notebook in notebooks
     ]
+
+
+def _placeless(value: Any) -> Any:
+    """A parameter's value for a label that others read: where our folders lie is none of it."""
+    if isinstance(value, dict):
+        return {name: _placeless(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_placeless(item) for item in value]
+    return "a local folder" if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 # --- running ------------------------------------------------------------------------------------

@@ -554,3 +554,10 @@ def test_the_machine_is_told_with_its_gpus(tmp_path):
     (tmp_path / "0000:01" / "information").write_text(text)
     assert run._gpus(tmp_path) == ["NVIDIA H100 80GB HBM3"]
     assert run._gpus(tmp_path / "none") == []
+
+
+def test_the_label_of_a_run_names_no_folder_of_this_machine(tmp_path):
+    (step,) = run.plan("glue", ["01"], {"SOURCES": {"glue": str(tmp_path)}, "SEED": 3})
+    told = step.parameters["PROFILE"]
+    assert told == "glue, SEED = 3, SOURCES = {'glue': 'a local folder'}"
+    assert step.parameters["SOURCES"] == {"glue": str(tmp_path)}
