@@ -175,20 +175,20 @@ def compare(profile: str, results: Path) -> pd.Series:
 
     Those of merges (losses.csv, test examples); of a run that has merged nothing yet, those of base
     and specialists (tasks.csv, dev examples). Adds a row to data/results/reproduced.csv, which the
-    README quotes, and returns it: profile; scored (merges or specialists); tasks; cells (scores of
-    one model on one task that both have), equal (of them), beyond (differ by more than three
-    standard errors of two independent scores), largest (difference, share of examples); the run's
-    machine, threads, date and revision. Raises ValueError if there is nothing to compare, or if
-    more than one cell in a hundred lies beyond.
+    README quotes, and returns it: profile; scored (the models); tasks; cells (scores of one model
+    on one task that both have), equal (of them), beyond (differ by more than three standard errors
+    of two independent scores), largest (difference, share of examples); the run's machine, threads,
+    date and revision. Raises ValueError if there is nothing to compare, or if more than one cell in
+    a hundred lies beyond.
     """
     pick(profile, profiles(), "profile")
-    committed = ROOT / "data" / "results" / profile
-    scored = "merges" if (results / "losses.csv").exists() else "specialists"
-    again, committed = (_scores(folder, scored) for folder in (results, committed))
-    committed, again = committed.align(again, join="inner")
+    merged = (results / "losses.csv").exists()
+    scored, size = ("merges", "TEST") if merged else ("base and specialists", "DEV")
+    again = _scores(results, merged)
+    committed, again = _scores(ROOT / "data" / "results" / profile, merged).align(again, "inner")
     if committed.empty:
         raise ValueError(f"{results} and data/results/{profile} have no score in common")
-    n = profiles()[profile]["TEST_EXAMPLES" if scored == "merges" else "DEV_EXAMPLES"]
+    n = profiles()[profile][f"{size}_EXAMPLES"]
     apart = (again - committed).abs()
     error = ((committed * (1 - committed) + again * (1 - again)) / n) ** 0.5
     ran = [row for row in read_jsonl(results / "manifest.jsonl") if row["status"] == "finished"][-1]
@@ -208,13 +208,13 @@ def compare(profile: str, results: Path) -> pd.Series:
     return pd.Series(row)
 
 
-def _scores(folder: Path, scored: str) -> pd.Series:
+def _scores(folder: Path, merged: bool) -> pd.Series:
     """The scores of a run's merges, or of its base and specialists, by model and task."""
-    file = folder / {"merges": "losses.csv", "specialists": "tasks.csv"}[scored]
+    file = folder / ("losses.csv" if merged else "tasks.csv")
     if not file.exists():
         raise ValueError(f"there is no {file.name} in {folder}")
     table = pd.read_csv(file)
-    if scored == "merges":
+    if merged:
         return table.set_index(["merge", "task"])["score"]
     return table.set_index("task")[["base", "specialist"]].rename_axis("model", axis=1).stack()
 
@@ -754,9 +754,8 @@ def _reproduced_sentence() -> list[str]:
     """What came of running a study, or a part of it, once more from nothing (`compare`)."""
     if not REPRODUCED.exists():
         return []
-    whose = {"merges": "merges", "specialists": "base and specialists"}
     told = [
-        f"{row.cells} scores of {whose[row.scored]} on {row.tasks} tasks of `{row.profile}` "
+        f"{row.cells} scores of {row.scored} on {row.tasks} tasks of `{row.profile}` "
         f"({row.date}, {row.machine}, {row.threads} threads): {row.equal} equal, {row.beyond} "
         "further than three standard errors apart"
         for row in pd.read_csv(REPRODUCED).itertuples()

@@ -265,7 +265,7 @@ def test_a_rerun_is_held_to_the_committed_scores(project, monkeypatch):
     own.to_csv(project / "data" / "results" / "big" / "tasks.csv", index=False)
     own.assign(specialist=[0.55, 1.0]).to_csv(again / "tasks.csv", index=False)
     told = publish.compare("big", again)
-    assert told[["scored", "tasks", "cells", "equal"]].tolist() == ["specialists", 2, 4, 3]
+    assert told[["scored", "tasks", "cells", "equal"]].tolist() == ["base and specialists", 2, 4, 3]
 
 
 def test_a_manifest_names_what_a_study_was_made_of_but_no_path(project, monkeypatch):
