@@ -36,7 +36,7 @@ LOOKS: dict[str, dict[str, str]] = {
     "breadcrumbs": {"label": "breadcrumbs", "color": GREEN, "marker": "X"},
     "della": {"label": "DELLA", "color": GREEN, "marker": "d"},
     "iso_c": {"label": "Iso-C", "color": SKY, "marker": "p"},
-    "tsv": {"label": "TSV", "color": SKY, "marker": "h"},
+    "tsv": {"label": "TSV", "color": AMBER, "marker": "h"},
     "regmean": {"label": "RegMean", "color": BLACK, "marker": "*"},
     "chebyshev": {"label": "Chebyshev", "color": BLACK, "marker": "8"},
     "prism": {"label": "PRISM", "color": BLACK, "marker": ">"},
@@ -167,7 +167,8 @@ def pair_maps(losses: pd.DataFrame, tasks: list[str]) -> Figure:
         table, framed = (
             mine[name].unstack().reindex(index=tasks, columns=tasks) for name in mine.columns
         )
-        heat_map(ax, table, "merging loss (%)", framed.eq(True), colorbar=method == methods[-1])
+        bold = framed.astype("boolean").fillna(False).astype(bool)  # undefined: not for certain
+        heat_map(ax, table, "merging loss (%)", bold, colorbar=method == methods[-1])
         ax.set_title(look(method)["label"])
         ax.set(xlabel="merged with", ylabel="task scored")
     for ax in axes.flat[len(methods) :]:

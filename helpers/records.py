@@ -197,12 +197,12 @@ def write_table(path: Path, frame: Any) -> None:
         frame.to_csv(part, index=False, compression=packing)
 
 
-def write_arrays(path: Path, **arrays: Any) -> None:
-    """Write named arrays as a compressed .npz, whole or not at all."""
+def write_arrays(path: Path, compressed: bool = True, **arrays: Any) -> None:
+    """Write named arrays as an .npz, whole or not at all; compressing states saves little."""
     import numpy as np
 
     with atomic_write(path) as part:
-        np.savez_compressed(part, **arrays)
+        (np.savez_compressed if compressed else np.savez)(part, **arrays)
 
 
 RESULT_FIELDS = ("name", "value", "unit", "n", "low", "high", "interval")

@@ -215,15 +215,18 @@ def magnitude_cut(tau: Tensor | Lazy, density: float) -> Cut:
 def cut_at(tau: Tensor | Lazy, k: int) -> Cut:
     """The cut that keeps exactly k entries, as `magnitude_cut`.
 
-    A sample of rows brackets the threshold; one pass counts what lies above the bracket and
-    collects what lies inside, for an exact selection. Where the sample misled, a wider bracket.
-    Only the block in which the kept ties end is read once more.
+    A GPU takes a tensor whole (`dense_cut`). On a CPU it is streamed: a sample of rows brackets the
+    threshold; one pass counts what lies above the bracket and collects what lies inside, for an
+    exact selection. Where the sample misled, a wider bracket. Only the block in which the kept ties
+    end is read once more.
     """
     numel = tau.shape.numel()
     if k == 0:
         return Cut(math.inf, -1, 0)
     if k == numel:
         return Cut(0.0, -1, 0)  # what is not above zero is zero
+    if torch.device(tau.device).type == "cuda":
+        return dense_cut(tau[...], k)
     for low, high in _brackets(tau, k):
         above, parts = _between(tau, low, high)
         values = np.concatenate(parts)
@@ -238,6 +241,20 @@ def cut_at(tau: Tensor | Lazy, k: int) -> Cut:
     quota = k - above - np.count_nonzero(values > threshold)
     last = _place(tau, threshold, quota, tied) if quota < tied[-1] else numel - 1
     return Cut(float(threshold), last, int(tied[-1]))
+
+
+def dense_cut(tau: Tensor, k: int) -> Cut:
+    """The cut that keeps exactly k of a dense tensor's entries, 0 < k < numel: the definition."""
+    values = tau.abs().flatten()
+    kth = values.kthvalue(len(values) - k + 1).values
+    told = kth, (values > kth).sum(), (values == kth).sum()
+    threshold, above, tied = torch.stack([x.double() for x in told]).tolist()  # one transfer
+    if threshold == 0:
+        return Cut(0.0, -1, int(tied))
+    quota, last = k - int(above), len(values) - 1
+    if quota < tied:
+        last = int((values == kth).nonzero()[quota - 1, 0])
+    return Cut(threshold, last, int(tied))
 
 
 def _place(tau: Tensor | Lazy, threshold: np.float32, quota: int, tied: np.ndarray) -> int:
@@ -484,16 +501,18 @@ def dare_ties(
 def singular_triplets(taus: Taus, weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, r), s (r,), V (in, r) of sum_i w_i tau_i on its numerical rank r: s > 1e-5 s_1.
 
-    Low-rank task vectors are never made dense: thin QR of the joint factors, then a small SVD.
+    Low-rank task vectors are never made dense: thin QR of the joint factors, then a small SVD, both
+    on the CPU, which is done with matrices this narrow before a GPU has begun.
     """
     factors = [getattr(tau, "factors", None) for tau in taus]
     if None in factors:
         left, values, right = torch.linalg.svd(task_arithmetic(taus, weights), full_matrices=False)
         right = right.T
     else:
-        scaled = [f.B.double() * (w * f.scaling) for f, w in zip(factors, weights, strict=True)]
+        both = [(f.B.double().cpu(), f.A.double().cpu()) for f in factors]
+        scaled = [B * (w * f.scaling) for (B, _), f, w in zip(both, factors, weights, strict=True)]
         q_out, r_out = torch.linalg.qr(torch.cat(scaled, dim=1))
-        q_in, r_in = torch.linalg.qr(torch.cat([f.A.double() for f in factors]).T)
+        q_in, r_in = torch.linalg.qr(torch.cat([A for _, A in both]).T)
         left, values, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
         left, right = q_out @ left, q_in @ right.T
     rank = int((values > 1e-5 * values[0]).sum())
@@ -514,7 +533,7 @@ def iso_c(taus: Taus, weights: Sequence[float]) -> Tensor:
         return _plain_mean(taus, weights)
     left, values, right = singular_triplets(taus, weights)
     level = values.mean() if len(values) else 0.0
-    return (left @ right.T).mul_(level).float()
+    return _product(left, right, taus[0].device).mul_(level).float()
 
 
 def tsv(taus: Taus, weights: Sequence[float]) -> Tensor:
@@ -532,7 +551,11 @@ def tsv(taus: Taus, weights: Sequence[float]) -> Tensor:
         rank = max(1, len(values) // len(taus))
         kept.append((left[:, :rank], values[:rank], right[:, :rank]))
     lefts, values, rights = (torch.cat(parts, dim=-1) for parts in zip(*kept, strict=True))
-    return ((_decorrelated(lefts) * values) @ _decorrelated(rights).T).float()
+    return _product(_decorrelated(lefts) * values, _decorrelated(rights), taus[0].device).float()
+
+
+def _product(left: Tensor, right: Tensor, device: str | torch.device) -> Tensor:
+    return left.to(device) @ right.to(device).T
 
 
 def _decorrelated(columns: Tensor) -> Tensor:

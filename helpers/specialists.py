@@ -76,8 +76,7 @@ def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool 
         "train": records.digest(rows.to_list()),
         "recipe": asdict(recipe),
         "dtype": str(model.dtype),
-        "device": model.device.type,
-        "threads": torch.get_num_threads(),
+        **rounding(model),
     }
 
     def compute(folder: Path) -> None:
@@ -89,6 +88,12 @@ def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool 
         (folder / "training.json").write_text(json.dumps(log))
 
     return records.cached("specialist", VERSION, determinants, compute)
+
+
+def rounding(model) -> dict:
+    """Which sums round alike: those of one device, and on the CPU of one number of threads."""
+    device = model.device.type
+    return {"device": device, "threads": torch.get_num_threads() if device == "cpu" else 0}
 
 
 def recipe_of(folder: Path) -> Recipe:

@@ -9,6 +9,7 @@ belongs to task i in the company of task j.
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from itertools import permutations as all_orders
 from typing import NamedTuple
 
@@ -49,21 +50,20 @@ class Test(NamedTuple):
 # --- one merge: losses over test examples ------------------------------------------------------
 
 
-def loss_draws(merged: ArrayLike, specialist: ArrayLike, draws: int, rng) -> NDArray:
-    """Paired bootstrap draws of the merging loss (%), one task.
-
-    `merged` and `specialist` are the scores of the same test examples; each draw resamples the
-    examples once for both. nan where the resampled specialist scores 0. Raises ValueError unless
-    both have the same non-zero length.
-    """
-    merged, specialist = np.asarray(merged, float), np.asarray(specialist, float)
+def _check_scores(merged: NDArray, specialist: NDArray) -> None:
+    """Raise ValueError unless both have the same non-zero length."""
     if merged.shape != specialist.shape or merged.ndim != 1 or merged.size == 0:
         raise ValueError(
             f"merged and specialist need scores of the same examples, got shapes {merged.shape} "
             f"and {specialist.shape}"
         )
-    counts = rng.multinomial(merged.size, np.full(merged.size, 1 / merged.size), size=draws)
-    return _loss(counts @ merged, counts @ specialist)
+
+
+@lru_cache(maxsize=8)  # a study asks for thousands of intervals over few sizes
+def _resamples(sizes: tuple[int, ...], draws: int, seed: int) -> list[NDArray]:
+    """How often each example is drawn, (draws, n) for each of the sizes n, drawn independently."""
+    rng = np.random.default_rng(seed)
+    return [rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float) for n in sizes]
 
 
 def _loss(merged: ArrayLike, specialist: ArrayLike) -> NDArray:
@@ -79,12 +79,16 @@ def loss_interval(
     """Mean merging loss (%) of the tasks of one merge, 95 % percentile interval, n = examples.
 
     `cells` holds one (merged, specialist) per task: scores of the same test examples. Examples are
-    resampled within a task, tasks are kept. Undefined (nan) if any task's loss is. Two limits of
-    the bootstrap: it sees no variation where all scores agree, and it knows nothing of training.
+    resampled within a task, once for both, tasks are kept. Undefined (nan) if any task's loss is.
+    Two limits of the bootstrap: it sees no variation where all scores agree, and it knows nothing
+    of training. Raises ValueError unless both have scores of the same examples, one at least.
     """
-    rng = np.random.default_rng(seed)
     cells = [(np.asarray(m, float), np.asarray(s, float)) for m, s in cells]
-    drawn = np.mean([loss_draws(m, s, draws, rng) for m, s in cells], axis=0)
+    for m, s in cells:
+        _check_scores(m, s)
+    counts = _resamples(tuple(m.size for m, _ in cells), draws, seed)
+    drawn = [_loss(c @ m, c @ s) for c, (m, s) in zip(counts, cells, strict=True)]
+    drawn = np.mean(drawn, axis=0)
     value = float(np.mean([_loss(m.mean(), s.mean()) for m, s in cells]))
     n = sum(m.size for m, _ in cells)
     if math.isnan(value):

@@ -47,6 +47,7 @@ BASE = "base"  # the digest of no delta
 # Other versions of a rule than its default (`in_arm`): scales, draws of the entries that it drops
 # at random, and the grid on which base and result are stored.
 ARMS = ("norm", "dose", "sum", "mask1", "mask2", "bfloat16")
+BATCH_SIZE = {"cuda": 64}  # of examples; elsewhere 20
 SHOTS = 4  # solved examples (an encoder's: of each label) by which the base's ability is measured
 
 # The settings of an adapter that its task vector depends on.
@@ -64,7 +65,11 @@ class Bench:
     base: dict  # name and digest
     tasks: dict[str, Task]
     specialists: dict[str, Path]
-    batch_size: int = 20
+    batch_size: int = 0  # examples read at a time; 0: as many as suit the device
+
+    def __post_init__(self) -> None:
+        if not self.batch_size:
+            object.__setattr__(self, "batch_size", BATCH_SIZE.get(self.model.device.type, 20))
 
     @property
     def encoder(self) -> bool:
@@ -85,9 +90,9 @@ class Bench:
             )
         return base, specialists
 
-    def rows(self, labels: Iterable[str]) -> list[vectors.Row]:
-        """Their task vectors tensor by tensor, to pass over at will."""
-        return vectors.views(*self.sources(labels))
+    def rows(self, labels: Iterable[str], device: str | None = None) -> list[vectors.Row]:
+        """Their task vectors tensor by tensor, to pass over at will; by default on its device."""
+        return vectors.views(*self.sources(labels), device or self.model.device.type)
 
     def parents(self, labels: Sequence[str]) -> dict:
         """What identifies a merge's parents: digests of the base and, in order, the specialists."""
@@ -98,12 +103,8 @@ class Bench:
 
     def machine(self) -> dict:
         """What rounding depends on beside the numbers."""
-        return {
-            "dtype": str(self.model.dtype),
-            "device": self.model.device.type,
-            "threads": torch.get_num_threads(),
-            "batch_size": self.batch_size,
-        }
+        rounds = specialists.rounding(self.model)
+        return {"dtype": str(self.model.dtype), "batch_size": self.batch_size} | rounds
 
 
 @cache  # the store's folders never change, and an encoder's is as large as the model

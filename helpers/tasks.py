@@ -10,6 +10,7 @@ import json
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,9 +60,17 @@ class Task:
 
     def digest(self, *splits: str) -> str:
         """sha256 of the metric and the rows of these splits (of all, if none is named)."""
-        chosen = {split: self.splits[split].to_list() for split in sorted(splits or self.splits)}
-        text = json.dumps([self.metric, chosen], sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        asked = tuple(sorted(splits or self.splits))
+        if asked not in self._digests:
+            chosen = {split: self.splits[split].to_list() for split in asked}
+            text = json.dumps([self.metric, chosen], sort_keys=True, ensure_ascii=False)
+            self._digests[asked] = hashlib.sha256(text.encode()).hexdigest()
+        return self._digests[asked]
+
+    @cached_property
+    def _digests(self) -> dict[tuple[str, ...], str]:
+        """Those that were asked for: every visit asks, and the splits stay as they are."""
+        return {}
 
 
 def short(name: str) -> str:

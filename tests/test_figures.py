@@ -97,7 +97,8 @@ def test_scatter_and_dose_curves_draw_each_point_once():
 def test_pair_maps_put_the_loss_of_the_task_in_its_row():
     rows = [("a+b", "a", -10.0), ("a+b", "b", -80.0), ("b+c", "b", np.nan), ("b+c", "c", 5.0)]
     losses = pd.DataFrame(rows, columns=["group", "task", "loss"])
-    losses = losses.assign(method="linear", collapsed=losses["loss"] < -30)
+    fell = pd.array([False, True, pd.NA, False], dtype="boolean")
+    losses = losses.assign(method="linear", collapsed=fell)
     fig = figures.pair_maps(losses, ["a", "b", "c"])
     ax = fig.axes[0]
     texts = {tuple(map(int, text.get_position())): text.get_text() for text in ax.texts}

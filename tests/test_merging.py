@@ -72,6 +72,7 @@ def test_trimming_by_blocks_equals_a_stable_descending_sort():
     tau = torch.randint(-4, 5, (70_000, 3), generator=generator).float()  # almost all entries tie
     for density in (0.05, 0.2, 0.5):
         k = int(density * tau.numel())
+        assert rules.dense_cut(tau, k) == rules.magnitude_cut(tau, density)
         order = tau.abs().flatten().sort(descending=True, stable=True).indices[:k]
         expected = torch.zeros(tau.numel()).index_put((order,), tau.flatten()[order])
         kept = rules.ties([tau], [1.0], density=density)
@@ -94,7 +95,9 @@ def test_selection_is_exact_whatever_the_sample_says(rows_differ, density):
     n = 128 * 7
     tau = random_taus(1, (n, 80))[0] * rows_differ(n)[:, None]
     k = int(density * tau.numel())
-    kept = rules.trim(tau, rules.magnitude_cut(tau, density))
+    cut = rules.magnitude_cut(tau, density)
+    assert rules.dense_cut(tau, k) == cut  # what a GPU does
+    kept = rules.trim(tau, cut)
     largest = tau.abs().flatten().topk(k).values
     assert torch.equal(kept.abs().flatten().topk(k).values, largest)
     assert kept.count_nonzero() == largest.count_nonzero()
