@@ -246,7 +246,7 @@ def cut_at(tau: Tensor | Lazy, k: int) -> Cut:
 def dense_cut(tau: Tensor, k: int) -> Cut:
     """The cut that keeps exactly k of a dense tensor's entries, 0 < k < numel: the definition."""
     values = tau.abs().flatten()
-    kth = values.kthvalue(len(values) - k + 1).values
+    kth = values.topk(k, sorted=False).values.min()  # on a GPU much faster than kthvalue
     told = kth, (values > kth).sum(), (values == kth).sum()
     threshold, above, tied = torch.stack([x.double() for x in told]).tolist()  # one transfer
     if threshold == 0:
