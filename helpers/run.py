@@ -40,6 +40,7 @@ from helpers.records import ROOT, append_jsonl, canonical, digest, read_jsonl, r
 SET_BY_RUNNER = ("PROFILE", "RESULTS", "OUT")
 # The thread count of the kernel's libraries, whether or not a notebook declares it too.
 THREADS = "THREADS"
+JOBS = "JOBS"  # how many processes share the work, which changes no number
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "scipy", "pandas", "statsmodels")
 
 
@@ -89,13 +90,12 @@ def chain() -> list[Notebook]:
 
 
 def profiles() -> dict[str, dict[str, Any]]:
-    """Parameters of every profile: those of `demo`, of the one that it is `like`, and its own."""
+    """Parameters of every profile: of the one above it that it is `like` (`demo`), and its own."""
     tables = tomllib.loads((ROOT / "data" / "profiles.toml").read_text(encoding="utf-8"))
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, own in tables.items():
-        model = tables[pick(own.get("like", "demo"), tables, "profile")]
-        values = tables["demo"] | model | own
-        found[name] = {key: value for key, value in values.items() if key.isupper()}
+        model = found[pick(own.get("like", "demo"), found, "profile")] if found else {}
+        found[name] = model | {key: value for key, value in own.items() if key.isupper()}
     return found
 
 
@@ -214,7 +214,7 @@ def plan(profile: str, only: list[str] | None, parameters: dict[str, Any]) -> li
     altered = {
         name: value
         for name, value in sorted(parameters.items())
-        if name not in (*SET_BY_RUNNER, THREADS) and value != settings.get(name, here[name])
+        if name not in (*SET_BY_RUNNER, THREADS, JOBS) and value != settings.get(name, here[name])
     }
     label = profile + "".join(f", {n} = {_placeless(v)!r}" for n, v in altered.items())
     folder = parameters.get("RESULTS", f"data/runs/{profile}")
@@ -312,7 +312,7 @@ def _check_needs(steps: list[Step], results: Path) -> None:
                     f"{step.notebook.name} reads what {need} writes, and {need} is not finished in "
                     f"{results}: run it as well"
                 )
-            for name in sorted(made[need].keys() & step.parameters.keys() - {*SET_BY_RUNNER}):
+            for name in sorted(made[need].keys() & step.parameters.keys() - {*SET_BY_RUNNER, JOBS}):
                 if canonical(made[need][name]) != canonical(step.parameters[name]):
                     raise ValueError(
                         f"{need} was run with {name} = {made[need][name]!r}, {step.notebook.name} "
@@ -363,7 +363,8 @@ def _key(step: Step, surroundings: str, done: dict[str, dict]) -> str:
     needed = {need: done[need]["outputs"] for need in step.notebook.needs}
     committed = [digest(ROOT / folder) for folder in shown(step.parameters)]
     local = _local_files(step.parameters)
-    seen = [source, step.parameters, step.threads, surroundings, needed, committed, local]
+    given = {name: value for name, value in step.parameters.items() if name != JOBS}
+    seen = [source, given, step.threads, surroundings, needed, committed, local]
     return digest(seen)[:16]
 
 

@@ -266,6 +266,19 @@ def _read(bench: Bench, prompts: Iterable[str]) -> Tensor:
 # --- what is visited -------------------------------------------------------------------------
 
 
+def train(bench: Bench, label: str, recipe: specialists.Recipe, quiet: bool = True) -> Path:
+    """Folder of the specialist of a task of the bench, trained once (`specialists.train`)."""
+    about = bench.model, bench.tokenizer, bench.base, bench.tasks[label]
+    return specialists.train(*about, recipe, quiet)
+
+
+def try_task(bench: Bench, label: str, recipe: specialists.Recipe) -> None:
+    """Leave in the store all that screening asks of a task: its specialist, and dev scores."""
+    folder = train(bench, label, recipe)
+    on_dev(replace(bench, specialists={label: folder}), label)
+    base_ability(bench, label, "dev")
+
+
 def base_ability(bench: Bench, label: str, split: str = "test") -> pd.DataFrame:
     """Scores of the base as it is: what it can do untaught.
 
@@ -437,6 +450,40 @@ def merge_group(
     return done
 
 
+def merge_all(
+    bench: Bench,
+    group: Sequence[str],
+    recipes: Mapping[str, dict],
+    arms: Iterable[Sequence[str]] = (),
+    seed: int = 0,
+) -> list[Merged]:
+    """`merge_group` by each recipe as it is, then in `arms`: (recipe, arm) as `in_arm` takes it.
+
+    An arm of a recipe that this group does not have is left out. `recipes` holds linear, which the
+    arms are matched to.
+    """
+    done = merge_group(bench, group, recipes, seed)
+    linear = next(m.report for m in done if m.method == "linear")
+    for name, arm in arms:
+        if name in recipes:
+            version = {name: in_arm(recipes[name], arm, linear, len(group))}
+            done += merge_group(bench, group, version, seed, arm)
+    return done
+
+
+def visit_group(
+    bench: Bench,
+    group: Sequence[str],
+    recipes: Mapping[str, dict],
+    arms: Iterable[Sequence[str]],
+    doses: Iterable[float],
+    seed: int = 0,
+) -> None:
+    """Leave in the store all that notebook 02 asks of a group: its merges, and its rules alone."""
+    merged = merge_all(bench, group, recipes, arms, seed)
+    loss_table(bench, merged, dose_curves(bench, doses), seed)
+
+
 def swap_losses(
     bench: Bench,
     groups: Iterable[Sequence[str]],
@@ -553,14 +600,7 @@ def trained_twice(bench: Bench, label: str) -> tuple[Bench, tuple[np.ndarray, np
     """
     first = bench.specialists[label]
     recipe = specialists.recipe_of(first)
-    again = specialists.train(
-        bench.model,
-        bench.tokenizer,
-        bench.base,
-        bench.tasks[label],
-        replace(recipe, seed=recipe.seed + 1),
-        quiet=True,
-    )
+    again = train(bench, label, replace(recipe, seed=recipe.seed + 1))
     both = {"once": first, "twice": again}
     two = replace(bench, tasks=dict.fromkeys(both, bench.tasks[label]), specialists=both)
     (average,) = merge_group(two, both, {"linear": {"method": "linear"}})

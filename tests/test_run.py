@@ -238,6 +238,9 @@ def test_a_profile_may_be_like_another(project):
     path.write_text(PROFILES + "RATE = 2.0\n[again]\nlike = 'tiny'\nN = 7\n")
     known = run.profiles()
     assert known["again"] == known["demo"] | {"N": 7, "RATE": 2.0}
+    third = "[third]\nlike = 'again'\nN = 8\n"
+    path.write_text(PROFILES + "RATE = 2.0\n[again]\nlike = 'tiny'\nN = 7\n" + third)
+    assert run.profiles()["third"] == known["again"] | {"N": 8}
     path.write_text(PROFILES + "like = 'dem'\n")
     with pytest.raises(ValueError, match=r"'dem'; did you mean demo\?"):
         run.profiles()
