@@ -561,8 +561,9 @@ def _elsewhere(studies: dict[str, Path]) -> list[str]:
 
 
 def _about(folder: Path) -> str:
-    """A study in words: base, tasks that count, pairs, rules at their default scale; what a model
-    at chance would have lost, and what pairs lost of what exceeds chance."""
+    """A study in words: base, tasks that count, pairs, rules at their default scale; whose
+    specialists it shares; what a model at chance would have lost, and what pairs lost of what
+    exceeds chance."""
     from helpers.choose import default_arm
 
     settings = profiles()[folder.name]
@@ -574,11 +575,19 @@ def _about(folder: Path) -> str:
     above = cells.groupby("method", sort=False)["chance_corrected"].mean()
     least, most = above.max(), above.min()
     return (
-        f"{settings['MODEL']}, training seed {settings['SEED']}, {kept.sum()} of {len(kept)} tasks "
-        f"passed screening, {groups['group'].nunique()} pairs by {rules}; at chance a task would "
-        f"have lost {-floor.max():.0f} to {-floor.min():.0f} %; of what exceeds chance pairs lost "
-        f"{-least:.0f} to {-most:.0f} % on average, by rule"
+        f"{settings['MODEL']}, training seed {settings['SEED']}{_lent(folder)}, {kept.sum()} of "
+        f"{len(kept)} tasks passed screening, {groups['group'].nunique()} pairs by {rules}; at "
+        f"chance a task would have lost {-floor.max():.0f} to {-floor.min():.0f} %; of what "
+        f"exceeds chance pairs lost {-least:.0f} to {-most:.0f} % on average, by rule"
     )
+
+
+def _lent(folder: Path) -> str:
+    """Whose specialists a study uses, if they are some of another one's: it is no replication."""
+    files = sorted(folder.parent.glob("*/specialists.csv"))
+    used = {file.parent.name: set(pd.read_csv(file)["folder"]) for file in files}
+    mine = used.get(folder.name, set())
+    return "".join(f", specialists of {x}" for x, theirs in used.items() if mine and mine < theirs)
 
 
 def _loss_table(studies: dict[str, Path]) -> list[str]:
