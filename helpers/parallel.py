@@ -39,18 +39,17 @@ def fill(
     about = bench.tasks, bench.specialists, threads
     # spawned, not forked: a fork would share locks and a GPU context with this process
     pool = ProcessPoolExecutor(min(jobs, len(calls)), get_context("spawn"), _start, (model, *about))
-    with pool:
+    try:
         pending = [pool.submit(_call, *call) for call in calls]
-        try:
-            for done in tqdm(as_completed(pending), "jobs", len(calls), mininterval=5):
-                done.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a worker process was killed, perhaps for want of memory: run again with fewer "
-                "JOBS; what is finished is not done again"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for done in tqdm(as_completed(pending), "jobs", len(calls), mininterval=5):
+            done.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a worker process was killed, perhaps for want of memory: run again with fewer JOBS; "
+            "what is finished is not done again"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start(model: tuple[str, str, str], tasks: dict, specialists: dict, threads: int) -> None:

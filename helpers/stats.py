@@ -87,8 +87,8 @@ def loss_interval(
     for m, s in cells:
         _check_scores(m, s)
     counts = _resamples(tuple(m.size for m, _ in cells), draws, seed)
-    drawn = [_loss(c @ m, c @ s) for c, (m, s) in zip(counts, cells, strict=True)]
-    drawn = np.mean(drawn, axis=0)
+    of_tasks = [_loss(c @ m, c @ s) for c, (m, s) in zip(counts, cells, strict=True)]
+    drawn = np.mean(of_tasks, axis=0)
     value = float(np.mean([_loss(m.mean(), s.mean()) for m, s in cells]))
     n = sum(m.size for m, _ in cells)
     if math.isnan(value):

@@ -47,7 +47,6 @@ BASE = "base"  # the digest of no delta
 # Other versions of a rule than its default (`in_arm`): scales, draws of the entries that it drops
 # at random, and the grid on which base and result are stored.
 ARMS = ("norm", "dose", "sum", "mask1", "mask2", "bfloat16")
-BATCH_SIZE = {"cuda": 64}  # of examples; elsewhere 20
 SHOTS = 4  # solved examples (an encoder's: of each label) by which the base's ability is measured
 
 # The settings of an adapter that its task vector depends on.
@@ -69,7 +68,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         if not self.batch_size:
-            object.__setattr__(self, "batch_size", BATCH_SIZE.get(self.model.device.type, 20))
+            size = 64 if self.model.device.type == "cuda" else 20
+            object.__setattr__(self, "batch_size", size)
 
     @property
     def encoder(self) -> bool:
@@ -91,7 +91,7 @@ class Bench:
         return base, specialists
 
     def rows(self, labels: Iterable[str], device: str | None = None) -> list[vectors.Row]:
-        """Their task vectors tensor by tensor, to pass over at will; by default on its device."""
+        """Their task vectors by tensor, to pass over at will; by default on the base's device."""
         return vectors.views(*self.sources(labels), device or self.model.device.type)
 
     def parents(self, labels: Sequence[str]) -> dict:
