@@ -49,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         help="only hold another run's scores (data/runs/NAME) to the committed ones",
     )
     refresh_parser.add_argument(
+        "--take",
+        metavar="FOLDER",
+        help="only take over the scores in data/results/NAME of merges that are the same, after "
+        "notebook 01, before 02",
+    )
+    refresh_parser.add_argument(
         "--readme", action="store_true", help="only bring the README's tables up to date"
     )
 
@@ -89,6 +95,8 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
                 publish.write_readme()
             elif arguments.compare:
                 print(publish.compare(arguments.profile, Path(arguments.compare)).to_string())
+            elif arguments.take:
+                print(publish.take(arguments.profile, Path(arguments.take)))
             elif arguments.recompute:
                 publish.recompute(arguments.profile, write=arguments.publish)
             elif arguments.publish:

@@ -170,6 +170,39 @@ def recompute(profile: str, write: bool = False) -> Path:
 REPRODUCED = ROOT / "data" / "results" / "reproduced.csv"
 
 
+def take(profile: str, results: Path) -> str:
+    """Fill the store with the committed scores in `results` of merges that a run makes as well.
+
+    Notebook 01 of the profile has run; 02 then visits what is left (`study.take`). The run's folder
+    keeps what was taken in taken.json, for the manifest. Returns a sentence. Raises ValueError for
+    an unknown profile, one without specialists, and a folder without tables.
+    """
+    import torch
+
+    from helpers import parallel, study  # seconds: not paid by those who only publish
+
+    asked = profiles()[pick(profile, profiles(), "profile")]
+    run_folder = ROOT / "data" / "runs" / profile
+    for file in ("losses.csv", "examples.csv.gz"):
+        if not (results / file).is_file():
+            raise ValueError(f"there is no {file} in {results}: name a folder of data/results")
+    torch.set_num_threads(asked["THREADS"])
+    about = asked["MODEL"], asked["DTYPE"], asked["DEVICE"]
+    bench = study.open_bench(run_folder / "bench.json", *study.load_base(*about))
+    groups = [group.split("+") for group in pd.read_csv(results / "losses.csv")["group"].unique()]
+    calls = [(x, results, asked["SEED"]) for x in groups if set(x) <= set(bench.tasks)]
+    parallel.fill(bench, about, [(study.take, *call) for call in calls], asked["JOBS"])
+    taken = [name for call in calls for name in study.take(bench, *call)]
+    file = run_folder / TAKEN
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    with atomic_write(file) as part:
+        part.write_text(json.dumps(before | {results.name: len(taken)}) + "\n", encoding="utf-8")
+    return f"{len(taken)} merges of {len(calls)} groups are scored as {results} has it"
+
+
+TAKEN = "taken.json"
+
+
 def compare(profile: str, results: Path) -> pd.Series:
     """Hold the scores of another run of a profile, or of some of its tasks, to the committed ones.
 
@@ -178,10 +211,12 @@ def compare(profile: str, results: Path) -> pd.Series:
     README quotes, and returns it: profile; scored (the models); tasks; cells (scores of one model
     on one task that both have), equal (of them), beyond (differ by more than three standard errors
     of two independent scores), largest (difference, share of examples); the run's machine, threads,
-    date and revision. Raises ValueError if there is nothing to compare, or if more than one cell in
-    a hundred lies beyond.
+    date and revision. Raises ValueError if there is nothing to compare, if the run took committed
+    scores over, or if more than one cell in a hundred lies beyond.
     """
     pick(profile, profiles(), "profile")
+    if (results / TAKEN).exists():
+        raise ValueError(f"{results} took scores from committed tables: it proves nothing of them")
     merged = (results / "losses.csv").exists()
     scored, size = ("merges", "TEST") if merged else ("base and specialists", "DEV")
     again = _scores(results, merged)
@@ -242,14 +277,18 @@ def write_manifest(profile: str, results: Path | None = None) -> None:
     """Write data/results/<profile>/manifest.json: what the study was made of.
 
     parameters (a local folder of tasks is named by its digest); base: name and digest; tasks: for
-    each its name, the digests of its splits and the ids of its probes; runs: for each notebook of
-    the run in `results`, if that is given, when and at what revision it ran, for how long, on what
-    machine and with which packages. Runs that were recorded before stay where no new one is there.
+    each its name, the digests of its splits and the ids of its probes; taken: how many merges have
+    their scores from which committed tables (`take`); runs: for each notebook of the run in
+    `results`, if that is given, when and at what revision it ran, for how long, on what machine and
+    with which packages. What was recorded before stays where the run has nothing new.
     """
     from helpers import assets, tasks  # seconds: not paid by those who only bring the README up
 
     file = ROOT / "data" / "results" / profile / "manifest.json"
-    runs = json.loads(file.read_text(encoding="utf-8"))["runs"] if file.exists() else {}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    runs, taken = before.get("runs", {}), before.get("taken", {})
+    if results and (results / TAKEN).exists():
+        taken = json.loads((results / TAKEN).read_text(encoding="utf-8"))
     asked = dict(profiles()[profile])
     for name, row in (finished(results) if results else {}).items():
         asked |= {k: v for k, v in row["parameters"].items() if k in asked}
@@ -269,7 +308,9 @@ def write_manifest(profile: str, results: Path | None = None) -> None:
         for label, task in loaded.items()
     }
     with atomic_write(file) as part:
-        part.write_text(json.dumps(told | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
+        part.write_text(
+            json.dumps(told | {"taken": taken, "runs": runs}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 RUN_FIELDS = ("revision", "started", "seconds", "peak_gb", "threads", "machine", "versions")

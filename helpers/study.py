@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -482,6 +482,58 @@ def visit_group(
     """Leave in the store all that notebook 02 asks of a group: its merges, and its rules alone."""
     merged = merge_all(bench, group, recipes, arms, seed)
     loss_table(bench, merged, dose_curves(bench, doses), seed)
+
+
+def take(bench: Bench, group: Sequence[str], results: Path, seed: int = 0) -> list[str]:
+    """Put into the store what the committed tables in `results` hold of a group's merges.
+
+    So a study that is committed in parts goes on where no store of it is left. Specialists and
+    merges are made again; a merge whose own-direction doses all agree with the table's to twelve
+    digits is the same one, and its scores are taken from there, to the five decimals that they
+    have. What no table holds is read (hidden states) or left undefined (option_correct). Any other
+    merge, and every chebyshev (its weights stand in no table), is left to be visited. Returns the
+    names of those taken.
+    """
+    group, taken = tuple(group), []
+    losses, examples = _committed(results)
+    cells = losses[losses["group"] == "+".join(group)]
+    for (name, method, arm), own in cells.groupby(["merge", "method", "arm"], sort=False):
+        asked = {x: examples[name, x] for x in group if (name, x) in examples}
+        known = {x: list(rows["id"]) for x, rows in asked.items()}
+        ids = {x: list(bench.tasks[x].splits["test"]["id"]) for x in group}
+        if method == "chebyshev" or known != ids:  # or the same model under another name
+            continue
+        recipe = {"method": method}
+        if arm != "default":
+            linear, _ = _merge(bench, group, {"method": "linear"}, seed)
+            recipe = in_arm(recipe, arm, linear, len(group))
+        report, make = _merge(bench, group, recipe, seed)
+        doses = own.set_index("task").loc[list(group), "dose_own"]
+        if not np.allclose(report["own"], doses, rtol=1e-12, atol=0):
+            continue
+        for x, rows in asked.items():
+            key = _score_key(bench, report["digest"], x)
+            records.cached(*key, partial(_write_taken, rows, results.name))
+        if arm == "default":
+            visit(bench, report["digest"], make, group, group)
+        taken.append(name)
+    return taken
+
+
+def _write_taken(rows: pd.DataFrame, results: str, folder: Path) -> None:
+    rows.to_csv(folder / "examples.csv", index=False)
+    (folder / "taken_from.txt").write_text(results + "\n", encoding="utf-8")
+
+
+@cache
+def _committed(results: Path) -> tuple[pd.DataFrame, dict[tuple[str, str], pd.DataFrame]]:
+    """The committed losses, and by merge and task the examples, with the columns of a visit."""
+    losses = pd.read_csv(results / "losses.csv")
+    table = pd.read_csv(results / "examples.csv.gz", dtype={"example": str})
+    table = table.rename(columns={"example": "id"}).assign(option_correct=np.nan)
+    told = ["id", "correct", "nll", "option_correct", "invalid"]
+    cells = {cell: rows[told] for cell, rows in table.groupby(["merge", "task"], sort=False)}
+    return losses, cells
 
 
 def swap_losses(

@@ -88,6 +88,37 @@ def test_a_lost_visit_is_repeated_with_the_same_numbers(bench, tmp_path):
         pd.testing.assert_frame_equal(one.examples, two.examples)
 
 
+def test_committed_scores_are_taken_for_the_same_merges_only(bench, tmp_path, monkeypatch):
+    """A store is lost, the tables are not; of two merges a dose or the examples differ there."""
+    rules = {name: {"method": name} for name in ("linear", "ties", "dare")}
+    arms = [("dare", "mask1"), ("linear", "bfloat16"), ("ties", "norm")]
+    first = study.merge_all(bench, "ab", rules, arms)
+    losses = study.loss_table(bench, first, study.dose_curves(bench, [0.0, 1.0]))
+    examples = pd.concat(m.examples.assign(merge=m.name) for m in first)
+    examples = examples.drop(columns="option_correct").rename(columns={"id": "example"})
+    wrong = (losses["merge"] == "a+b|ties") & (losses["task"] == "b")
+    losses.loc[wrong, "dose_own"] *= 1 + 1e-9
+    examples.loc[examples["merge"] == "a+b|dare|mask1", "example"] += "x"
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    losses.to_csv(tables / "losses.csv", index=False)
+    examples.to_csv(tables / "examples.csv.gz", index=False)
+    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "new"))
+    left = ["a+b|linear", "a+b|dare", "a+b|linear|bfloat16", "a+b|ties|norm"]
+    assert study.take(bench, "ab", tables) == study.take(bench, "ab", tables) == left
+    assert study.take(bench, "ac", tables) == []
+
+    scored = []
+    score = evaluate.score
+    monkeypatch.setattr(evaluate, "score", lambda *a: scored.append(1) or score(*a))
+    again = study.merge_all(bench, "ab", rules, arms)
+    assert len(scored) == 4  # two tasks of the two merges that were not the same
+    for one, two in zip(first, again, strict=True):
+        seen, told = (m.examples.drop(columns="option_correct") for m in (one, two))
+        pd.testing.assert_frame_equal(seen, told, atol=1e-6)
+        assert all(torch.equal(one.states[x], two.states[x]) for x in one.states)
+
+
 def test_doses_end_at_the_base_and_at_the_specialist(bench):
     base = study.at_base(bench)[0].query("task == 'a'").reset_index(drop=True)
     pd.testing.assert_frame_equal(study.at_dose(bench, "a", 0.0)[0], base, atol=1e-6)
