@@ -566,6 +566,7 @@ def findings() -> str:
         *_twins_sentence(folder),
         _bound_sentence(folder),
         *_agreement_table(known),
+        *_exploration(profile, known),
         *_choices(folder),
         *_reproduced_sentence(),
     ]
@@ -798,6 +799,46 @@ def _agreement_table(known: dict[str, Path]) -> list[str]:
         "*Studies that share pairs of tasks are not pooled; those on one base are no replications.*"
     )
     return ["", *_markdown(rows), "", note]
+
+
+def _exploration(profile: str, known: dict[str, Path]) -> list[str]:
+    """Which of the metrics that were not declared go with the loss, corrected over all of them."""
+    from statsmodels.stats.multitest import multipletests
+
+    from helpers.findings import ESTIMANDS
+    from helpers.rivals import RIVALS
+
+    both = [f"{estimand}_p" for estimand in ESTIMANDS]
+    tables = {}
+    for study, folder in known.items():
+        table = _if_there(folder / "statistics.csv")
+        if table.empty:
+            continue
+        mine = (table["family"] == "exploratory") & (table["outcome"] == "loss")
+        tables[study] = table[mine].set_index("metric")
+    if profile not in tables:
+        return []
+    tested = tables[profile][both].dropna(how="all").stack()
+    adjusted = pd.Series(multipletests(tested, method="holm")[1], tested.index)
+    found = adjusted[adjusted < 0.05]
+    further = len(tables[profile])
+    lines = [
+        "",
+        f"Exploration: of {further} further metrics on both estimands, {len(found)} of "
+        f"{len(tested)} tests in `{profile}` have p < .05 after Holm's correction over all of them"
+        + ("." if found.empty else ":"),
+    ]
+    for (metric, column), p in found.items():
+        estimand = column.removesuffix("_p")
+        what = f", the {RIVALS[metric].meaning}" if metric in RIVALS else ""
+        seen = [
+            f"{study} {row[estimand]:.2f} [{row[f'{estimand}_low']:.2f}, "
+            f"{row[f'{estimand}_high']:.2f}]"
+            for study, row in ((x, t.loc[metric]) for x, t in tables.items() if metric in t.index)
+        ]
+        where = {"between": "between tasks", "specific": "pair-specific"}[estimand]
+        lines.append(f"`{metric}`{what} ({where}, p {p:.3f}): r = {', '.join(seen)}.")
+    return lines
 
 
 def _reproduced_sentence() -> list[str]:
