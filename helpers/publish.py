@@ -818,7 +818,7 @@ def _exploration(profile: str, known: dict[str, Path]) -> list[str]:
         tables[study] = table[mine].set_index("metric")
     if profile not in tables:
         return []
-    tested = tables[profile][both].dropna(how="all").stack()
+    tested = tables[profile][both].stack().dropna()  # a task's metric has nothing pair-specific
     adjusted = pd.Series(multipletests(tested, method="holm")[1], tested.index)
     found = adjusted[adjusted < 0.05]
     further = len(tables[profile])
