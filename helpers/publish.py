@@ -189,15 +189,22 @@ def take(profile: str, results: Path) -> str:
     torch.set_num_threads(asked["THREADS"])
     about = asked["MODEL"], asked["DTYPE"], asked["DEVICE"]
     bench = study.open_bench(run_folder / "bench.json", *study.load_base(*about))
-    groups = [group.split("+") for group in pd.read_csv(results / "losses.csv")["group"].unique()]
-    calls = [(x, results, asked["SEED"]) for x in groups if set(x) <= set(bench.tasks)]
-    parallel.fill(bench, about, [(study.take, *call) for call in calls], asked["JOBS"])
-    taken = [name for call in calls for name in study.take(bench, *call)]
+    labels = list(bench.tasks)
+    rules = {name: {"method": name} for name in asked["METHODS"]}
+    more = {name: {"method": name} for name in asked["GROUP_METHODS"] if name != "chebyshev"}
+    many = {n: asked["GROUPS_PER_SIZE"] for n in asked["GROUP_SIZES"] if 2 < n <= len(labels)}
+    plan = [
+        (group, rules if size == 2 else rules | more, asked["ARMS"], results, asked["SEED"])
+        for size, most in ({2: asked["PAIRS"]} | many).items()
+        for group in study.draw_groups(labels, size, most, asked["GROUP_SEED"])
+    ]
+    parallel.fill(bench, about, [(study.take, *call) for call in plan], asked["JOBS"])
+    taken = [name for call in plan for name in study.take(bench, *call)]
     file = run_folder / TAKEN
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     with atomic_write(file) as part:
         part.write_text(json.dumps(before | {results.name: len(taken)}) + "\n", encoding="utf-8")
-    return f"{len(taken)} merges of {len(calls)} groups are scored as {results} has it"
+    return f"{len(taken)} merges of {len(plan)} groups are scored as {results} has it"
 
 
 TAKEN = "taken.json"

@@ -374,8 +374,12 @@ class Merged:
 
     @property
     def name(self) -> str:
-        arm = "" if self.arm == "default" else f"|{self.arm}"
-        return f"{'+'.join(self.group)}|{self.method}{arm}"
+        return merge_name(self.group, self.method, self.arm)
+
+
+def merge_name(group: Iterable[str], method: str, arm: str = "default") -> str:
+    """What the tables call a merge."""
+    return f"{'+'.join(group)}|{method}" + ("" if arm == "default" else f"|{arm}")
 
 
 def draw_groups(
@@ -484,56 +488,67 @@ def visit_group(
     loss_table(bench, merged, dose_curves(bench, doses), seed)
 
 
-def take(bench: Bench, group: Sequence[str], results: Path, seed: int = 0) -> list[str]:
-    """Put into the store what the committed tables in `results` hold of a group's merges.
+def take(
+    bench: Bench,
+    group: Sequence[str],
+    recipes: Mapping[str, dict],
+    arms: Iterable[Sequence[str]],
+    results: Path,
+    seed: int = 0,
+) -> list[str]:
+    """Put into the store what the committed tables in `results` hold of the merges of `merge_all`.
 
     So a study that is committed in parts goes on where no store of it is left. Specialists and
     merges are made again; a merge whose own-direction doses all agree with the table's to twelve
     digits is the same one, and its scores are taken from there, to the five decimals that they
     have. What no table holds is read (hidden states) or left undefined (option_correct). Any other
-    merge, and every chebyshev (its weights stand in no table), is left to be visited. Returns the
-    names of those taken.
+    merge is left to be visited. Returns the names of those taken.
     """
     group, taken = tuple(group), []
-    losses, examples = _committed(results)
-    cells = losses[losses["group"] == "+".join(group)]
-    for (name, method, arm), own in cells.groupby(["merge", "method", "arm"], sort=False):
+    doses, examples = _committed(results)
+    linear, _ = _merge(bench, group, recipes["linear"], seed)
+    plan = [(method, "default") for method in recipes]
+    plan += [(method, arm) for method, arm in arms if method in recipes]
+    for method, arm in plan:
+        name = merge_name(group, method, arm)
         asked = {x: examples[name, x] for x in group if (name, x) in examples}
         known = {x: list(rows["id"]) for x, rows in asked.items()}
-        ids = {x: list(bench.tasks[x].splits["test"]["id"]) for x in group}
-        if method == "chebyshev" or known != ids:  # or the same model under another name
-            continue
-        recipe = {"method": method}
+        if known != {x: list(bench.tasks[x].splits["test"]["id"]) for x in group}:
+            continue  # other examples, another study, or the same model under another name
+        recipe = recipes[method]
         if arm != "default":
-            linear, _ = _merge(bench, group, {"method": "linear"}, seed)
             recipe = in_arm(recipe, arm, linear, len(group))
         report, make = _merge(bench, group, recipe, seed)
-        doses = own.set_index("task").loc[list(group), "dose_own"]
-        if not np.allclose(report["own"], doses, rtol=1e-12, atol=0):
+        if not np.allclose(report["own"], [doses[name, x] for x in group], rtol=1e-12, atol=0):
             continue
-        for x, rows in asked.items():
-            key = _score_key(bench, report["digest"], x)
-            records.cached(*key, partial(_write_taken, rows, results.name))
+        folders = [
+            records.cached(
+                *_score_key(bench, report["digest"], x), partial(_write_taken, rows, results.name)
+            )
+            for x, rows in asked.items()
+        ]
         if arm == "default":
             visit(bench, report["digest"], make, group, group)
-        taken.append(name)
+        sources = [folder / "taken_from" for folder in folders]  # none where it was visited
+        if all(file.exists() and file.read_text() == results.name for file in sources):
+            taken.append(name)
     return taken
 
 
-def _write_taken(rows: pd.DataFrame, results: str, folder: Path) -> None:
+def _write_taken(rows: pd.DataFrame, study: str, folder: Path) -> None:
     rows.to_csv(folder / "examples.csv", index=False)
-    (folder / "taken_from.txt").write_text(results + "\n", encoding="utf-8")
+    (folder / "taken_from").write_text(study)
 
 
 @cache
-def _committed(results: Path) -> tuple[pd.DataFrame, dict[tuple[str, str], pd.DataFrame]]:
-    """The committed losses, and by merge and task the examples, with the columns of a visit."""
-    losses = pd.read_csv(results / "losses.csv")
+def _committed(results: Path) -> tuple[dict, dict[tuple[str, str], pd.DataFrame]]:
+    """By merge and task: committed own-direction doses, and examples with a visit's columns."""
+    doses = pd.read_csv(results / "losses.csv").set_index(["merge", "task"])["dose_own"].to_dict()
     table = pd.read_csv(results / "examples.csv.gz", dtype={"example": str})
     table = table.rename(columns={"example": "id"}).assign(option_correct=np.nan)
     told = ["id", "correct", "nll", "option_correct", "invalid"]
     cells = {cell: rows[told] for cell, rows in table.groupby(["merge", "task"], sort=False)}
-    return losses, cells
+    return doses, cells
 
 
 def swap_losses(

@@ -105,8 +105,8 @@ def test_committed_scores_are_taken_for_the_same_merges_only(bench, tmp_path, mo
     examples.to_csv(tables / "examples.csv.gz", index=False)
     monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "new"))
     left = ["a+b|linear", "a+b|dare", "a+b|linear|bfloat16", "a+b|ties|norm"]
-    assert study.take(bench, "ab", tables) == study.take(bench, "ab", tables) == left
-    assert study.take(bench, "ac", tables) == []
+    again = [study.take(bench, "ab", rules, arms, tables) for _ in range(2)]
+    assert again == [left, left] and study.take(bench, "ac", rules, arms, tables) == []
 
     scored = []
     score = evaluate.score
