@@ -632,11 +632,16 @@ def _about(folder: Path) -> str:
 
 
 def _lent(folder: Path) -> str:
-    """Whose specialists a study uses, if they are some of another one's: it is no replication."""
+    """Whose specialists a study uses, if another one has them all: it is no replication."""
     files = sorted(folder.parent.glob("*/specialists.csv"))
     used = {file.parent.name: set(pd.read_csv(file)["folder"]) for file in files}
     mine = used.get(folder.name, set())
-    return "".join(f", specialists of {x}" for x, theirs in used.items() if mine and mine < theirs)
+    lenders = [
+        x
+        for x, theirs in used.items()
+        if mine and (mine < theirs or mine == theirs and x < folder.name)
+    ]
+    return f", specialists of {lenders[0]}" if lenders else ""
 
 
 def _loss_table(studies: dict[str, Path]) -> list[str]:

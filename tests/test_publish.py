@@ -245,6 +245,16 @@ def test_the_claims_of_the_other_studies_stand_beside(project, monkeypatch):
     assert publish._elsewhere({}) == []
 
 
+def test_a_study_with_the_specialists_of_another_says_so(project):
+    own = {"big": "xy", "big_rules": "xy", "few": "y", "fresh": "z"}
+    for study, folders in own.items():
+        folder = project / "data" / "results" / study
+        folder.mkdir(exist_ok=True)
+        pd.DataFrame({"folder": list(folders)}).to_csv(folder / "specialists.csv", index=False)
+    told = [publish._lent(project / "data" / "results" / study) for study in own]
+    assert told == ["", ", specialists of big", ", specialists of big", ""]
+
+
 def test_a_rerun_is_held_to_the_committed_scores(project, monkeypatch):
     sizes = {"TEST_EXAMPLES": 50, "DEV_EXAMPLES": 20}
     monkeypatch.setattr(publish, "profiles", lambda: {"big": sizes})
