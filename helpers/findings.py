@@ -368,6 +368,25 @@ def associations(
     return out
 
 
+def explored(related: pd.DataFrame) -> pd.DataFrame:
+    """The tests of the undeclared metrics against the loss, Holm's correction over all of them.
+
+    `related` as `associations` gives it. A row per metric and estimand that has a p (a metric of
+    single tasks has nothing pair-specific): metric, estimand, r, low, high, p, p_holm; least p
+    first.
+    """
+    mine = (related["family"] == "exploratory") & (related["outcome"] == "loss")
+    out = []
+    for estimand in ESTIMANDS:
+        names = {estimand: "r", f"{estimand}_low": "low", f"{estimand}_high": "high"}
+        names |= {"metric": "metric", f"{estimand}_p": "p"}
+        table = related.loc[mine, [*names]].rename(columns=names)
+        out.append(table.assign(estimand=estimand))
+    tested = pd.concat(out).dropna(subset="p").sort_values("p", kind="stable")
+    tested["p_holm"] = multipletests(tested["p"], method="holm")[1] if len(tested) else []
+    return tested[["metric", "estimand", "r", "low", "high", "p", "p_holm"]].reset_index(drop=True)
+
+
 def _whole(table: pd.DataFrame) -> pd.DataFrame:
     """The tasks none of whose own cells is undefined."""
     off = table.mask(np.eye(len(table), dtype=bool), 0)

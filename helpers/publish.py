@@ -815,41 +815,32 @@ def _agreement_table(known: dict[str, Path]) -> list[str]:
 
 def _exploration(profile: str, known: dict[str, Path]) -> list[str]:
     """Which of the metrics that were not declared go with the loss, corrected over all of them."""
-    from statsmodels.stats.multitest import multipletests
-
-    from helpers.findings import ESTIMANDS
+    from helpers.findings import explored  # seconds, as is rivals: paid only where a study is told
     from helpers.rivals import RIVALS
 
-    both = [f"{estimand}_p" for estimand in ESTIMANDS]
-    tables = {}
-    for study, folder in known.items():
-        table = _if_there(folder / "statistics.csv")
-        if table.empty:
-            continue
-        mine = (table["family"] == "exploratory") & (table["outcome"] == "loss")
-        tables[study] = table[mine].set_index("metric")
-    if profile not in tables:
+    related = {study: _if_there(folder / "statistics.csv") for study, folder in known.items()}
+    tested = {study: explored(table) for study, table in related.items() if len(table)}
+    if profile not in tested:
         return []
-    tested = tables[profile][both].stack().dropna()  # a task's metric has nothing pair-specific
-    adjusted = pd.Series(multipletests(tested, method="holm")[1], tested.index)
-    found = adjusted[adjusted < 0.05]
-    further = len(tables[profile])
+    mine = tested[profile]
+    found = mine[mine["p_holm"] < 0.05]
     lines = [
         "",
-        f"Exploration: of {further} further metrics on both estimands, {len(found)} of "
-        f"{len(tested)} tests in `{profile}` have p < .05 after Holm's correction over all of them"
-        + ("." if found.empty else ":"),
+        f"Exploration, {mine['metric'].nunique()} further metrics: p < .05 after Holm's correction "
+        f"over all of them in {len(found)} of {len(mine)} tests of `{profile}`.",
     ]
-    for (metric, column), p in found.items():
-        estimand = column.removesuffix("_p")
-        what = f", the {RIVALS[metric].meaning}" if metric in RIVALS else ""
-        seen = [
-            f"{study} {row[estimand]:.2f} [{row[f'{estimand}_low']:.2f}, "
-            f"{row[f'{estimand}_high']:.2f}]"
-            for study, row in ((x, t.loc[metric]) for x, t in tables.items() if metric in t.index)
-        ]
-        where = {"between": "between tasks", "specific": "pair-specific"}[estimand]
-        lines.append(f"`{metric}`{what} ({where}, p {p:.3f}): r = {', '.join(seen)}.")
+    keys = ["metric", "estimand"]
+    for row in found.itertuples():
+        what = f", the {RIVALS[row.metric].meaning}" if row.metric in RIVALS else ""
+        where = {"between": "between tasks", "specific": "pair-specific"}[row.estimand]
+        seen = []
+        for study, table in tested.items():
+            there = table.set_index(keys)[["r", "low", "high"]]
+            if (row.metric, row.estimand) in there.index:
+                r, low, high = there.loc[(row.metric, row.estimand)]
+                seen.append(f"{study} {r:.2f} [{low:.2f}, {high:.2f}]")
+        told = f"({where}, p {row.p_holm:.3f}): r = {', '.join(seen)}."
+        lines.append(f"`{row.metric}`{what} {told}")
     return lines
 
 

@@ -156,6 +156,22 @@ def test_a_metric_that_makes_the_loss_is_found_and_the_others_are_not(tables):
     assert holm[p.argmin()] == pytest.approx(min(1, 10 * p.min()))
 
 
+def test_undeclared_metrics_are_corrected_over_all_of_their_tests():
+    row = {"family": "exploratory", "outcome": "loss", "between_p": 0.2, "specific_p": 0.01}
+    row |= {f"{x}{end}": 0.5 for x in ("between", "specific") for end in ("", "_low", "_high")}
+    others = {"outcome": "partners", "specific_p": 1e-9}, {"family": "method", "specific_p": 1e-9}
+    rows = [row | {"metric": "a"}, row | {"metric": "norm", "specific_p": np.nan}]
+    related = pd.DataFrame([*rows, *(row | {"metric": "b"} | other for other in others)])
+    told = findings.explored(related)
+    assert told[["metric", "estimand"]].to_numpy().tolist() == [
+        ["a", "specific"],
+        ["a", "between"],
+        ["norm", "between"],
+    ]
+    assert told["p_holm"].tolist() == pytest.approx([0.03, 0.4, 0.4])
+    assert findings.explored(related[related["family"] == "method"]).empty
+
+
 def test_a_raw_correlation_between_tasks_is_no_property_of_the_pair(rng):
     spread = np.linspace(0, 1, 6)
     of_tasks = np.add.outer(spread, spread)

@@ -94,11 +94,14 @@ def test_the_readme_tells_which_undeclared_metrics_survive_correction(project):
     rows += [row | {"metric": "cosine", "family": "declared", "between_p": 0.0001}]
     path = project / "data" / "results" / "big" / "statistics.csv"
     pd.DataFrame(rows).to_csv(path, index=False)
-    assert "of 3 further metrics on both estimands, 0 of 5 tests in `big`" in publish.readme()
+    assert "in 0 of 5 tests of `big`." in publish.readme()
     rows[0]["specific_p"] = 0.005
     pd.DataFrame(rows).to_csv(path, index=False)
     text = publish.readme()
-    assert "of 3 further metrics on both estimands, 1 of 5 tests in `big` have p < .05" in text
+    assert (
+        "Exploration, 3 further metrics: p < .05 after Holm's correction over all of them in 1 of 5"
+        in text
+    )
     assert "on the partner's task (pair-specific, p 0.025): r = big -0.62 [-0.74, -0.46]." in text
 
 
