@@ -182,15 +182,24 @@ def pair_specific(matrix: ArrayLike) -> NDArray:
 # --- correlation of two matrices ---------------------------------------------------------------
 
 
-def _task_orders(n: int, permutations: int, rng) -> NDArray:
+@lru_cache(maxsize=4)  # a study tests hundreds of metrics under the same orders
+def _task_orders(n: int, permutations: int, seed: int) -> NDArray:
     """All n! orders if they are no more than `permutations` + 1, else that many drawn at random.
 
     The first row is the identity: counting it is the "+1 in both counts".
     """
     if math.factorial(n) <= permutations + 1:
         return np.array(list(all_orders(range(n))))
+    rng = np.random.default_rng(seed)
     drawn = rng.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1)
     return np.concatenate([np.arange(n)[None], drawn])
+
+
+@lru_cache(maxsize=4)
+def _cell_orders(n: int, permutations: int, seed: int) -> NDArray:
+    """What `_task_orders` make of the off-diagonal cells: positions in the flat matrix."""
+    orders, (rows, columns) = _task_orders(n, permutations, seed), _cells(n)
+    return orders[:, rows] * n + orders[:, columns]
 
 
 def _check_matrices(x: ArrayLike, y: ArrayLike) -> tuple[NDArray, NDArray]:
@@ -249,11 +258,13 @@ def mantel(
     rows, columns = rows[known], columns[known]
     outcome = clean @ y[rows, columns]
 
-    orders = _task_orders(n, permutations, np.random.default_rng(seed))
-    predictors = free[orders[:, rows], orders[:, columns]]
-    if covariates or not known.all():  # else what was taken out is the same under every order
-        predictors = predictors @ clean
-    sizes = np.linalg.norm(predictors, axis=1) * np.linalg.norm(outcome)
+    orders = _cell_orders(n, permutations, seed)
+    if covariates or not known.all():
+        predictors = free.take(orders[:, known]) @ clean
+        sizes = np.linalg.norm(predictors, axis=1) * np.linalg.norm(outcome)
+    else:  # what was taken out, and the size of what is left, are the same under every order
+        predictors = free.take(orders)
+        sizes = np.full(len(orders), np.linalg.norm(predictors[0]) * np.linalg.norm(outcome))
     # what rounding leaves of a predictor or an outcome that the removed effects explain is no r
     scale = np.linalg.norm(x[rows, columns]) * np.linalg.norm(y[rows, columns])
     if sizes[0] <= 1e-12 * scale:
@@ -284,7 +295,7 @@ def between(x: ArrayLike, y: ArrayLike, permutations: int = 9999, seed: int = 0)
     """
     x, y = _check_matrices(x, y)
     mean_x, mean_y = (values - values.mean() for values in (task_means(x), task_means(y)))
-    orders = _task_orders(len(x), permutations, np.random.default_rng(seed))
+    orders = _task_orders(len(x), permutations, seed)
     size = np.linalg.norm(mean_x) * np.linalg.norm(mean_y)
     counts = len(x), len(x), len(orders) - 1
     if not size > 1e-12 * np.linalg.norm(task_means(x)) * np.linalg.norm(task_means(y)):

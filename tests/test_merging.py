@@ -495,7 +495,8 @@ def test_merges_scale_with_the_task_vectors(method, seed, factor):
     a, b = random_taus(2, seed=seed)
     base = torch.zeros_like(a)
     ours = merged(method, factor * a, factor * b, base=base)
-    torch.testing.assert_close(ours, factor * merged(method, a, b, base=base))
+    theirs = factor * merged(method, a, b, base=base)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # as SVDs round, by processor
 
 
 @quick
