@@ -217,9 +217,10 @@ def compare(profile: str, results: Path) -> pd.Series:
     and specialists (tasks.csv, dev examples). Adds a row to data/results/reproduced.csv, which the
     README quotes, and returns it: profile; scored (the models); tasks; cells (scores of one model
     on one task that both have), equal (of them), beyond (differ by more than three standard errors
-    of two independent scores), largest (difference, share of examples); the run's machine, threads,
-    date and revision. Raises ValueError if there is nothing to compare, if the run took committed
-    scores over, or if more than one cell in a hundred lies beyond.
+    of two independent scores), largest (difference, share of examples), largest_nll (difference,
+    nats; 0 where processors round alike); the run's machine, threads, date and revision. Raises
+    ValueError if there is nothing to compare, if the run took committed scores over, or if more
+    than one cell in a hundred lies beyond.
     """
     pick(profile, profiles(), "profile")
     if (results / TAKEN).exists():
@@ -232,12 +233,15 @@ def compare(profile: str, results: Path) -> pd.Series:
         raise ValueError(f"{results} and data/results/{profile} have no score in common")
     n = profiles()[profile][f"{size}_EXAMPLES"]
     apart = (again - committed).abs()
+    committed, again = committed["score"], again["score"]
     error = ((committed * (1 - committed) + again * (1 - again)) / n) ** 0.5
     ran = [row for row in read_jsonl(results / "manifest.jsonl") if row["status"] == "finished"][-1]
     row = {"profile": profile, "scored": scored, "tasks": committed.index.unique("task").size}
-    row |= {"cells": len(apart), "equal": int((apart < 1e-9).sum())}
+    row |= {"cells": len(apart), "equal": int((apart["score"] < 1e-9).sum())}
     # two scores at 0 or 1 have no error by this formula: one example more or less is no difference
-    row |= {"beyond": int((apart > 3 * error.clip(lower=1 / n)).sum()), "largest": apart.max()}
+    beyond = apart["score"] > 3 * error.clip(lower=1 / n)
+    row |= {"beyond": int(beyond.sum()), "largest": apart["score"].max()}
+    row |= {"largest_nll": apart["nll"].max()}
     row |= {"machine": ran["machine"], "threads": ran["threads"], "date": ran["started"][:10]}
     row |= {"revision": ran["revision"]}
     before = [pd.read_csv(REPRODUCED)] if REPRODUCED.exists() else []
@@ -250,15 +254,16 @@ def compare(profile: str, results: Path) -> pd.Series:
     return pd.Series(row)
 
 
-def _scores(folder: Path, merged: bool) -> pd.Series:
-    """The scores of a run's merges, or of its base and specialists, by model and task."""
+def _scores(folder: Path, merged: bool) -> pd.DataFrame:
+    """score and nll by model and task: of a run's merges, or (no nll) its base and specialists."""
     file = folder / ("losses.csv" if merged else "tasks.csv")
     if not file.exists():
         raise ValueError(f"there is no {file.name} in {folder}")
     table = pd.read_csv(file)
     if merged:
-        return table.set_index(["merge", "task"])["score"]
-    return table.set_index("task")[["base", "specialist"]].rename_axis("model", axis=1).stack()
+        return table.set_index(["merge", "task"])[["score", "nll"]]
+    scores = table.set_index("task")[["base", "specialist"]].rename_axis("model", axis=1).stack()
+    return pd.DataFrame({"score": scores, "nll": math.nan})
 
 
 def _same(committed: Path, again: Path) -> bool:
@@ -851,10 +856,16 @@ def _reproduced_sentence() -> list[str]:
     told = [
         f"{row.cells} scores of {row.scored} on {row.tasks} tasks of `{row.profile}` "
         f"({row.date}, {row.machine}, {row.threads} threads): {row.equal} equal, {row.beyond} "
-        "further than three standard errors apart"
+        f"further than three standard errors apart{_nll(row.largest_nll)}"
         for row in pd.read_csv(REPRODUCED).itertuples()
     ]
     return ["", f"Trained and scored again from nothing: {'; '.join(told)}."]
+
+
+def _nll(largest: float) -> str:
+    if math.isnan(largest):
+        return ""
+    return f", NLLs up to {largest:.1g} nats apart" if largest else ", NLLs to the last digit"
 
 
 POLICIES = {

@@ -263,7 +263,7 @@ def test_a_rerun_is_held_to_the_committed_scores(project, monkeypatch):
     monkeypatch.setattr(publish, "profiles", lambda: {"big": sizes})
     monkeypatch.setattr(publish, "REPRODUCED", project / "reproduced.csv")
     losses = pd.DataFrame({"merge": ["a+b|linear"] * 2 + ["a+c|linear"] * 2, "task": list("abac")})
-    losses["score"] = [0.5, 0.8, 1.0, 0.0]
+    losses["score"], losses["nll"] = [0.5, 0.8, 1.0, 0.0], 0.25
     losses.to_csv(project / "data" / "results" / "big" / "losses.csv", index=False)
     again = project / "again"
     again.mkdir()
@@ -274,19 +274,20 @@ def test_a_rerun_is_held_to_the_committed_scores(project, monkeypatch):
 
     def rerun(*scores):
         # the second run has other merges as well: they are not compared
-        more = pd.DataFrame({"merge": ["x+y|ties"], "task": ["x"], "score": [0.1]})
-        both = pd.concat([losses.assign(score=scores), more])
+        more = pd.DataFrame({"merge": ["x+y|ties"], "task": ["x"], "score": [0.1], "nll": 9})
+        both = pd.concat([losses.assign(score=scores, nll=[0.25, 0.25, 0.25, 0.2503]), more])
         both.to_csv(again / "losses.csv", index=False)
         return publish.compare("big", again)
 
     told = rerun(0.5, 0.6, 1.0, 0.04)  # 0.2 is 2.2 standard errors
     assert told[["tasks", "cells", "equal", "beyond"]].tolist() == [3, 4, 2, 0]
-    assert told["largest"] == pytest.approx(0.2)
+    assert told[["largest", "largest_nll"]].tolist() == pytest.approx([0.2, 0.0003])
     with pytest.raises(ValueError, match="1 of 4 scores lie more than three standard errors"):
         rerun(0.5, 0.8, 0.7, 0.0)  # 0.3 is 4.6 standard errors
     assert len(pd.read_csv(publish.REPRODUCED)) == 2
     (sentence,) = publish._reproduced_sentence()[1:]
     assert "4 scores of merges on 3 tasks of `big` (2026-01-02, 2 cores, 1 threads): 2" in sentence
+    assert "three standard errors apart, NLLs up to 0.0003 nats apart" in sentence
     losses.assign(merge="z").to_csv(again / "losses.csv", index=False)
     with pytest.raises(ValueError, match="have no score in common"):
         publish.compare("big", again)
