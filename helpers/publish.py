@@ -167,7 +167,7 @@ def recompute(profile: str, write: bool = False) -> Path:
     return out
 
 
-REPRODUCED = ROOT / "data" / "results" / "reproduced.csv"
+TAKEN = "taken.json"
 
 
 def take(profile: str, results: Path) -> str:
@@ -207,7 +207,7 @@ def take(profile: str, results: Path) -> str:
     return f"{len(taken)} merges of {len(plan)} groups are scored as {results} has it"
 
 
-TAKEN = "taken.json"
+REPRODUCED = ROOT / "data" / "results" / "reproduced.csv"
 
 
 def compare(profile: str, results: Path) -> pd.Series:
@@ -797,15 +797,17 @@ def _bound_sentence(folder: Path) -> str:
     )
 
 
+ESTIMAND_WORDS = {"between": "between tasks", "specific": "pair-specific"}
+
+
 def _agreement_table(known: dict[str, Path]) -> list[str]:
     """Hidden distance and loss in every study, and pooled where studies share no pair of tasks."""
     if len(known) < 2:
         return []
     agreed = pd.read_csv(ROOT / "data" / "results" / "agreement.csv")
-    words = {"between": "between tasks", "specific": "pair-specific"}
     rows = [
         {
-            "hidden distance and loss": words[row["estimand"]],
+            "hidden distance and loss": ESTIMAND_WORDS[row["estimand"]],
             "study": row["study"],
             "tasks": row["n_tasks"],
             "r [95 %]": f"{row['r']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
@@ -834,17 +836,14 @@ def _exploration(profile: str, known: dict[str, Path]) -> list[str]:
         f"Exploration, {mine['metric'].nunique()} further metrics: p < .05 after Holm's correction "
         f"over all of them in {len(found)} of {len(mine)} tests of `{profile}`.",
     ]
-    keys = ["metric", "estimand"]
+    every = pd.concat([table.assign(study=study) for study, table in tested.items()])
     for row in found.itertuples():
         what = f", the {RIVALS[row.metric].meaning}" if row.metric in RIVALS else ""
-        where = {"between": "between tasks", "specific": "pair-specific"}[row.estimand]
-        seen = []
-        for study, table in tested.items():
-            there = table.set_index(keys)[["r", "low", "high"]]
-            if (row.metric, row.estimand) in there.index:
-                r, low, high = there.loc[(row.metric, row.estimand)]
-                seen.append(f"{study} {r:.2f} [{low:.2f}, {high:.2f}]")
-        told = f"({where}, p {row.p_holm:.3f}): r = {', '.join(seen)}."
+        same = (every["metric"] == row.metric) & (every["estimand"] == row.estimand)
+        seen = [
+            f"{x.study} {x.r:.2f} [{x.low:.2f}, {x.high:.2f}]" for x in every[same].itertuples()
+        ]
+        told = f"({ESTIMAND_WORDS[row.estimand]}, p {row.p_holm:.3f}): r = {', '.join(seen)}."
         lines.append(f"`{row.metric}`{what} {told}")
     return lines
 

@@ -468,10 +468,8 @@ def merge_all(
     """
     done = merge_group(bench, group, recipes, seed)
     linear = next(m.report for m in done if m.method == "linear")
-    for name, arm in arms:
-        if name in recipes:
-            version = {name: in_arm(recipes[name], arm, linear, len(group))}
-            done += merge_group(bench, group, version, seed, arm)
+    for name, arm, recipe in _in_arms(recipes, arms, linear, len(group)):
+        done += merge_group(bench, group, {name: recipe}, seed, arm)
     return done
 
 
@@ -507,17 +505,13 @@ def take(
     group, taken = tuple(group), []
     doses, examples = _committed(results)
     linear, _ = _merge(bench, group, recipes["linear"], seed)
-    plan = [(method, "default") for method in recipes]
-    plan += [(method, arm) for method, arm in arms if method in recipes]
-    for method, arm in plan:
+    plan = [(method, "default", recipe) for method, recipe in recipes.items()]
+    for method, arm, recipe in plan + [*_in_arms(recipes, arms, linear, len(group))]:
         name = merge_name(group, method, arm)
         asked = {x: examples[name, x] for x in group if (name, x) in examples}
         known = {x: list(rows["id"]) for x, rows in asked.items()}
         if known != {x: list(bench.tasks[x].splits["test"]["id"]) for x in group}:
             continue  # other examples, another study, or the same model under another name
-        recipe = recipes[method]
-        if arm != "default":
-            recipe = in_arm(recipe, arm, linear, len(group))
         report, make = _merge(bench, group, recipe, seed)
         if not np.allclose(report["own"], [doses[name, x] for x in group], rtol=1e-12, atol=0):
             continue
@@ -607,6 +601,15 @@ def in_arm(recipe: dict, arm: str, linear: dict, n: int) -> dict:
         return recipe | {"mask": int(arm.removeprefix("mask"))}
     asked = linear["effective_scale" if arm == "norm" else "own_mean"]
     return recipe | {"match": arm, "scale": asked}
+
+
+def _in_arms(
+    recipes: Mapping[str, dict], arms: Iterable[Sequence[str]], linear: dict, n: int
+) -> Iterator[tuple[str, str, dict]]:
+    """(recipe's name, arm, recipe in that arm) for the arms of those recipes that are there."""
+    for name, arm in arms:
+        if name in recipes:
+            yield name, arm, in_arm(recipes[name], arm, linear, n)
 
 
 def _merge(

@@ -496,7 +496,8 @@ def test_merges_scale_with_the_task_vectors(method, seed, factor):
     base = torch.zeros_like(a)
     ours = merged(method, factor * a, factor * b, base=base)
     theirs = factor * merged(method, a, b, base=base)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # as SVDs round, by processor
+    rounding = {"rtol": 1e-4, "atol": 1e-4} if method == "tsv" else {}  # its SVDs, by processor
+    torch.testing.assert_close(ours, theirs, **rounding)
 
 
 @quick
