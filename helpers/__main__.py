@@ -96,7 +96,7 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
             elif arguments.compare:
                 print(publish.compare(arguments.profile, Path(arguments.compare)).to_string())
             elif arguments.take:
-                print(publish.take(arguments.profile, Path(arguments.take)))
+                print(publish.take(arguments.profile, Path(arguments.take)).to_string())
             elif arguments.recompute:
                 publish.recompute(arguments.profile, write=arguments.publish)
             elif arguments.publish:

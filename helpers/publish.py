@@ -168,14 +168,20 @@ def recompute(profile: str, write: bool = False) -> Path:
 
 
 TAKEN = "taken.json"
+CONTROL = 20  # of so many groups, one is scored again and held to the committed scores
 
 
-def take(profile: str, results: Path) -> str:
+def take(profile: str, results: Path) -> pd.Series:
     """Fill the store with the committed scores in `results` of merges that a run makes as well.
 
-    Notebook 01 of the profile has run; 02 then visits what is left (`study.take`). The run's folder
-    keeps what was taken in taken.json, for the manifest. Returns a sentence. Raises ValueError for
-    an unknown profile, one without specialists, and a folder without tables.
+    Notebook 01 of the profile has run, with the same specialists but for rounding
+    (`study.same_training`); 02 then visits what is left (`study.take`). One group in CONTROL is
+    visited instead and held to the committed scores. The run's folder keeps in taken.json, for the
+    manifest, what is returned: merges (taken), loss and dose (`study.take`: how far training and
+    merges lie apart), and of the controls cells, equal, beyond, largest and largest_nll
+    (`compare`). Raises ValueError for an unknown profile, one without specialists or with others, a
+    folder without tables or with those of other merges, and if a control lies beyond three standard
+    errors.
     """
     import torch
 
@@ -183,28 +189,51 @@ def take(profile: str, results: Path) -> str:
 
     asked = profiles()[pick(profile, profiles(), "profile")]
     run_folder = ROOT / "data" / "runs" / profile
-    for file in ("losses.csv", "examples.csv.gz"):
-        if not (results / file).is_file():
-            raise ValueError(f"there is no {file} in {results}: name a folder of data/results")
+    for name in ("losses.csv", "examples.csv.gz", "training.csv"):
+        if not (results / name).is_file():
+            raise ValueError(f"there is no {name} in {results}: name a folder of data/results")
     torch.set_num_threads(asked["THREADS"])
     about = asked["MODEL"], asked["DTYPE"], asked["DEVICE"]
     bench = study.open_bench(run_folder / "bench.json", *study.load_base(*about))
-    labels = list(bench.tasks)
+    told = {"loss": study.same_training(bench, results)}
+    labels, arms, seed = list(bench.tasks), asked["ARMS"], asked["SEED"]
     rules = {name: {"method": name} for name in asked["METHODS"]}
     more = {name: {"method": name} for name in asked["GROUP_METHODS"] if name != "chebyshev"}
     many = {n: asked["GROUPS_PER_SIZE"] for n in asked["GROUP_SIZES"] if 2 < n <= len(labels)}
     plan = [
-        (group, rules if size == 2 else rules | more, asked["ARMS"], results, asked["SEED"])
+        (group, rules if size == 2 else rules | more, arms)
         for size, most in ({2: asked["PAIRS"]} | many).items()
         for group in study.draw_groups(labels, size, most, asked["GROUP_SEED"])
     ]
-    parallel.fill(bench, about, [(study.take, *call) for call in plan], asked["JOBS"])
-    taken = [name for call in plan for name in study.take(bench, *call)]
+    committed = _scores(results, True)
+    named = set(committed.index.unique("merge"))
+    plan = [call for call in plan if named & {study.merge_name(call[0], rule) for rule in call[1]}]
+    if not plan:
+        raise ValueError(f"{results} has none of the merges of {profile}")
+
+    controls = [(*call, seed) for call in plan[::CONTROL]]
+    parallel.fill(bench, about, [(study.merge_all, *call) for call in controls], asked["JOBS"])
+    again = pd.concat(
+        merged.examples.groupby("task")[["correct", "nll"]].mean().assign(merge=merged.name)
+        for call in controls
+        for merged in study.merge_all(bench, *call)
+    )
+    again = again.rename(columns={"correct": "score"}).set_index("merge", append=True)
+    held = _held(committed, again.swaplevel(), asked["TEST_EXAMPLES"])
+    if held["beyond"]:
+        raise ValueError(
+            f"{held['beyond']} of {held['cells']} scores made again lie more than three standard "
+            f"errors from those of {results}: nothing is taken from there"
+        )
+    calls = [(*call, results, seed) for i, call in enumerate(plan) if i % CONTROL]
+    parallel.fill(bench, about, [(study.take, *call) for call in calls], asked["JOBS"])
+    doses = {name: dose for call in calls for name, dose in study.take(bench, *call).items()}
+    told |= {"merges": len(doses), "dose": max(doses.values(), default=0.0)} | held
     file = run_folder / TAKEN
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     with atomic_write(file) as part:
-        part.write_text(json.dumps(before | {results.name: len(taken)}) + "\n", encoding="utf-8")
-    return f"{len(taken)} merges of {len(plan)} groups are scored as {results} has it"
+        part.write_text(json.dumps(before | {results.name: told}) + "\n", encoding="utf-8")
+    return pd.Series(told)
 
 
 REPRODUCED = ROOT / "data" / "results" / "reproduced.csv"
@@ -228,20 +257,13 @@ def compare(profile: str, results: Path) -> pd.Series:
     merged = (results / "losses.csv").exists()
     scored, size = ("merges", "TEST") if merged else ("base and specialists", "DEV")
     again = _scores(results, merged)
-    committed, again = _scores(ROOT / "data" / "results" / profile, merged).align(again, "inner")
-    if committed.empty:
+    committed = _scores(ROOT / "data" / "results" / profile, merged)
+    held = _held(committed, again, profiles()[profile][f"{size}_EXAMPLES"])
+    if not held["cells"]:
         raise ValueError(f"{results} and data/results/{profile} have no score in common")
-    n = profiles()[profile][f"{size}_EXAMPLES"]
-    apart = (again - committed).abs()
-    committed, again = committed["score"], again["score"]
-    error = ((committed * (1 - committed) + again * (1 - again)) / n) ** 0.5
     ran = [row for row in read_jsonl(results / "manifest.jsonl") if row["status"] == "finished"][-1]
-    row = {"profile": profile, "scored": scored, "tasks": committed.index.unique("task").size}
-    row |= {"cells": len(apart), "equal": int((apart["score"] < 1e-9).sum())}
-    # two scores at 0 or 1 have no error by this formula: one example more or less is no difference
-    beyond = apart["score"] > 3 * error.clip(lower=1 / n)
-    row |= {"beyond": int(beyond.sum()), "largest": apart["score"].max()}
-    row |= {"largest_nll": apart["nll"].max()}
+    both = committed.index.intersection(again.index)
+    row = {"profile": profile, "scored": scored, "tasks": both.unique("task").size} | held
     row |= {"machine": ran["machine"], "threads": ran["threads"], "date": ran["started"][:10]}
     row |= {"revision": ran["revision"]}
     before = [pd.read_csv(REPRODUCED)] if REPRODUCED.exists() else []
@@ -252,6 +274,19 @@ def compare(profile: str, results: Path) -> pd.Series:
             f"those of data/results/{profile}"
         )
     return pd.Series(row)
+
+
+def _held(committed: pd.DataFrame, again: pd.DataFrame, n: int) -> dict:
+    """How scores on n examples (`_scores`) that were made again lie from the committed ones."""
+    committed, again = committed.align(again, "inner")
+    apart = (again - committed).abs()
+    told = {"cells": len(apart), "equal": int((apart["score"] < 1e-9).sum())}
+    committed, again = committed["score"], again["score"]
+    error = ((committed * (1 - committed) + again * (1 - again)) / n) ** 0.5
+    # two scores at 0 or 1 have no error by this formula: one example more or less is no difference
+    beyond = apart["score"] > 3 * error.clip(lower=1 / n)
+    told |= {"beyond": int(beyond.sum()), "largest": apart["score"].max()}
+    return told | {"largest_nll": apart["nll"].max()}
 
 
 def _scores(folder: Path, merged: bool) -> pd.DataFrame:
@@ -289,8 +324,8 @@ def write_manifest(profile: str, results: Path | None = None) -> None:
     """Write data/results/<profile>/manifest.json: what the study was made of.
 
     parameters (a local folder of tasks is named by its digest); base: name and digest; tasks: for
-    each its name, the digests of its splits and the ids of its probes; taken: how many merges have
-    their scores from which committed tables (`take`); runs: for each notebook of the run in
+    each its name, the digests of its splits and the ids of its probes; taken: from which committed
+    tables scores of merges come (`take`); runs: for each notebook of the run in
     `results`, if that is given, when and at what revision it ran, for how long, on what machine and
     with which packages. What was recorded before stays where the run has nothing new.
     """

@@ -298,7 +298,7 @@ def test_a_rerun_is_held_to_the_committed_scores(project, monkeypatch):
     own.assign(specialist=[0.55, 1.0]).to_csv(again / "tasks.csv", index=False)
     told = publish.compare("big", again)
     assert told[["scored", "tasks", "cells", "equal"]].tolist() == ["base and specialists", 2, 4, 3]
-    (again / publish.TAKEN).write_text('{"big": 4}')
+    (again / publish.TAKEN).write_text('{"big": {"merges": 4}}')
     with pytest.raises(ValueError, match="took scores from committed tables"):
         publish.compare("big", again)
 
@@ -337,12 +337,14 @@ def test_a_manifest_names_what_a_study_was_made_of_but_no_path(project, monkeypa
     assert told["base"]["digest"] == "d" and told["runs"]["01_x"]["machine"] == "told"
 
     assert told["taken"] == {}
-    (project / publish.TAKEN).write_text('{"small": 3}')  # it went on from a committed part
+    (project / publish.TAKEN).write_text(
+        '{"small": {"merges": 3}}'
+    )  # it went on from a committed part
     publish.write_manifest("big", project)
 
     publish.write_manifest("big")  # nothing ran: what was known of earlier runs is kept
     told = json.loads((project / "data" / "results" / "big" / "manifest.json").read_text())
-    assert told["taken"] == {"small": 3}
+    assert told["taken"] == {"small": {"merges": 3}}
     assert told["parameters"]["SOURCES"] == {"glue": "nyu-mll/glue"} and "01_x" in told["runs"]
 
 
