@@ -668,6 +668,7 @@ def _about(folder: Path) -> str:
         f"{len(kept)} tasks passed screening, {groups['group'].nunique()} pairs by {rules}; at "
         f"chance a task would have lost {-floor.max():.0f} to {-floor.min():.0f} %; of what "
         f"exceeds chance pairs lost {-least:.0f} to {-most:.0f} % on average, by rule"
+        f"{_took(folder)}"
     )
 
 
@@ -682,6 +683,23 @@ def _lent(folder: Path) -> str:
         if mine and (mine < theirs or mine == theirs and x < folder.name)
     ]
     return f", specialists of {lenders[0]}" if lenders else ""
+
+
+def _took(folder: Path) -> str:
+    """Merges of a study that have another one's scores, and whether a sample of these agreed."""
+    file = folder / "manifest.json"
+    taken = json.loads(file.read_text(encoding="utf-8"))["taken"] if file.exists() else {}
+    if not taken:
+        return ""
+    parts = [
+        f"{at['merges']} of {name} (of {at['cells']} scores there that were made again "
+        f"{at['equal']} are equal)"
+        for name, at in taken.items()
+    ]
+    whole = len(pd.read_csv(folder / "merges.csv"))
+    return f"; of its {whole} merges these have their scores from others' tables: " + ", ".join(
+        parts
+    )
 
 
 def _loss_table(studies: dict[str, Path]) -> list[str]:

@@ -247,6 +247,15 @@ def test_the_claims_of_the_other_studies_stand_beside(project, monkeypatch):
     assert "of what exceeds chance pairs lost 10 to 30 % on average, by rule" in text
     assert publish._elsewhere({}) == []
 
+    pd.DataFrame({"merge": list("xyz")}).to_csv(other / "merges.csv")
+    taken = {"big": {"merges": 2, "cells": 8, "equal": 7}}
+    (other / "manifest.json").write_text(json.dumps({"taken": taken}))
+    told = "3 merges these have their scores from others' tables: 2 of big (of 8 scores there that"
+    assert (
+        f"by rule; of its {told} were made again 7 are equal).*"
+        in publish._elsewhere({"small": other})[-2]
+    )
+
 
 def test_a_study_with_the_specialists_of_another_says_so(project):
     own = {"big": "xy", "big_rules": "xy", "few": "y", "fresh": "z"}
