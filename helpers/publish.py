@@ -217,6 +217,7 @@ def take(profile: str, results: Path) -> pd.Series:
         merged.examples.groupby("task")[["correct", "nll"]].mean().assign(merge=merged.name)
         for call in controls
         for merged in study.merge_all(bench, *call)
+        if study.made_here(bench, merged)  # not taken before, from another study
     )
     again = again.rename(columns={"correct": "score"}).set_index("merge", append=True)
     held = _held(committed, again.swaplevel(), asked["TEST_EXAMPLES"])

@@ -98,11 +98,17 @@ def store() -> Path:
     return Path(os.environ.get("MERGING_COLLAPSE_STORE") or ROOT / "data" / "runs" / "store")
 
 
+def place(step: str, version: int, determinants: dict) -> Path:
+    """Where the store holds this result, once it is finished."""
+    return store() / step / key(step, version, determinants)
+
+
 def finished(step: str, version: int, determinants: dict) -> bool:
     """Whether the store holds this result."""
-    return (store() / step / key(step, version, determinants)).exists()
+    return place(step, version, determinants).exists()
 
 
+TAKEN = "taken_from"  # file in a result that no run has made: the study whose tables told it
 _asked: dict[Path, None] = {}  # the results that this process has asked for, in order
 
 
@@ -114,8 +120,8 @@ def cached(step: str, version: int, determinants: dict, compute: Callable[[Path]
     result do not both compute it: the second waits for the first. A lock dies with its process:
     after `kill -9` the next call starts over.
     """
-    name = key(step, version, determinants)
-    done = store() / step / name
+    done = place(step, version, determinants)
+    name = done.name
     _asked[done] = None
     if done.exists():
         return done
@@ -147,12 +153,13 @@ def costs() -> list[dict]:
     """What the results that this process asked for took to compute, whenever that was.
 
     A row (COST_FIELDS) for each step and number of specialists in it: how many results, and the
-    mean seconds of one. A result that holds no cost (of an older store) counts in none.
+    mean seconds of one. A result that was taken from tables, or that holds no cost (of an older
+    store), counts in none.
     """
     found: dict[tuple, list[dict]] = {}
     for folder in _asked:
         told = json.loads((folder / "determinants.json").read_text(encoding="utf-8"))
-        if "cpu_seconds" in told:
+        if "cpu_seconds" in told and not (folder / TAKEN).exists():
             models = len(told["determinants"].get("specialists", []))
             found.setdefault((told["step"], models), []).append(told)
     return [

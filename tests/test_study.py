@@ -12,7 +12,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from helpers import evaluate, hidden, merging, publish, specialists, study, tasks, vectors
+from helpers import evaluate, hidden, merging, publish, records, specialists, study, tasks, vectors
 
 RECIPES = {
     "linear": {"method": "linear"},
@@ -186,7 +186,13 @@ def test_a_lost_study_goes_on_from_its_tables_once_a_sample_of_it_agrees(
     kept = json.loads((tmp_path / "data" / "runs" / "big" / publish.TAKEN).read_text())
     assert kept == {"part": told.to_dict()}
     monkeypatch.setattr(evaluate, "score", lambda *a: pytest.fail("scored again"))
+    monkeypatch.setattr(records, "_asked", {})
     study.merge_group(bench, "ac", rules)
+    assert {row["step"] for row in records.costs()} == {"merge", "states"}  # no scores' cost
+    again = publish.take("big", tables)  # by a run that was killed after it
+    assert again.equals(told)
+    monkeypatch.setattr(publish, "CONTROL", 1)
+    assert publish.take("big", tables)["cells"] == 8  # what was taken is no control of itself
     losses.assign(merge="x").to_csv(tables / "losses.csv", index=False)
     with pytest.raises(ValueError, match="part has none of the merges of big"):
         publish.take("big", tables)
