@@ -616,7 +616,7 @@ def findings() -> str:
         *_agreement_table(known),
         *_exploration(profile, known),
         *_choices(folder),
-        *_reproduced_sentence(),
+        *_reproduced_table(),
     ]
     return "\n".join(lines)
 
@@ -902,23 +902,18 @@ def _exploration(profile: str, known: dict[str, Path]) -> list[str]:
     return lines
 
 
-def _reproduced_sentence() -> list[str]:
+def _reproduced_table() -> list[str]:
     """What came of running a study, or a part of it, once more from nothing (`compare`)."""
     if not REPRODUCED.exists():
         return []
-    told = [
-        f"{row.cells} scores of {row.scored} on {row.tasks} tasks of `{row.profile}` "
-        f"({row.date}, {row.machine}, {row.threads} threads): {row.equal} equal, {row.beyond} "
-        f"further than three standard errors apart{_nll(row.largest_nll)}"
+    rows = [
+        {"trained and scored again from nothing": f"{row.profile}: {row.scored}, {row.tasks} tasks"}
+        | {"scores": row.cells, "equal": row.equal, "beyond 3 standard errors": row.beyond}
+        | {"NLLs apart (nats)": "" if math.isnan(row.largest_nll) else f"{row.largest_nll:.1g}"}
+        | {"date": row.date, "machine": f"{row.machine}, {row.threads} threads"}
         for row in pd.read_csv(REPRODUCED).itertuples()
     ]
-    return ["", f"Trained and scored again from nothing: {'; '.join(told)}."]
-
-
-def _nll(largest: float) -> str:
-    if math.isnan(largest):
-        return ""
-    return f", NLLs up to {largest:.1g} nats apart" if largest else ", NLLs to the last digit"
+    return ["", *_markdown(rows)]
 
 
 POLICIES = {

@@ -294,9 +294,8 @@ def test_a_rerun_is_held_to_the_committed_scores(project, monkeypatch):
     with pytest.raises(ValueError, match="1 of 4 scores lie more than three standard errors"):
         rerun(0.5, 0.8, 0.7, 0.0)  # 0.3 is 4.6 standard errors
     assert len(pd.read_csv(publish.REPRODUCED)) == 2
-    (sentence,) = publish._reproduced_sentence()[1:]
-    assert "4 scores of merges on 3 tasks of `big` (2026-01-02, 2 cores, 1 threads): 2" in sentence
-    assert "three standard errors apart, NLLs up to 0.0003 nats apart" in sentence
+    first = publish._reproduced_table()[-2]
+    assert first.startswith("| big: merges, 3 tasks | 4 | 2 | 0 | 0.0003 | 2026-01-02 | 2 cores, 1")
     losses.assign(merge="z").to_csv(again / "losses.csv", index=False)
     with pytest.raises(ValueError, match="have no score in common"):
         publish.compare("big", again)
