@@ -612,13 +612,19 @@ def mixed_model(cells: pd.DataFrame) -> pd.DataFrame:
     cells = cells.assign(everything=1)
     parts = {"own": "0 + C(own)", "partner": "0 + C(partner)"}
     model = smf.mixedlm("loss ~ C(method)", cells, groups="everything", vc_formula=parts)
+    # Only standard errors need the Hessian, and where a search went astray there is none.
+    model.hessian = lambda params: (-np.eye(model.k_fe + model.k_re2 + model.k_vc), False)
+    # By values alone and to the end: at the boundary the gradient misleads, and the default of
+    # statsmodels then stops at shares that differ by a fifth between two processors. Powell's
+    # search is the quicker one, but now and then a step of it leaves the numbers.
     with warnings.catch_warnings():
         # a variance of zero lies on the boundary: an answer, not a failure (that is checked below)
-        for kind in (ConvergenceWarning, SingularMatrixWarning):
+        for kind in (ConvergenceWarning, SingularMatrixWarning, RuntimeWarning):
             warnings.simplefilter("ignore", kind)
-        # By values alone and to the end: at the boundary the gradient misleads, and the default of
-        # statsmodels then stops at shares that differ by a fifth between two processors.
-        fit = model.fit(reml=True, method="powell", ftol=1e-12, maxiter=1000)
+        for search in ("powell", "nm"):  # nm: Nelder and Mead
+            fit = model.fit(reml=True, method=search, ftol=1e-12, maxiter=1000)
+            if fit.converged:
+                break
     if not fit.converged:
         raise ValueError("the mixed model has not converged; the variance components mean nothing")
     means = cells.assign(fitted=np.asarray(model.exog @ fit.fe_params))

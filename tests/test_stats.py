@@ -353,6 +353,27 @@ def test_the_mixed_model_ends_at_the_top_wherever_its_rows_stand(rng):
         pd.testing.assert_series_equal(once, stats.mixed_model(mixed)["share"], atol=5e-4)
 
 
+def test_where_one_search_leaves_the_numbers_another_one_ends():
+    """Losses on which Powell's search comes to nan; with no partner effect REML is an ANOVA's."""
+    rng = np.random.default_rng(111)
+    own, partner = rng.normal(0, 16, 8), rng.normal(0, 2, 8)
+    cells = [
+        (TASKS[i], TASKS[j], m, own[i] + partner[j] + rng.normal(0, 10))
+        for i, j in permutations(range(8), 2)
+        for m in ("linear", "ties")
+    ]
+    cells = pd.DataFrame(cells, columns=["own", "partner", "method", "loss"])
+    found = stats.mixed_model(cells)["variance"]
+    by_own, by_method = (cells.groupby(x)["loss"].transform("mean") for x in ("own", "method"))
+    left = cells["loss"] - by_own - by_method + cells["loss"].mean()
+    residual = (left**2).sum() / (len(cells) - 8 - 1)
+    between = (by_own - cells["loss"].mean()).pow(2).sum() / 7
+    expected = [(between - residual) / 14, 0, residual]
+    np.testing.assert_allclose(
+        found[["own", "partner", "residual"]], expected, rtol=1e-3, atol=1e-3
+    )
+
+
 # --- what a test can see -----------------------------------------------------------------------
 
 
