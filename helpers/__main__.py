@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     refresh_parser.add_argument(
         "--take",
         metavar="FOLDER",
-        help="only take over the scores in data/results/NAME of merges that are the same, after "
-        "notebook 01, before 02",
+        help="only take over the scores in data/results/NAME of merges that are the same but for "
+        "rounding, after notebook 01, before 02",
     )
     refresh_parser.add_argument(
         "--readme", action="store_true", help="only bring the README's tables up to date"

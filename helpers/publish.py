@@ -213,14 +213,14 @@ def take(profile: str, results: Path) -> pd.Series:
 
     controls = [(*call, seed) for call in plan[::CONTROL]]
     parallel.fill(bench, about, [(study.merge_all, *call) for call in controls], asked["JOBS"])
-    again = pd.concat(
+    again = pd.concat(  # what was taken from another study before is no control
         merged.examples.groupby("task")[["correct", "nll"]].mean().assign(merge=merged.name)
         for call in controls
         for merged in study.merge_all(bench, *call)
-        if study.made_here(bench, merged)  # not taken before, from another study
+        if study.taken_from(bench, merged.report["digest"], merged.group) == {""}
     )
-    again = again.rename(columns={"correct": "score"}).set_index("merge", append=True)
-    held = _held(committed, again.swaplevel(), asked["TEST_EXAMPLES"])
+    again = again.rename(columns={"correct": "score"}).set_index("merge", append=True).swaplevel()
+    held = _held(*committed.align(again, "inner"), asked["TEST_EXAMPLES"])
     if held["beyond"]:
         raise ValueError(
             f"{held['beyond']} of {held['cells']} scores made again lie more than three standard "
@@ -258,13 +258,12 @@ def compare(profile: str, results: Path) -> pd.Series:
     merged = (results / "losses.csv").exists()
     scored, size = ("merges", "TEST") if merged else ("base and specialists", "DEV")
     again = _scores(results, merged)
-    committed = _scores(ROOT / "data" / "results" / profile, merged)
-    held = _held(committed, again, profiles()[profile][f"{size}_EXAMPLES"])
-    if not held["cells"]:
+    committed, again = _scores(ROOT / "data" / "results" / profile, merged).align(again, "inner")
+    if committed.empty:
         raise ValueError(f"{results} and data/results/{profile} have no score in common")
     ran = [row for row in read_jsonl(results / "manifest.jsonl") if row["status"] == "finished"][-1]
-    both = committed.index.intersection(again.index)
-    row = {"profile": profile, "scored": scored, "tasks": both.unique("task").size} | held
+    row = {"profile": profile, "scored": scored, "tasks": committed.index.unique("task").size}
+    row |= _held(committed, again, profiles()[profile][f"{size}_EXAMPLES"])
     row |= {"machine": ran["machine"], "threads": ran["threads"], "date": ran["started"][:10]}
     row |= {"revision": ran["revision"]}
     before = [pd.read_csv(REPRODUCED)] if REPRODUCED.exists() else []
@@ -278,8 +277,7 @@ def compare(profile: str, results: Path) -> pd.Series:
 
 
 def _held(committed: pd.DataFrame, again: pd.DataFrame, n: int) -> dict:
-    """How scores on n examples (`_scores`) that were made again lie from the committed ones."""
-    committed, again = committed.align(again, "inner")
+    """How scores on n examples that were made again lie from the committed ones, cell by cell."""
     apart = (again - committed).abs()
     told = {"cells": len(apart), "equal": int((apart["score"] < 1e-9).sum())}
     committed, again = committed["score"], again["score"]

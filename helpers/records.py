@@ -108,7 +108,7 @@ def finished(step: str, version: int, determinants: dict) -> bool:
     return place(step, version, determinants).exists()
 
 
-TAKEN = "taken_from"  # file in a result that no run has made: the study whose tables told it
+TAKEN_FROM = "taken_from"  # file in a result that no run has made: the study whose tables told it
 _asked: dict[Path, None] = {}  # the results that this process has asked for, in order
 
 
@@ -159,7 +159,7 @@ def costs() -> list[dict]:
     found: dict[tuple, list[dict]] = {}
     for folder in _asked:
         told = json.loads((folder / "determinants.json").read_text(encoding="utf-8"))
-        if "cpu_seconds" in told and not (folder / TAKEN).exists():
+        if "cpu_seconds" in told and not (folder / TAKEN_FROM).exists():
             models = len(told["determinants"].get("specialists", []))
             found.setdefault((told["step"], models), []).append(told)
     return [

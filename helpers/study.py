@@ -546,29 +546,25 @@ def take(
         apart = np.abs(report["own"] / committed - 1).max()
         if not apart <= SAME_DOSE:
             continue
-        folders = [
-            records.cached(
-                *_score_key(bench, report["digest"], x), partial(_write_taken, rows, results.name)
-            )
-            for x, rows in asked.items()
-        ]
+        for x, rows in asked.items():
+            key = _score_key(bench, report["digest"], x)
+            records.cached(*key, partial(_write_taken, rows, results.name))
         if arm == "default":
             visit(bench, report["digest"], make, group, group)
-        sources = [folder / records.TAKEN for folder in folders]  # none where it was visited
-        if all(file.exists() and file.read_text() == results.name for file in sources):
+        if taken_from(bench, report["digest"], group) == {results.name}:
             taken[name] = float(apart)
     return taken
 
 
-def made_here(bench: Bench, merged: Merged) -> bool:
-    """Whether a merge was scored by a run: no score of it was taken over (`take`)."""
-    keys = [_score_key(bench, merged.report["digest"], x) for x in merged.group]
-    return not any((records.place(*key) / records.TAKEN).exists() for key in keys)
+def taken_from(bench: Bench, digest: str, labels: Iterable[str]) -> set[str]:
+    """The studies whose tables told a delta's scores (`take`); "" for those that a run made."""
+    files = [records.place(*_score_key(bench, digest, x)) / records.TAKEN_FROM for x in labels]
+    return {file.read_text(encoding="utf-8") if file.exists() else "" for file in files}
 
 
 def _write_taken(rows: pd.DataFrame, study: str, folder: Path) -> None:
     rows.to_csv(folder / "examples.csv", index=False)
-    (folder / records.TAKEN).write_text(study, encoding="utf-8")
+    (folder / records.TAKEN_FROM).write_text(study, encoding="utf-8")
 
 
 @cache

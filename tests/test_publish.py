@@ -345,9 +345,8 @@ def test_a_manifest_names_what_a_study_was_made_of_but_no_path(project, monkeypa
     assert told["base"]["digest"] == "d" and told["runs"]["01_x"]["machine"] == "told"
 
     assert told["taken"] == {}
-    (project / publish.TAKEN).write_text(
-        '{"small": {"merges": 3}}'
-    )  # it went on from a committed part
+    # it went on from a committed part
+    (project / publish.TAKEN).write_text('{"small": {"merges": 3}}')
     publish.write_manifest("big", project)
 
     publish.write_manifest("big")  # nothing ran: what was known of earlier runs is kept
