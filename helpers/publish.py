@@ -633,19 +633,22 @@ def _elsewhere(studies: dict[str, Path]) -> list[str]:
     if not studies:
         return []
     tables = {
-        name: pd.read_csv(path / "verdicts.csv").set_index("claim")
+        name: pd.read_csv(path / "verdicts.csv").set_index("claim")["verdict"]
         for name, path in studies.items()
     }
+    links = {x: f"[{x}](data/results/{x}/verdicts.csv)" for x in tables}
     claims = dict.fromkeys(claim for table in tables.values() for claim in table.index)
-    rows = []
-    for claim in claims:
-        row = {"the same claims elsewhere": claim}
-        for name, table in tables.items():
-            there = claim in table.index
-            row[name] = f"**{table['verdict'][claim]}**: {table['here'][claim]}" if there else ""
-        rows.append(row)
+    rows = [
+        {"the same claims elsewhere": claim}
+        | {
+            links[name]: table.get(claim, "").removesuffix(" here").removesuffix(" at this n")
+            for name, table in tables.items()
+        }
+        for claim in claims
+    ]
     told = [f"*{name}: {_about(path)}.*" for name, path in studies.items()]
-    return [*_markdown(rows), "", "  \n".join(told), ""]
+    note = "*The figures behind each verdict, with intervals: follow the name of the study.*"
+    return [*_markdown(rows), "", "  \n".join([note, *told]), ""]
 
 
 def _about(folder: Path) -> str:
@@ -702,11 +705,22 @@ def _took(folder: Path) -> str:
 
 
 def _loss_table(studies: dict[str, Path]) -> list[str]:
-    """Mean losses of a task in a merge of two at default scales, with 95 % intervals over tasks."""
-    rows = []
+    """Mean losses of a task in a merge of two at default scales, with 95 % intervals over tasks.
+
+    The same merges of the same specialists, in a second study, have no second row.
+    """
+    rows, told = [], set()
     for study, folder in studies.items():
-        two = pd.read_csv(folder / "summary.csv").query("n == 2 and arm == 'default'")
+        specialists = frozenset(pd.read_csv(folder / "specialists.csv")["folder"])
+        pairs, two = (
+            pd.read_csv(folder / f"{name}.csv").query("n == 2 and arm == 'default'")
+            for name in ("groups", "summary")
+        )
         for method, at in two.groupby("method", sort=False):
+            merges = method, specialists, frozenset(pairs.query("method == @method")["group"])
+            if merges in told:
+                continue
+            told.add(merges)
             at = at.set_index("outcome")
             loss, alone, partners = (
                 f"{at.loc[x, 'value']:.0f} [{at.loc[x, 'low']:.0f}, {at.loc[x, 'high']:.0f}]"

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -39,6 +40,7 @@ def project(tmp_path, monkeypatch):
             for effect, share, low in (("own", 0.5, 0.25), ("partner", 0.25, np.nan))
         ],
         "tasks": [{"kept": True}, {"kept": False}],
+        "specialists": [{"folder": "specialist-x"}],
         "pairs": [{}, {}, {}],
         "merges": [{"x": 1}] * 7,
         "groups": [
@@ -226,7 +228,7 @@ def test_the_claims_of_the_other_studies_stand_beside(project, monkeypatch):
     other = project / "data" / "results" / "small"
     other.mkdir()
     verdicts = pd.DataFrame(
-        {"claim": ["it falls", "it stays"], "verdict": "open", "here": ["a", "b"]}
+        {"claim": ["it falls", "it stays"], "verdict": ["holds here", "cannot be told at this n"]}
     )
     verdicts.to_csv(other / "verdicts.csv", index=False)
     pd.DataFrame({"kept": [True, True, False]}).to_csv(other / "tasks.csv", index=False)
@@ -238,8 +240,8 @@ def test_the_claims_of_the_other_studies_stand_beside(project, monkeypatch):
     pd.DataFrame(losses | {"arm": "default"}).to_csv(other / "losses.csv", index=False)
     monkeypatch.setattr(publish, "profiles", lambda: {"small": {"MODEL": "tiny", "SEED": 3}})
     text = "\n".join(publish._elsewhere({"small": other}))
-    assert "| the same claims elsewhere | small |" in text
-    assert "| it falls | **open**: a |" in text and "| it stays | **open**: b |" in text
+    assert "| the same claims elsewhere | [small](data/results/small/verdicts.csv) |" in text
+    assert "| it falls | holds |" in text and "| it stays | cannot be told |" in text
     assert (
         "small: tiny, training seed 3, 2 of 3 tasks passed screening, 1 pairs by LA, TIES" in text
     )
@@ -265,6 +267,23 @@ def test_a_study_with_the_specialists_of_another_says_so(project):
         pd.DataFrame({"folder": list(folders)}).to_csv(folder / "specialists.csv", index=False)
     told = [publish._lent(project / "data" / "results" / study) for study in own]
     assert told == ["", ", specialists of big", ", specialists of big", ""]
+
+
+def test_merges_of_the_same_specialists_are_told_once(project):
+    big = project / "data" / "results" / "big"
+    other = shutil.copytree(big, big.parent / "big_rules")
+    ties = pd.read_csv(big / "summary.csv").assign(method="ties")
+    groups = pd.read_csv(big / "groups.csv").query("arm == 'default'").assign(method="ties")
+    for name, more in {"summary": ties, "groups": groups}.items():
+        pd.concat([pd.read_csv(other / f"{name}.csv"), more]).to_csv(other / f"{name}.csv")
+
+    def told():
+        rows = [row.split(" | ") for row in publish._loss_table({"big": big, "rules": other})]
+        return [(row[0].strip("| "), row[1]) for row in rows if len(row) > 2][2:]
+
+    assert told() == [("big", "LA"), ("rules", "TIES")]
+    pd.DataFrame({"folder": ["trained-anew"]}).to_csv(other / "specialists.csv")
+    assert told() == [("big", "LA"), ("rules", "LA"), ("rules", "TIES")]
 
 
 def test_a_rerun_is_held_to_the_committed_scores(project, monkeypatch):
