@@ -196,7 +196,8 @@ def known_merges(
 ) -> Known:
     """Measured merges of committed studies, without those of tasks named in `without`.
 
-    The studies read each pair on the probes of its own tasks (hidden_sim), of all tasks
+    A merge of the same specialists by the same rule counts once, however many studies made it. The
+    studies read each pair on the probes of its own tasks (hidden_sim), of all tasks
     (hidden_sim_pool) and on neutral text (hidden_sim_plain). The advisor reads all models on one
     set, so it is calibrated on the last where its probes are neutral, else on the pool. Raises
     ValueError if there is no study.
@@ -207,18 +208,29 @@ def known_merges(
         raise ValueError(f"there is no study in {STUDIES}: predictions have nothing to learn from")
     pairs, groups, without = [], [], set(without)
     for folder in folders:
-        measured, losses = (pd.read_csv(folder / f"{x}.csv") for x in ("pairs", "losses"))
-        pairs.append(joined(measured, losses).assign(study=folder.name))
-        merged = default_arm(pd.read_csv(folder / "groups.csv"))
-        groups.append(merged.assign(study=folder.name))
+        measured, losses, merged, trained = (
+            pd.read_csv(folder / f"{x}.csv") for x in ("pairs", "losses", "groups", "specialists")
+        )
+        specialist = dict(zip(trained["task"], trained["folder"], strict=True))
+        of_two, of_any = joined(measured, losses), default_arm(merged)
+        ends = of_two[["task_a", "task_b"]].to_numpy()
+        pairs.append(of_two.assign(study=folder.name, models=_models(ends, specialist)))
+        names = of_any["group"].str.split("+")
+        groups.append(of_any.assign(study=folder.name, models=_models(names, specialist)))
     pairs, groups = pd.concat(pairs, ignore_index=True), pd.concat(groups, ignore_index=True)
     pairs = pairs[~(pairs["task_a"].isin(without) | pairs["task_b"].isin(without))]
     apart = groups["group"].map(lambda name: without.isdisjoint(name.split("+")))
     column = "hidden_sim_pool"
     if neutral and "hidden_sim_plain" in pairs and pairs["hidden_sim_plain"].notna().any():
         column = "hidden_sim_plain"
-    pairs = pairs.dropna(subset=[column])
-    return Known(pairs, groups[apart], [folder.name for folder in folders], column)
+    pairs = pairs.dropna(subset=[column]).drop_duplicates(["models", "method"])
+    groups = groups[apart].drop_duplicates(["models", "method"])
+    return Known(pairs, groups, [folder.name for folder in folders], column)
+
+
+def _models(groups: Iterable[Sequence[str]], specialist: Mapping[str, str]) -> list[str]:
+    """One name for each group of tasks, that of its specialists in any order."""
+    return ["+".join(sorted(specialist[x] for x in group)) for group in groups]
 
 
 def expected_losses(pairs: pd.DataFrame, known: Known) -> pd.DataFrame:

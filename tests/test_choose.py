@@ -1,6 +1,7 @@
 """Predictions that cover, choices that learn nothing from what they are tried on, known answers."""
 
 import math
+import shutil
 from itertools import combinations, permutations
 
 import numpy as np
@@ -273,7 +274,9 @@ def study(tmp_path):
          ("C+D+E", 3, "ties", -50.0), ("C+D+E", 3, "dare", -1.0)],
         columns=["group", "n", "method", "loss"],
     )  # fmt: skip
-    for name, table in (("pairs", pairs), ("losses", losses_of(cells)), ("groups", groups)):
+    trained = pd.DataFrame({"task": list("ABCDEF"), "folder": list("abcdef")})
+    tables = {"pairs": pairs, "losses": losses_of(cells), "groups": groups, "specialists": trained}
+    for name, table in tables.items():
         table.to_csv(tmp_path / f"{name}.csv", index=False)
     return tmp_path
 
@@ -291,6 +294,19 @@ def test_committed_studies_without_the_tasks_that_are_advised_on(study):
     assert choose.expected_losses(asked, choose.known_merges([study], without="ABCD")).empty
     with pytest.raises(ValueError, match="there is no study"):
         choose.known_merges([])
+
+
+def test_a_merge_that_two_studies_made_counts_once(study, tmp_path_factory):
+    again = tmp_path_factory.mktemp("again")
+    shutil.copytree(study, again, dirs_exist_ok=True)
+    once, twice = choose.known_merges([study]), choose.known_merges([study, again])
+    assert len(twice.pairs) == len(once.pairs) and len(twice.groups) == len(once.groups)
+    trained = pd.read_csv(again / "specialists.csv")
+    trained.assign(folder=trained["folder"] + " of another seed").to_csv(
+        again / "specialists.csv", index=False
+    )
+    twice = choose.known_merges([study, again])
+    assert len(twice.pairs) == 2 * len(once.pairs) and len(twice.groups) == 2 * len(once.groups)
 
 
 def test_the_rule_that_lost_least_at_the_nearest_size(study):
