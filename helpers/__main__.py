@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in ("merge", "advise"):
         parser.error(f"unknown argument: {rest[0]}")
-    sentence = supported.problem()
+    sentence = supported.problem() or supported.no_packages()
     if sentence:
         print(f"error: {sentence}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@
 
 import platform
 import sys
+from importlib.util import find_spec
 
 
 def problem(version=sys.version_info[:2], system=sys.platform):
@@ -37,6 +38,16 @@ def no_venv():
         return (
             f"Python at {sys.executable} cannot make virtual environments: install its venv "
             "package (on Debian and Ubuntu: apt install python3-venv)"
+        )
+    return None
+
+
+def no_packages(needed="torch"):
+    """One sentence on why the packages of requirements.txt are not there, or None."""
+    if find_spec(needed) is None:
+        return (
+            f"{needed} is not installed for Python at {sys.executable}: `make study` sets up "
+            ".venv, then call .venv/bin/python -m helpers"
         )
     return None
 

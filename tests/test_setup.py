@@ -18,6 +18,12 @@ def test_this_machine_is_supported():
     assert supported.problem() is None and supported.no_venv() is None
 
 
+def test_a_python_without_the_packages_is_told_which_one_has_them():
+    assert supported.no_packages() is None
+    assert "no_such is not installed" in supported.no_packages("no_such")
+    assert ".venv/bin/python -m helpers" in supported.no_packages("no_such")
+
+
 @pytest.mark.parametrize("version", [(3, 10), (3, 15)])
 def test_other_pythons_are_refused(version):
     assert "needs Python 3.11 to 3.14" in supported.problem(version)
