@@ -508,8 +508,12 @@ def _followed(criterion: Criterion, members: list, label: Mapping, loss: NDArray
     """Spearman's correlation of a score with losses, each task under the name that it is given."""
     named = [tuple(label[x] for x in group) for group in members]
     values = np.array([criterion(frozenset(group))(group) for group in named])
-    varies = not np.isnan(values).any() and np.ptp(values) > 0
-    return float(distributions.spearmanr(values, loss).statistic) if varies else math.nan
+    if np.isnan(values).any() or np.ptp(values) == 0:
+        return math.nan
+    # Equal scores, as the radii of groups with the same farthest pair, differ in the last digits,
+    # from machine to machine in another order: to nine digits they are ties.
+    ties = np.round(values / np.abs(values).max(), 9)
+    return float(distributions.spearmanr(ties, loss).statistic)
 
 
 def over_tasks(

@@ -160,6 +160,19 @@ def test_how_well_scores_follow_the_losses_of_measured_groups():
     assert choose.follows(GROUPS.head(2), MDS).empty and math.isnan(table.loc["MDS", "p"])
 
 
+def test_scores_that_differ_by_rounding_alone_are_ties():
+    named = {frozenset(group.split("+")): i for i, group in enumerate(GROUPS["group"])}
+
+    def scores(noise):
+        return {"few values": lambda held: lambda members: named[frozenset(members)] // 3 - noise()}
+
+    rng = np.random.default_rng(0)
+    for groups in (GROUPS, GROUPS[::-1]):
+        (tied,) = choose.follows(groups, scores(lambda: 0.0))["spearman"]
+        (near,) = choose.follows(groups, scores(lambda: rng.normal(scale=1e-13)))["spearman"]
+        assert near == tied
+
+
 def test_ranks_of_groups_are_tested_by_giving_the_tasks_other_names():
     """The exact p of all 24 relabellings of four tasks, and nominal false positives of triples."""
     names = [dict(zip("ABCD", order, strict=True)) for order in permutations("ABCD")]
