@@ -131,6 +131,9 @@ def recompute(profile: str, write: bool = False) -> Path:
         raise ValueError(
             f"there are no tables in data/results/{profile}: publish the profile first"
         )
+    # a study that was merged for its losses alone has none of the tables of 06
+    made = [n for n in notebooks if any((tables / file).exists() for file in n.produces)]
+    notebooks = made or notebooks
     for notebook in notebooks:
         asked = profiles()[pick(profile, profiles(), "profile")]
         named = {name: asked[name] for name in declared(notebook.path) if name in asked}
