@@ -125,15 +125,18 @@ def recompute(profile: str, write: bool = False) -> Path:
     tables = ROOT / "data" / "results" / profile
     out = ROOT / "data" / "runs" / "recomputed" / profile
     notebooks = [notebook for notebook in chain() if "OUT" in declared(notebook.path)]
-    if write:  # the choices of 06 take a model, so they are made by a run
-        notebooks = [notebook for notebook in notebooks if "MODEL" not in declared(notebook.path)]
     if not tables.is_dir():
         raise ValueError(
             f"there are no tables in data/results/{profile}: publish the profile first"
         )
-    # a study that was merged for its losses alone has none of the tables of 06
-    made = [n for n in notebooks if any((tables / file).exists() for file in n.produces)]
-    notebooks = made or notebooks
+    # The choices of 06 take a model, so they are made by a run, and not by that of every study.
+    notebooks = [
+        n
+        for n in notebooks
+        if "MODEL" not in declared(n.path)
+        or not write
+        and any((tables / file).exists() for file in n.produces)
+    ]
     for notebook in notebooks:
         asked = profiles()[pick(profile, profiles(), "profile")]
         named = {name: asked[name] for name in declared(notebook.path) if name in asked}
