@@ -79,17 +79,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
     # Imported here: the commands differ in what they need, and --help needs none of it.
-    from helpers.run import NotebookFailed, run, typed
+    from helpers.run.chain import NotebookFailed, run, typed
 
     try:
         if arguments.command == "run":
             run(arguments.profile, arguments.only, typed(arguments.parameters))
         elif arguments.command == "students":
-            from helpers.students import write_copies
+            from helpers.run.students import write_copies
 
             print(*write_copies(Path(arguments.folder)), sep="\n")
         elif arguments.command == "refresh":
-            from helpers import publish
+            from helpers.run import publish
 
             if arguments.readme:
                 publish.write_readme()
@@ -104,11 +104,11 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
             else:
                 publish.refresh(arguments.profile, arguments.reuse)
         elif arguments.command == "merge":
-            from helpers import checkpoints
+            from helpers.merge import folder as checkpoints
 
             checkpoints.main(rest)
         else:
-            from helpers import advise
+            from helpers.advise import report as advise
 
             advise.main(rest)
     except NotebookFailed as error:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from helpers.records import revision
+from helpers.store import revision
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 

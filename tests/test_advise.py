@@ -13,9 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from helpers import advise, checkpoints, choose, evaluate, hidden
 from helpers.__main__ import main
-from helpers.tasks import encode_prompt
+from helpers.advise import choices as choose
+from helpers.advise import report as advise
+from helpers.merge import folder as checkpoints
+from helpers.states import measures as hidden
+from helpers.study import scores as evaluate
+from helpers.study.tasks import encode_prompt
 
 
 def save_checkpoint(folder, base, seed=5, size=0.02):

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from helpers import assets
-from helpers.assets import AssetError
+from helpers.study import assets
+from helpers.study.assets import AssetError
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB: two chunks of a download
 

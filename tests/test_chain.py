@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from helpers import run
-from helpers.records import read_jsonl, store
+from helpers.run import chain as run
+from helpers.store import read_jsonl, store
 
 pytestmark = pytest.mark.chain
 

@@ -15,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import checkpoints, merging, rules, vectors
 from helpers.__main__ import main
+from helpers.merge import engine as merging
+from helpers.merge import folder as checkpoints
+from helpers.merge import rules, vectors
 
 
 def llama(folder):
@@ -296,7 +298,7 @@ MEASURE = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from helpers import checkpoints
+from helpers.merge import folder as checkpoints
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("RssAnon"))

@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from helpers import choose, conflict, stats
+from helpers.advise import choices as choose
+from helpers.states import conflict
+from helpers.stats import dyads as stats
 
 
 def pair_frame(matrix, names="ABCDEFGHIJ", **columns):

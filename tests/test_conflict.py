@@ -7,9 +7,16 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import conflict
-from helpers.conflict import METRICS, PRIMARY, group_variance, metrics, pair_metrics, pair_sums
-from helpers.vectors import Row, open_base, open_specialist, stream, views
+from helpers.merge.vectors import Row, open_base, open_specialist, stream, views
+from helpers.states import conflict
+from helpers.states.conflict import (
+    METRICS,
+    PRIMARY,
+    group_variance,
+    metrics,
+    pair_metrics,
+    pair_sums,
+)
 
 NAMES = {  # ragged on purpose: less than a block, several, a vector, a scalar-sized tensor
     "model.layers.0.self_attn.q_proj.weight": (7, 5),

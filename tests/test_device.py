@@ -7,8 +7,9 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers import gradients, study
-from helpers.specialists import Recipe, train
+from helpers.states import gradients
+from helpers.study import visit as study
+from helpers.study.specialists import Recipe, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

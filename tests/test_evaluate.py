@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from helpers import evaluate
+from helpers.study import scores as evaluate
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import findings, stats
+from helpers.run import findings
+from helpers.stats import dyads as stats
 
 TASKS = ["addition", "plural", "negation", "dates", "lists", "tense"]
 

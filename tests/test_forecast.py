@@ -2,7 +2,9 @@
 
 import pytest
 
-from helpers import forecast, merging, study
+from helpers.merge import engine as merging
+from helpers.study import forecast
+from helpers.study import visit as study
 
 UNITS = {"train": 1.0, "score": 2.0, "probe": 3.0, "merge": 4.0, "solo": 6.0, "dose": 1.0}
 ASKED = {

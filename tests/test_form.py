@@ -8,8 +8,9 @@ from urllib.parse import unquote
 import nbformat
 import pytest
 
-from helpers import publish, run
-from helpers.records import ROOT
+from helpers.run import chain as run
+from helpers.run import publish
+from helpers.store import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FIGURES = sorted((ROOT / "figures").rglob("*.png"))

@@ -7,7 +7,8 @@ import pytest
 import tiny
 import torch
 
-from helpers import gradients, hidden
+from helpers.states import gradients
+from helpers.states import measures as hidden
 
 EXAMPLES = {
     "plural": [([5, 9, 2], [7, 256]), ([7, 1, 8, 8, 3], [4, 11, 256]), ([42], [9, 256])],

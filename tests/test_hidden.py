@@ -19,8 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from helpers import hidden
-from helpers.tasks import pad
+from helpers.states import measures as hidden
+from helpers.study.tasks import pad
 
 PROMPTS = [[5, 9, 2], [7, 1, 8, 8, 3, 4, 11], [42], [3, 3, 14, 90]]
 

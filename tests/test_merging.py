@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import merge_utils
 
-from helpers import merging, rules, vectors
+from helpers.merge import engine as merging
+from helpers.merge import rules, vectors
 
 BOTH = ["a", "b"]
 

@@ -5,7 +5,10 @@ import os
 import pytest
 import tiny
 
-from helpers import evaluate, merging, parallel, specialists, study
+from helpers.merge import engine as merging
+from helpers.study import parallel, specialists
+from helpers.study import scores as evaluate
+from helpers.study import visit as study
 
 RECIPES = {"linear": {"method": "linear"}, "ties": {"method": "ties", "density": 0.5}}
 ARMS, DOSES = [["ties", "norm"], ["dare", "norm"]], [0.0, 0.5, 1.0, 1.25]

@@ -12,7 +12,9 @@ from datasets import Dataset, DatasetDict
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
-from helpers import assets, publish, run, tasks
+from helpers.run import chain as run
+from helpers.run import publish
+from helpers.study import assets, tasks
 
 
 @pytest.fixture

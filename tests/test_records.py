@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import records
+from helpers import store as records
 
 JSON = st.recursive(
     st.none()
@@ -137,7 +137,7 @@ def test_a_failed_computation_is_not_a_result():
 
 HALF_WAY = """
 import os, signal, time
-from helpers import records
+from helpers import store as records
 def compute(folder):
     (folder / "x.txt").write_text("half")
     {death}

@@ -9,8 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import evaluate, findings, run, stats
-from helpers.records import ROOT
+from helpers.run import chain as run
+from helpers.run import findings
+from helpers.stats import dyads as stats
+from helpers.store import ROOT
+from helpers.study import scores as evaluate
 
 RESULTS = ROOT / "data" / "results"
 STUDIES = sorted(path.parent.name for path in RESULTS.glob("*/losses.csv"))

@@ -6,8 +6,8 @@ import pytest
 import tiny
 from datasets import Dataset, DatasetDict
 
-from helpers import rivals
-from helpers.tasks import Task
+from helpers.advise import rivals
+from helpers.study.tasks import Task
 
 DOSES = pd.DataFrame(
     [("a", d, s, n) for d, s, n in [(0.0, 0.0, 4.0), (0.5, 0.4, 1.0), (1.0, 0.8, 0.5)]]

@@ -12,8 +12,12 @@ import time
 import nbformat
 import pytest
 
-from helpers import assets, checkpoints, page, publish, records, run
+from helpers import store as records
 from helpers.__main__ import main
+from helpers.merge import folder as checkpoints
+from helpers.run import chain as run
+from helpers.run import page, publish
+from helpers.study import assets
 
 NOTEBOOKS = """
 [[notebook]]
@@ -55,7 +59,7 @@ MAKE = [
     """
     import json, os, time
     from pathlib import Path
-    from helpers import records
+    from helpers import store as records
     folder = Path.cwd() / RESULTS
     (folder / "numbers.csv").write_text("".join(f"{i * RATE}\\n" for i in range(N)))
     (folder / "scratch.txt").write_text("not for others")
@@ -86,7 +90,7 @@ READ = [
     """,
     """
     from pathlib import Path
-    from helpers import records
+    from helpers import store as records
     total = sum(map(float, (Path(RESULTS) / "numbers.csv").read_text().split()))
     result = {"name": "sum", "value": total, "unit": "1", "n": 3}
     records.write_record(Path(RESULTS) / "record_02.json", [result]) and None
@@ -371,7 +375,7 @@ def test_a_notebook_that_does_not_end_is_not_finished(project, capsys, fail, sen
 RUN_TOY = """
 import sys
 from pathlib import Path
-from helpers import run
+from helpers.run import chain as run
 run.ROOT = Path(sys.argv[1])
 run.run("demo", parameters={"FAIL": sys.argv[2]})
 """

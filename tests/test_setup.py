@@ -11,7 +11,7 @@ from importlib import metadata
 import pytest
 
 from helpers import supported
-from helpers.records import ROOT
+from helpers.store import ROOT
 
 
 def test_this_machine_is_supported():

@@ -15,8 +15,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from helpers import specialists
-from helpers.specialists import Recipe
+from helpers.study import specialists
+from helpers.study.specialists import Recipe
 
 BASE = {"name": "tiny", "digest": "0"}
 RECIPE = Recipe(examples=8, epochs=8, batch_size=4, learning_rate=0.05, rank=4)
@@ -74,7 +74,7 @@ def test_same_seed_same_bits_other_seed_or_task_other_weights(store, monkeypatch
 
 def test_the_loss_counts_answer_tokens_only(store, tmp_path):
     """The first step's loss is the answer's mean NLL under the base, prompts left out."""
-    from helpers import evaluate
+    from helpers.study import scores as evaluate
 
     task = tiny.toy("a", n=4)
     log = json.loads(

@@ -9,7 +9,8 @@ import statsmodels.formula.api as smf
 from scipy import stats as scipy_stats
 from statsmodels.stats.anova import anova_lm
 
-from helpers import evaluate, stats
+from helpers.stats import dyads as stats
+from helpers.study import scores as evaluate
 
 TASKS = list("abcdefgh")
 

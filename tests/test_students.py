@@ -4,8 +4,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from helpers import students
-from helpers.records import ROOT
+from helpers.run import students
+from helpers.store import ROOT
 
 SOLVED = sorted(
     path

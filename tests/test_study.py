@@ -12,7 +12,14 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from helpers import evaluate, hidden, merging, publish, records, specialists, study, tasks, vectors
+from helpers import store as records
+from helpers.merge import engine as merging
+from helpers.merge import vectors
+from helpers.run import publish
+from helpers.states import measures as hidden
+from helpers.study import scores as evaluate
+from helpers.study import specialists, tasks
+from helpers.study import visit as study
 
 RECIPES = {
     "linear": {"method": "linear"},

@@ -8,7 +8,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import assets, run, tasks
+from helpers.run import chain as run
+from helpers.study import assets, tasks
 
 
 def bigbench(tmp_path, monkeypatch, **content):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers import vectors
+from helpers.merge import vectors
 
 
 def llama(folder):

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from helpers.tasks import SPLITS, Task
+from helpers.study.tasks import SPLITS, Task
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -22,7 +22,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from helpers import conflict, gradients, hidden, tasks, vectors
+from helpers.merge import vectors
+from helpers.states import conflict, gradients
+from helpers.states import measures as hidden
+from helpers.study import tasks
 
 LAYERS, RANK = 3, 16
 SHAPES = {

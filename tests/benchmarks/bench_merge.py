@@ -29,7 +29,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from helpers import checkpoints, vectors
+from helpers.merge import folder as checkpoints
+from helpers.merge import vectors
 
 ROOT = Path(__file__).resolve().parents[2]
 MERGEKIT = "mergekit==0.1.5"
@@ -63,7 +64,7 @@ SETTINGS = {  # our flags, mergekit's parameters: the same formula
 # The subjects: programs that print the CPU seconds they spent before the merge and in all.
 OURS = """
 import sys, time
-from helpers import checkpoints
+from helpers.merge import folder as checkpoints
 start = time.process_time()
 checkpoints.main(sys.argv[1:])
 print(start, time.process_time())

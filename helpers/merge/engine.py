@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers import rules
-from helpers.vectors import Row, row_blocks
+from helpers.merge import rules
+from helpers.merge.vectors import Row, row_blocks
 
 Rows = Sequence[Row] | Callable[[], Iterable[Row]]
 

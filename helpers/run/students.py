@@ -10,7 +10,7 @@ from typing import Any
 
 import nbformat
 
-from helpers.records import ROOT, atomic_write
+from helpers.store import ROOT, atomic_write
 
 
 def student_copy(book: Any) -> Any:

@@ -19,9 +19,10 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as distributions
 
-from helpers import bound, conflict, evaluate
-from helpers.records import ROOT
-from helpers.stats import Interval
+from helpers.states import bound, conflict
+from helpers.stats.dyads import Interval
+from helpers.store import ROOT
+from helpers.study import scores as evaluate
 
 STUDIES = ROOT / "data" / "results"
 # Rules whose result mergekit gives as well, so that the command and the YAML are one merge.

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers import merging, vectors
+from helpers.merge import engine as merging
+from helpers.merge import vectors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {  # safetensors' names
@@ -324,7 +325,11 @@ def probe_grams(
     fp32, and each model is the base with its task vector applied. The matrices of one model are
     held at a time: they are written into `folder` and come back memory-mapped.
     """
-    from helpers import assets, hidden, tasks  # they import transformers, which folders need not
+    from helpers.states import measures as hidden
+    from helpers.study import (
+        assets,  # they import transformers, which folders need not
+        tasks,
+    )
 
     model, tokenizer = assets.load_model(str(base), device=device)
     names = _linear_layers(model, rows)
@@ -420,7 +425,9 @@ def _folder(model: str) -> Path:
     """A folder as it is; anything else is the name of a model, which may have to be fetched."""
     if Path(model).is_dir():
         return Path(model)
-    from helpers import assets  # imports transformers: seconds and 0.14 GB that a folder needs not
+    from helpers.study import (
+        assets,  # imports transformers: seconds and 0.14 GB that a folder needs not
+    )
 
     try:
         return assets.model_folder(model)

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from helpers import records
-from helpers.tasks import (
+from helpers import store as records
+from helpers.study.tasks import (
     Task,
     encode_answer,
     encode_input,

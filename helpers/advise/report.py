@@ -30,9 +30,17 @@ from scipy.stats import rankdata
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from helpers import assets, bound, choose, evaluate, figures, hidden, merging, page, tasks, vectors
-from helpers.checkpoints import read_probes as texts_of
-from helpers.records import ROOT, atomic_write
+from helpers import figures
+from helpers.advise import choices as choose
+from helpers.merge import engine as merging
+from helpers.merge import vectors
+from helpers.merge.folder import read_probes as texts_of
+from helpers.run import page
+from helpers.states import bound
+from helpers.states import measures as hidden
+from helpers.store import ROOT, atomic_write
+from helpers.study import assets, tasks
+from helpers.study import scores as evaluate
 
 NEUTRAL = ROOT / "data" / "neutral_probes.txt"
 TASK_PROBES = 64  # probes that are taken of a task that is named

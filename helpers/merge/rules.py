@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from helpers.vectors import BLOCK, Block, Lazy, Row, row_blocks
+from helpers.merge.vectors import BLOCK, Block, Lazy, Row, row_blocks
 
 Fraction = Annotated[float, (0.0, 1.0)]  # an option's range: part of a rule's contract
 Taus = Sequence[Tensor | Lazy]

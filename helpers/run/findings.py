@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 
-from helpers import stats
+from helpers.stats import dyads as stats
 
 # The metrics declared before any result: hidden-state distance and the paper's four of conflict.
 PRIMARY = ("hidden_sim", "sign_change", "magnitude_change", "conflict_magnitude", "cosine")

@@ -31,8 +31,8 @@ import nbformat
 import pandas as pd
 import psutil
 
-from helpers.page import figures_of, write_page
-from helpers.records import ROOT, append_jsonl, canonical, digest, read_jsonl, revision
+from helpers.run.page import figures_of, write_page
+from helpers.store import ROOT, append_jsonl, canonical, digest, read_jsonl, revision
 
 # Set by the runner wherever a notebook declares them: the profile's name, the folder whose tables
 # are read, the folder that is written. They are one folder here; a notebook that by default reads
@@ -331,7 +331,10 @@ def _check_inputs(steps: list[Step]) -> None:
 
     Raises ValueError for what cannot be had.
     """
-    from helpers import assets, tasks  # seconds: not paid by a run that has nothing to do
+    from helpers.study import (
+        assets,  # seconds: not paid by a run that has nothing to do
+        tasks,
+    )
 
     for model in dict.fromkeys(x.parameters["MODEL"] for x in steps if "MODEL" in x.parameters):
         assets.model_folder(model)
@@ -345,8 +348,8 @@ def _surroundings() -> str:
 
     The profiles and the list of notebooks come in through the parameters; results depend on us.
     """
-    helpers = Path(__file__).parent
-    files = [*helpers.glob("*.py"), *helpers.glob("*.mplstyle"), ROOT / "requirements.txt"]
+    helpers = Path(__file__).parents[1]
+    files = [*helpers.rglob("*.py"), *helpers.glob("*.mplstyle"), ROOT / "requirements.txt"]
     files += (ROOT / "data" / "results").glob("minutes.json")
     files += (ROOT / "data").glob("*.txt")
     files += [
@@ -587,7 +590,7 @@ def _say_plan(profile: str, steps: list[Step]) -> None:
 
 def _say_forecast(profile: str, steps: list[Step]) -> None:
     """Print the forecast of 01 and 02, if they are among the steps and the demo was measured."""
-    from helpers import forecast  # not read by `run` but for this line
+    from helpers.study import forecast  # not read by `run` but for this line
 
     known = profiles()
     units = forecast.unit_costs(ROOT / "data" / "results" / "demo", known["demo"])

@@ -31,8 +31,14 @@ from transformers import (
     logging,
 )
 
-from helpers import assets, bound, evaluate, hidden, merging, records, specialists, vectors
-from helpers.tasks import (
+from helpers import store as records
+from helpers.merge import engine as merging
+from helpers.merge import vectors
+from helpers.states import bound
+from helpers.states import measures as hidden
+from helpers.study import assets, specialists
+from helpers.study import scores as evaluate
+from helpers.study.tasks import (
     SHOT_END,
     Task,
     encode_input,

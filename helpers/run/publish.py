@@ -19,18 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from helpers.figures import look
-from helpers.page import figures_of
-from helpers.records import (
-    REVISION,
-    ROOT,
-    atomic_write,
-    digest,
-    read_jsonl,
-    revision,
-    store,
-    write_table,
-)
-from helpers.run import (
+from helpers.run.chain import (
     Notebook,
     chain,
     costs,
@@ -42,6 +31,17 @@ from helpers.run import (
     profiles,
     run,
     shown,
+)
+from helpers.run.page import figures_of
+from helpers.store import (
+    REVISION,
+    ROOT,
+    atomic_write,
+    digest,
+    read_jsonl,
+    revision,
+    store,
+    write_table,
 )
 
 MARKS = (
@@ -191,7 +191,8 @@ def take(profile: str, results: Path) -> pd.Series:
     """
     import torch
 
-    from helpers import parallel, study  # seconds: not paid by those who only publish
+    from helpers.study import parallel  # seconds: not paid by those who only publish
+    from helpers.study import visit as study
 
     asked = profiles()[pick(profile, profiles(), "profile")]
     run_folder = ROOT / "data" / "runs" / profile
@@ -334,7 +335,10 @@ def write_manifest(profile: str, results: Path | None = None) -> None:
     `results`, if that is given, when and at what revision it ran, for how long, on what machine and
     with which packages. What was recorded before stays where the run has nothing new.
     """
-    from helpers import assets, tasks  # seconds: not paid by those who only bring the README up
+    from helpers.study import (
+        assets,  # seconds: not paid by those who only bring the README up
+        tasks,
+    )
 
     file = ROOT / "data" / "results" / profile / "manifest.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -578,7 +582,7 @@ def studies() -> dict[str, Path]:
 
 def write_agreement() -> None:
     """Bring data/results/agreement.csv up to date with the committed studies."""
-    from helpers.findings import agreement
+    from helpers.run.findings import agreement
 
     known = studies().items()
     told = {name: pd.read_csv(folder / "statistics.csv") for name, folder in known}
@@ -661,7 +665,7 @@ def _about(folder: Path) -> str:
     """A study in words: base, tasks that count, pairs, rules at their default scale; whose
     specialists it shares; what a model at chance would have lost, and what pairs lost of what
     exceeds chance."""
-    from helpers.choose import default_arm
+    from helpers.advise.choices import default_arm
 
     settings = profiles()[folder.name]
     kept = pd.read_csv(folder / "tasks.csv")["kept"]
@@ -759,7 +763,7 @@ def _versions_table(studies: dict[str, Path]) -> list[str]:
 
 def _groups_table(folder: Path) -> list[str]:
     """What whole groups lost, by size and rule: this study's and those that 06 tries choices on."""
-    from helpers.choose import RULES, default_arm, over_tasks
+    from helpers.advise.choices import RULES, default_arm, over_tasks
 
     choices = folder / "choices.csv"
     tried = pd.read_csv(choices)["study"].unique() if choices.exists() else []
@@ -894,8 +898,10 @@ def _agreement_table(known: dict[str, Path]) -> list[str]:
 
 def _exploration(profile: str, known: dict[str, Path]) -> list[str]:
     """Which of the metrics that were not declared go with the loss, corrected over all of them."""
-    from helpers.findings import explored  # seconds, as is rivals: paid only where a study is told
-    from helpers.rivals import RIVALS
+    from helpers.advise.rivals import RIVALS
+    from helpers.run.findings import (
+        explored,  # seconds, as is rivals: paid only where a study is told
+    )
 
     related = {study: _if_there(folder / "statistics.csv") for study, folder in known.items()}
     tested = {study: explored(table) for study, table in related.items() if len(table)}

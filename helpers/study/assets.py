@@ -39,7 +39,7 @@ from transformers import (
 )
 
 CATALOGUE = tomllib.loads(
-    (Path(__file__).parents[1] / "data" / "assets.toml").read_text(encoding="utf-8")
+    (Path(__file__).parents[2] / "data" / "assets.toml").read_text(encoding="utf-8")
 )
 DTYPES = {
     "float32": torch.float32,
@@ -207,7 +207,7 @@ def bigbench_files(tasks: Iterable[str]) -> list[Path]:
         near = ", ".join(difflib.get_close_matches(task, index)) or "nothing"
         raise AssetError(
             f"BIG-bench has no JSON task {task!r}: near to it is {near}; "
-            "helpers.assets.bigbench_names() lists them all."
+            "helpers.study.assets.bigbench_names() lists them all."
         )
 
     def wanted() -> set[str]:

@@ -13,7 +13,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers.tasks import Task, encode_answer, encode_input, encode_prompt, length_buckets, pad
+from helpers.study.tasks import (
+    Task,
+    encode_answer,
+    encode_input,
+    encode_prompt,
+    length_buckets,
+    pad,
+)
 
 VERSION = 1  # raised by hand whenever a score changes
 

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 
-from helpers import assets
+from helpers.study import assets
 
 SPLITS = ("test", "probe", "dev", "train")  # test is drawn first: more training moves no test
 METRICS = ("exact_match", "rouge_l")
-CATALOGUE = Path(__file__).parent.parent / "data" / "tasks.toml"
+CATALOGUE = Path(__file__).parents[2] / "data" / "tasks.toml"
 
 # What the sentences of each GLUE task are called, and its labels in words, by label number.
 GLUE = {

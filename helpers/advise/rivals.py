@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from helpers.evaluate import dose_loss, read_dose
-from helpers.tasks import Task, encode_answer
+from helpers.study.scores import dose_loss, read_dose
+from helpers.study.tasks import Task, encode_answer
 
 PAIR = ["task_a", "task_b"]
 

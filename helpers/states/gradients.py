@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from helpers.hidden import blocks_of
-from helpers.rules import gram_matrix
-from helpers.specialists import IGNORED
-from helpers.tasks import Task, encode_answer, encode_prompt, length_buckets, pad
+from helpers.merge.rules import gram_matrix
+from helpers.states.measures import blocks_of
+from helpers.study.specialists import IGNORED
+from helpers.study.tasks import Task, encode_answer, encode_prompt, length_buckets, pad
 
 
 class Kept(NamedTuple):

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from helpers.records import atomic_write
+from helpers.store import atomic_write
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
