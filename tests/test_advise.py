@@ -18,8 +18,8 @@ from helpers.advise import choices as choose
 from helpers.advise import report as advise
 from helpers.merge import folder as checkpoints
 from helpers.states import measures as hidden
+from helpers.states.batch import encode_prompt
 from helpers.study import scores as evaluate
-from helpers.study.tasks import encode_prompt
 
 
 def save_checkpoint(folder, base, seed=5, size=0.02):

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from helpers.states import measures as hidden
-from helpers.study.tasks import pad
+from helpers.states.batch import pad
 
 PROMPTS = [[5, 9, 2], [7, 1, 8, 8, 3, 4, 11], [42], [3, 3, 14, 90]]
 

@@ -16,9 +16,10 @@ from helpers import store as records
 from helpers.merge import engine as merging
 from helpers.merge import vectors
 from helpers.run import publish
+from helpers.states import batch
 from helpers.states import measures as hidden
 from helpers.study import scores as evaluate
-from helpers.study import specialists, tasks
+from helpers.study import specialists
 from helpers.study import visit as study
 
 RECIPES = {
@@ -478,14 +479,14 @@ def test_an_encoder_is_visited_with_the_head_of_the_task(encoders):
         seen, states = study.at_dose(encoders, x, 1.0, [x])
         alone = AutoModelForSequenceClassification.from_pretrained(encoders.specialists[x])
         for i, row in enumerate(task.splits["test"]):
-            ids = torch.tensor([tasks.encode_input(encoders.tokenizer, row["prompt"])])
+            ids = torch.tensor([batch.encode_input(encoders.tokenizer, row["prompt"])])
             with torch.no_grad():
                 logprobs = alone(ids).logits[0].log_softmax(0)
             label = alone.config.label2id[row["answers"][0]]
             assert seen["nll"][i] == pytest.approx(-float(logprobs[label]), abs=1e-4)
             assert seen["correct"][i] == (int(logprobs.argmax()) == label)
         prompts = [
-            tasks.encode_input(encoders.tokenizer, p) for p in task.splits["probe"]["prompt"]
+            batch.encode_input(encoders.tokenizer, p) for p in task.splits["probe"]["prompt"]
         ]
         expected = hidden.prompt_states(alone, prompts, "mean")
         torch.testing.assert_close(states[x], expected, atol=1e-5, rtol=1e-4)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.run import chain as run
+from helpers.states import batch
 from helpers.study import assets, tasks
 
 
@@ -198,7 +199,7 @@ def test_a_profile_names_tasks_of_the_catalogue(profile):
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_padding_is_masked_by_position(sequences):
-    ids, mask = tasks.pad(sequences, fill=3)
+    ids, mask = batch.pad(sequences, fill=3)
     for sequence, row, real in zip(sequences, ids, mask, strict=True):
         assert row[real.bool()].tolist() == sequence
         assert (row[~real.bool()] == 3).all()
@@ -206,7 +207,7 @@ def test_padding_is_masked_by_position(sequences):
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 8))
 def test_buckets_hold_every_example_once_by_length(lengths, size):
-    buckets = tasks.length_buckets(lengths, size)
+    buckets = batch.length_buckets(lengths, size)
     assert sorted(i for bucket in buckets for i in bucket) == list(range(len(lengths)))
     assert [lengths[i] for bucket in buckets for i in bucket] == sorted(lengths)
     assert max(map(len, buckets)) <= size
@@ -214,5 +215,5 @@ def test_buckets_hold_every_example_once_by_length(lengths, size):
 
 def test_an_answer_ends_with_the_end_token_or_the_given_text():
     tokenizer = tiny.byte_tokenizer()
-    assert tasks.encode_answer(tokenizer, "ab")[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(tasks.encode_answer(tokenizer, "ab", "\n")) == " ab\n"
+    assert batch.encode_answer(tokenizer, "ab")[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(batch.encode_answer(tokenizer, "ab", "\n")) == " ab\n"

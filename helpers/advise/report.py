@@ -38,6 +38,7 @@ from helpers.merge.folder import read_probes as texts_of
 from helpers.run import page
 from helpers.states import bound
 from helpers.states import measures as hidden
+from helpers.states.batch import encode_prompt
 from helpers.store import ROOT, atomic_write
 from helpers.study import assets, tasks
 from helpers.study import scores as evaluate
@@ -231,7 +232,7 @@ def read(
     rows = open_models(base, models)
     moved = weight_distances(rows, labels)
     model, tokenizer = assets.load_model(base, device=device)
-    encoded = [tasks.encode_prompt(tokenizer, text) for text in probes["text"]]
+    encoded = [encode_prompt(tokenizer, text) for text in probes["text"]]
     _print_cost(model, rows, encoded, labels, labelled, batch_size)
 
     def last_layer() -> NDArray:

@@ -325,19 +325,17 @@ def probe_grams(
     fp32, and each model is the base with its task vector applied. The matrices of one model are
     held at a time: they are written into `folder` and come back memory-mapped.
     """
+    from helpers.states import batch
     from helpers.states import measures as hidden
-    from helpers.study import (
-        assets,  # they import transformers, which folders need not
-        tasks,
-    )
+    from helpers.study import assets  # it imports transformers, which folders need not
 
     model, tokenizer = assets.load_model(str(base), device=device)
     names = _linear_layers(model, rows)
     stored = []
     for i, mine in enumerate(tqdm(texts, "Gram matrices", disable=None)):
-        ids = [tasks.encode_prompt(tokenizer, text) for text in mine]
-        batches = tasks.length_buckets(list(map(len, ids)), batch_size)
-        padded = (tasks.pad([ids[j] for j in batch], 0) for batch in batches)
+        ids = [batch.encode_prompt(tokenizer, text) for text in mine]
+        batches = batch.length_buckets(list(map(len, ids)), batch_size)
+        padded = (batch.pad([ids[j] for j in part], 0) for part in batches)
         with vectors.applied(model, merging.dose(rows, i, 1.0)):
             grams = hidden.input_grams(model, padded, names)
         file = folder / f"grams-{i}.safetensors"

@@ -6,7 +6,7 @@ labelled training examples and a backward pass, but neither a specialist nor a m
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from helpers.merge.rules import gram_matrix
+from helpers.states.batch import IGNORED, encode_answer, encode_prompt, length_buckets, pad
 from helpers.states.measures import blocks_of
-from helpers.study.specialists import IGNORED
-from helpers.study.tasks import Task, encode_answer, encode_prompt, length_buckets, pad
 
 
 class Kept(NamedTuple):
@@ -30,7 +29,7 @@ class Kept(NamedTuple):
 
 
 def training_examples(
-    tasks: Mapping[str, Task], tokenizer, n: int
+    tasks: Mapping[str, Any], tokenizer, n: int
 ) -> dict[str, list[tuple[list[int], list[int]]]]:
     """The first n training examples of each task: token ids of the prompt and of its answer."""
     return {

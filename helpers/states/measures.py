@@ -22,7 +22,7 @@ from scipy import linalg, special, stats
 from scipy.spatial.distance import pdist
 from torch import Tensor, nn
 
-from helpers.study.tasks import length_buckets, pad
+from helpers.states.batch import length_buckets, pad
 
 HOW = ("last", "mean", "first_decoder")
 

@@ -13,14 +13,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers.study.tasks import (
-    Task,
-    encode_answer,
-    encode_input,
-    encode_prompt,
-    length_buckets,
-    pad,
-)
+from helpers.states.batch import encode_answer, encode_input, encode_prompt, length_buckets, pad
+from helpers.study.tasks import Task
 
 VERSION = 1  # raised by hand whenever a score changes
 

@@ -17,18 +17,17 @@ import torch
 from tqdm import tqdm
 
 from helpers import store as records
-from helpers.study.tasks import (
-    Task,
+from helpers.states.batch import (
+    IGNORED,
     encode_answer,
     encode_input,
     encode_prompt,
-    label_set,
     length_buckets,
     pad,
 )
+from helpers.study.tasks import Task, label_set
 
 VERSION = 1  # raised by hand whenever training computes something else
-IGNORED = -100  # label of a position that the loss does not count
 
 
 @dataclass(frozen=True)

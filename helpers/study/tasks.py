@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from datasets import Dataset, DatasetDict, load_dataset
 
 from helpers.study import assets
@@ -230,41 +229,6 @@ def label_set(rows: Iterable[dict]) -> list[str]:
             "output for each"
         )
     return list(sets.pop())
-
-
-# --- text to tokens --------------------------------------------------------------------------
-
-
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt, behind the model's own start token if it has one."""
-    return tokenizer(prompt)["input_ids"]
-
-
-def encode_input(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt as an encoder reads it: between its marks, cut at its last position."""
-    return tokenizer(prompt, truncation=True)["input_ids"]
-
-
-def encode_answer(tokenizer, answer: str, end: str | None = None) -> list[int]:
-    """Token ids of an answer as a continuation, closed by the end token or by the text `end`."""
-    close = [tokenizer.eos_token_id]
-    if end is not None:
-        close = tokenizer(end, add_special_tokens=False)["input_ids"]
-    return [*tokenizer(" " + answer, add_special_tokens=False)["input_ids"], *close]
-
-
-def pad(sequences: list[list[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids (B, T) and the mask of real positions: the fill may be a real token's id."""
-    width = max(map(len, sequences))
-    ids = torch.tensor([[*seq, *[fill] * (width - len(seq))] for seq in sequences])
-    mask = torch.tensor([[1] * len(seq) + [0] * (width - len(seq)) for seq in sequences])
-    return ids, mask
-
-
-def length_buckets(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar length, shortest first: little padding is computed on."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 # --- sources ---------------------------------------------------------------------------------

@@ -36,13 +36,12 @@ from helpers.merge import engine as merging
 from helpers.merge import vectors
 from helpers.states import bound
 from helpers.states import measures as hidden
+from helpers.states.batch import encode_input, encode_prompt
 from helpers.study import assets, specialists
 from helpers.study import scores as evaluate
 from helpers.study.tasks import (
     SHOT_END,
     Task,
-    encode_input,
-    encode_prompt,
     few_shot,
     label_set,
     load_tasks,

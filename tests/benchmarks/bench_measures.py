@@ -23,9 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from helpers.merge import vectors
-from helpers.states import conflict, gradients
+from helpers.states import batch, conflict, gradients
 from helpers.states import measures as hidden
-from helpers.study import tasks
 
 LAYERS, RANK = 3, 16
 SHAPES = {
@@ -130,8 +129,8 @@ def state_costs(prompts: int = 120, repeats: int = 9) -> None:
 
     @torch.no_grad()
     def bare() -> None:
-        for batch in tasks.length_buckets([len(ids) for ids in encoded], 20):
-            ids, mask = tasks.pad([encoded[i] for i in batch], 0)
+        for part in batch.length_buckets([len(ids) for ids in encoded], 20):
+            ids, mask = batch.pad([encoded[i] for i in part], 0)
             model(ids, attention_mask=mask, logits_to_keep=1)
 
     def with_states() -> None:

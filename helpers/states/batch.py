@@ -1,0 +1,43 @@
+"""From text to tokens, and from token lists to padded batches."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # label of a position that a loss does not count (torch's own default)
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt, behind the model's own start token if it has one."""
+    return tokenizer(prompt)["input_ids"]
+
+
+def encode_input(tokenizer, prompt: str) -> list[int]:
+    """Token ids of a prompt as an encoder reads it: between its marks, cut at its last position."""
+    return tokenizer(prompt, truncation=True)["input_ids"]
+
+
+def encode_answer(tokenizer, answer: str, end: str | None = None) -> list[int]:
+    """Token ids of an answer as a continuation, closed by the end token or by the text `end`."""
+    ids = tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
+    if end is None:
+        return [*ids, tokenizer.eos_token_id]
+    return ids + tokenizer(end, add_special_tokens=False)["input_ids"]
+
+
+def pad(sequences: Sequence[list[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Right-padded ids (B, T) and the mask of real positions: the fill may be a real token's id."""
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), fill)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    return ids, mask
+
+
+def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, shortest first: little padding is computed on."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
