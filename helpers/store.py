@@ -1,19 +1,22 @@
-"""Records: has this been computed already, and what exactly was it computed from?
+"""Computed once: has this been computed already, and what exactly was it computed from?
 
-A costly step is a folder named by a key: the digest of everything that determines its content.
-A folder is filled under a temporary name and renamed when it is whole, so that what can be seen is
-finished: a run killed at any moment leaves nothing that a later run could take for a result.
+A costly step is a folder named by a key, the digest of what determines its content. It is filled
+aside, under the name of this host and process, and renamed when it is whole: what can be seen is
+finished, a killed run leaves nothing that could pass for a result, and hosts that share the folder
+need no lock. The first writer wins; what was damaged since is found by its digests and made again.
 """
 
-import fcntl
+import errno
 import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import subprocess
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,12 +37,7 @@ def canonical(obj: Any) -> str:
 
 
 def _check_json(obj: Any, where: str) -> None:
-    if obj is None or isinstance(obj, str | bool | int):
-        return
-    if isinstance(obj, float):
-        if not math.isfinite(obj):
-            raise ValueError(f"{where} is {obj}, which JSON cannot hold; write None for undefined")
-    elif isinstance(obj, dict):
+    if isinstance(obj, dict):
         for name, value in obj.items():
             if not isinstance(name, str):
                 raise ValueError(f"{where} has the key {name!r}; JSON keys are text")
@@ -47,11 +45,11 @@ def _check_json(obj: Any, where: str) -> None:
     elif isinstance(obj, list | tuple):
         for i, value in enumerate(obj):
             _check_json(value, f"{where}[{i}]")
-    else:
-        raise ValueError(
-            f"{where} is a {type(obj).__module__}.{type(obj).__qualname__}; use plain numbers, "
-            "text, lists and dicts, or a digest of it"
-        )
+    elif isinstance(obj, float) and not math.isfinite(obj):
+        raise ValueError(f"{where} is {obj}, which JSON cannot hold; write None for undefined")
+    elif not isinstance(obj, str | bool | int | float | None):
+        kind = f"{type(obj).__module__}.{type(obj).__qualname__}"
+        raise ValueError(f"{where} is a {kind}; use plain numbers, text, lists, dicts or a digest")
 
 
 def digest(obj: Any) -> str:
@@ -62,17 +60,20 @@ def digest(obj: Any) -> str:
     """
     if isinstance(obj, bytes):
         return hashlib.sha256(obj).hexdigest()
+    if isinstance(obj, Path) and obj.is_dir():
+        return digest(sorted(_digests(obj).items()))
     if isinstance(obj, Path):
-        if obj.is_dir():
-            files = sorted(path for path in obj.rglob("*") if path.is_file())
-            return digest([[path.relative_to(obj).as_posix(), digest(path)] for path in files])
         with obj.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if hasattr(obj, "dtype") and hasattr(obj, "shape"):
-        return hashlib.sha256(
-            f"{obj.dtype}{list(obj.shape)}".removeprefix("torch.").encode() + _raw(obj)
-        ).hexdigest()
+        kind = f"{obj.dtype}{list(obj.shape)}".removeprefix("torch.")
+        return digest(kind.encode() + _raw(obj))
     return digest(canonical(obj).encode())
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): digest(path) for path in files}
 
 
 def _raw(array: Any) -> bytes:
@@ -83,6 +84,12 @@ def _raw(array: Any) -> bytes:
         flat = array.detach().cpu().contiguous().reshape(-1)
         return flat.view(torch.uint8).numpy().tobytes()
     return array.tobytes()
+
+
+# --- results by key --------------------------------------------------------------------------
+
+SEAL = "determinants.json"  # in each result: what it was made from, its cost, its files' digests
+_intact: dict[Path, list] = {}  # results that this process has checked, as they were then
 
 
 def key(step: str, version: int, determinants: dict) -> str:
@@ -104,48 +111,134 @@ def place(step: str, version: int, determinants: dict) -> Path:
 
 
 def finished(step: str, version: int, determinants: dict) -> bool:
-    """Whether the store holds this result."""
-    return place(step, version, determinants).exists()
+    """Whether the store holds this result, with the content that it was finished with."""
+    return _is_intact(place(step, version, determinants))
+
+
+def seal(folder: Path) -> dict:
+    """What a result was made from: step, version, determinants, machine, seconds, cpu_seconds."""
+    return json.loads((folder / SEAL).read_text(encoding="utf-8"))
+
+
+def cached(
+    step: str,
+    version: int,
+    determinants: dict,
+    compute: Callable[[Path], None],
+    machine: dict | None = None,
+) -> Path:
+    """Folder of the step's result, computed only if no earlier run has finished it.
+
+    `compute(folder)` fills an empty folder; SEAL is added, with `machine` (what rounding depends
+    on, which is in no key), and the folder renamed to store()/step/key. Of two processes that
+    compute one result the first wins. Raises OSError, in a sentence, where the store is full or
+    cannot be written.
+    """
+    done = place(step, version, determinants)
+    _asked[done] = None
+    if _is_intact(done):
+        return done
+    made_from = {"step": step, "version": version, "determinants": determinants}
+    _remove_leftovers(done)
+    part = done.with_name(f".{done.name}-{_process()}-{uuid.uuid4().hex[:8]}.part")
+    try:
+        with _explained(store()):
+            part.mkdir(parents=True)
+            start, cpu = time.perf_counter(), time.process_time()
+            compute(part)
+            made_from["seconds"] = time.perf_counter() - start
+            made_from["cpu_seconds"] = time.process_time() - cpu
+            made_from |= {"machine": machine or {}, "files": _digests(part)}
+            (part / SEAL).write_text(json.dumps(made_from, indent=1, sort_keys=True))
+            _move(part, done)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return done
+
+
+def _process() -> str:
+    return f"{platform.node()}-{os.getpid()}"
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether a result has the key and the files that it was sealed with."""
+    if not folder.is_dir():
+        return False
+    now = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    if _intact.get(folder) == now:
+        return True
+    try:
+        made_from = seal(folder)
+        name = key(*(made_from[field] for field in ("step", "version", "determinants")))
+        files = _digests(folder)
+        files.pop(SEAL)
+        if (name, files) == (folder.name, made_from["files"]):
+            _intact[folder] = now
+            return True
+    except (OSError, ValueError, KeyError):
+        pass
+    return False
+
+
+def _move(part: Path, done: Path) -> None:
+    """Rename a filled folder to its name, unless another process has finished the same result."""
+    if done.exists() and not _is_intact(done):
+        warnings.warn(f"{done} was damaged since it was computed: computed again", stacklevel=2)
+        broken = part.with_suffix(".broken")
+        done.rename(broken)
+        shutil.rmtree(broken)
+    try:
+        part.rename(done)
+    except OSError:
+        if not _is_intact(done):
+            raise
+
+
+def _remove_leftovers(done: Path) -> None:
+    """Remove what killed processes of this host left of a result; other hosts' are not ours."""
+    mark = f".{done.name}-{platform.node()}-"
+    for part in done.parent.glob(f"{mark}*.part"):
+        if not _runs(int(part.name.removeprefix(mark).split("-")[0])):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
+
+
+FAULTS = {
+    errno.ENOSPC: "is full",
+    errno.EDQUOT: "has reached its quota",
+    errno.EROFS: "is read-only",
+    errno.EACCES: "may not be written",
+}
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Say in a sentence why `folder` cannot be written to."""
+    try:
+        yield
+    except Exception as error:  # safetensors and pandas have their own words for a full disk
+        number = getattr(error, "errno", None)
+        if "No space left" in str(error):
+            number = errno.ENOSPC
+        file = Path(getattr(error, "filename", None) or folder)
+        if number not in FAULTS or not file.is_relative_to(folder):
+            raise
+        remedy = "free space there or name another folder (the store's: MERGING_COLLAPSE_STORE)"
+        message = f"{folder} {FAULTS[number]}: {remedy}; what is finished is kept"
+        raise OSError(number, message) from error
 
 
 TAKEN_FROM = "taken_from"  # file in a result that no run has made: the study whose tables told it
 _asked: dict[Path, None] = {}  # the results that this process has asked for, in order
-
-
-def cached(step: str, version: int, determinants: dict, compute: Callable[[Path], None]) -> Path:
-    """Folder of the step's result, computed only if no earlier run has finished it.
-
-    `compute(folder)` fills an empty folder; `determinants.json` is added (what it was made from and
-    what it cost) and the folder renamed to store()/step/key. Two processes that want the same
-    result do not both compute it: the second waits for the first. A lock dies with its process:
-    after `kill -9` the next call starts over.
-    """
-    done = place(step, version, determinants)
-    name = done.name
-    _asked[done] = None
-    if done.exists():
-        return done
-    done.parent.mkdir(parents=True, exist_ok=True)
-    lock_path = done.with_name(f".{name}.lock")
-    with lock_path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if done.exists():
-            return done
-        part = done.with_name(f".{name}.part")
-        if part.exists():  # left by a killed run: we hold the lock, so nobody is filling it
-            shutil.rmtree(part)
-        part.mkdir()
-        start, cpu = time.perf_counter(), time.process_time()
-        compute(part)
-        made_from = {"step": step, "version": version, "determinants": determinants}
-        made_from["seconds"] = time.perf_counter() - start
-        made_from["cpu_seconds"] = time.process_time() - cpu
-        (part / "determinants.json").write_text(json.dumps(made_from, indent=1, sort_keys=True))
-        part.rename(done)
-        lock_path.unlink()  # whoever waits on it finds the result
-    return done
-
-
 COST_FIELDS = ("step", "models", "count", "seconds", "cpu_seconds")
 
 
@@ -169,14 +262,18 @@ def costs() -> list[dict]:
     ]
 
 
+# --- whole files -----------------------------------------------------------------------------
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` (same suffix), renamed to it if the body succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
-        yield part
-        part.replace(path)
+        with _explained(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -96,7 +96,7 @@ def test_a_killed_training_leaves_nothing_and_can_be_repeated(store):
     script = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import os, signal, tiny\n"
-        "from helpers import specialists\n"
+        "from helpers.study import specialists\n"
         "def die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)\n"
         "specialists.peak_memory_mb = die\n"  # trained, nothing written yet
         "specialists.train(tiny.llama(0), tiny.byte_tokenizer(), {'name': 'tiny', 'digest': '0'},"

@@ -6,6 +6,7 @@ it belongs to, and `training.json`, what its training cost and how the loss went
 
 import hashlib
 import json
+import platform
 import resource
 import sys
 import time
@@ -54,8 +55,8 @@ def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool 
     """Folder of the specialist of `task`, trained once and then found in the store.
 
     `model` is the live base (an encoder is given as its sequence classifier) and is left as it
-    was; `base` is its base.json (name, digest). On the CPU, equal inputs and threads give equal
-    bits.
+    was; `base` is its base.json (name, digest). The key says what was asked (`determinants`); what
+    only rounding depends on is recorded beside it.
     """
     rows = task.splits["train"]
     if len(rows) < recipe.examples:
@@ -69,14 +70,6 @@ def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool 
             f"not {type(model).__name__} at rank {recipe.rank}"
         )
     rows = rows.select(range(recipe.examples))
-    determinants = {
-        "base": base["digest"],
-        "task": task.name,
-        "train": records.digest(rows.to_list()),
-        "recipe": asdict(recipe),
-        "dtype": str(model.dtype),
-        **rounding(model),
-    }
 
     def compute(folder: Path) -> None:
         # one seed per task: specialists that share an initial A would be related by accident
@@ -86,19 +79,33 @@ def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool 
         (folder / "base.json").write_text(json.dumps(base))
         (folder / "training.json").write_text(json.dumps(log))
 
-    return records.cached("specialist", VERSION, determinants, compute)
+    what = determinants(base, task, recipe, str(model.dtype))
+    return records.cached("specialist", VERSION, what, compute, machine(model))
 
 
-def rounding(model) -> dict:
-    """Which sums round alike: those of one device, and on the CPU of one number of threads."""
-    device = model.device.type
-    return {"device": device, "threads": torch.get_num_threads() if device == "cpu" else 0}
+def determinants(base: dict, task: Task, recipe: Recipe, dtype: str = "torch.float32") -> dict:
+    """What names a specialist in the store: base, task, training examples, recipe and dtype."""
+    rows = task.splits["train"].select(range(recipe.examples))
+    return {
+        "base": base["digest"],
+        "task": task.name,
+        "train": records.digest(rows.to_list()),
+        "recipe": asdict(recipe),
+        "dtype": dtype,
+    }
+
+
+def machine(model) -> dict:
+    """What rounding depends on beside the numbers: device, threads, version of torch."""
+    device = model.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return {"device": kind, "threads": threads, "torch": torch.__version__}
 
 
 def recipe_of(folder: Path) -> Recipe:
     """The recipe that a specialist in the store was trained by."""
-    told = json.loads((folder / "determinants.json").read_text(encoding="utf-8"))
-    return Recipe(**told["determinants"]["recipe"])
+    return Recipe(**records.seal(folder)["determinants"]["recipe"])
 
 
 def task_seed(seed: int, name: str) -> int:

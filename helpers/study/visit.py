@@ -112,8 +112,7 @@ class Bench:
 
     def machine(self) -> dict:
         """What rounding depends on beside the numbers."""
-        rounds = specialists.rounding(self.model)
-        return {"dtype": str(self.model.dtype), "batch_size": self.batch_size} | rounds
+        return {"dtype": str(self.model.dtype)}
 
 
 @cache  # the store's folders never change, and an encoder's is as large as the model

@@ -1,9 +1,12 @@
-"""Records: content keys, and that nothing unfinished ever counts as finished."""
+"""The store: content keys; nothing unfinished or damaged ever counts as finished."""
 
+import errno
 import json
 import math
 import multiprocessing
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from helpers import store as records
 
@@ -150,7 +154,7 @@ def test_a_killed_computation_is_not_a_result_and_the_next_run_makes_it_whole(de
     killed = subprocess.run([sys.executable, "-c", HALF_WAY.format(death=death)], timeout=60)
     assert killed.returncode in (3, -signal.SIGKILL)
     done = records.store() / "step" / records.key("step", 1, {})
-    assert not done.exists() and done.with_name(f".{done.name}.part").exists()
+    assert not done.exists() and len(list(done.parent.glob(f".{done.name}-*.part"))) == 1
     assert records.cached("step", 1, {}, lambda folder: (folder / "y.txt").touch()) == done
     assert {p.name for p in done.iterdir()} == {"y.txt", "determinants.json"}
     assert list(done.parent.iterdir()) == [done]
@@ -173,6 +177,103 @@ def test_two_processes_make_one_result():
     assert [worker.exitcode for worker in workers] == [0] * 4
     folder = records.cached("step", 1, {}, _slow)
     assert int((folder / "pid.txt").read_text()) in [worker.pid for worker in workers]
+
+
+def make(folder):
+    (folder / "x.txt").write_text("right")
+
+
+def cut_short(done, other):
+    (done / "x.txt").write_text("ri")
+
+
+def emptied(done, other):
+    (done / "x.txt").write_text("")
+
+
+def swapped(done, other):
+    shutil.rmtree(done)
+    shutil.copytree(other, done)
+
+
+def a_file_more(done, other):
+    (done / "y.txt").write_text("stray")
+
+
+def unsealed(done, other):
+    (done / "determinants.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_short, emptied, swapped, a_file_more, unsealed])
+def test_a_damaged_result_is_noticed_and_computed_again(damage):
+    done, other = (records.cached("step", 1, {"a": a}, make) for a in (1, 2))
+    damage(done, other)
+    assert not records.finished("step", 1, {"a": 1}) and records.finished("step", 1, {"a": 2})
+    with pytest.warns(UserWarning, match="was damaged"):
+        assert records.cached("step", 1, {"a": 1}, make) == done
+    assert (done / "x.txt").read_text() == "right" and records.finished("step", 1, {"a": 1})
+    assert sorted(done.parent.iterdir()) == sorted([done, other])
+
+
+def test_the_first_writer_wins_and_the_work_of_the_second_is_dropped():
+    def second(folder):
+        done = records.cached("step", 1, {}, lambda folder: (folder / "first.txt").touch())
+        (folder / "second.txt").touch()
+        assert done.exists()
+
+    done = records.cached("step", 1, {}, second)
+    assert {p.name for p in done.iterdir()} == {"first.txt", "determinants.json"}
+    assert list(done.parent.iterdir()) == [done]
+
+
+def test_leftovers_of_another_host_are_kept():
+    done = records.place("step", 1, {})
+    mine, theirs = (done.with_name(f".{done.name}-{host}-999999999-0.part") for host in HOSTS)
+    for part in (mine, theirs):
+        part.mkdir(parents=True)
+    records.cached("step", 1, {}, make)
+    assert not mine.exists() and theirs.exists()
+
+
+HOSTS = platform.node(), "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "is full"), (errno.EROFS, "is read-only")]
+)
+def test_a_store_that_cannot_be_written_is_named_in_a_sentence(number, words):
+    def fail(folder):
+        (folder / "x.txt").write_text("half")
+        raise OSError(number, "no")
+
+    with pytest.raises(OSError, match=f"store {words}: free space there or name another folder"):
+        records.cached("step", 1, {}, fail)
+    assert list((records.store() / "step").iterdir()) == []
+
+
+def test_what_cannot_be_read_is_no_fault_of_the_store():
+    def fail(folder):
+        raise PermissionError(errno.EACCES, "no", "/somewhere/else")
+
+    with pytest.raises(PermissionError, match="/somewhere/else"):
+        records.cached("step", 1, {}, fail)
+
+
+def test_a_full_disk_in_the_middle_of_a_result_leaves_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small file system can be mounted here")
+    try:
+        monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(folder))
+        tensors = {"x": torch.zeros(2**18)}
+        with pytest.raises(OSError, match="small is full: free space"):
+            records.cached("big", 1, {}, lambda f: save_file(tensors, f / "x.safetensors"))
+        assert list((folder / "big").iterdir()) == []
+        assert records.cached("small", 1, {}, make).exists()
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_atomic_write_leaves_the_old_file_when_the_body_fails(tmp_path):
