@@ -68,7 +68,7 @@ def read_probes(sources: Sequence[str] = ()) -> pd.DataFrame:
         if file.is_file():
             texts = texts_of(file)
         elif source.partition(":")[0] in tasks.READERS:
-            task = tasks.load_task(source, tasks.Sizes(1, 1, TASK_PROBES, 1))
+            task = tasks.load_task(source, tasks.Sizes(1, 1, TASK_PROBES, 1), prompt="bare")
             texts = task.splits["probe"]["prompt"]
         else:
             raise ValueError(f"probes {source!r} are neither a file nor a task (source:name)")

@@ -351,6 +351,7 @@ def write_manifest(profile: str, results: Path | None = None) -> None:
         runs[name] = {field: row[field] for field in RUN_FIELDS}
     sizes = [asked[f"{part}_EXAMPLES"] for part in ("MORE", "DEV", "PROBE", "TEST")]
     where = {"seed": asked["SPLIT_SEED"], "sources": asked["SOURCES"]}
+    where["prompt"] = asked.get("PROMPT", "bare")
     loaded = tasks.load_tasks(asked["TASKS"], sizes=sizes, **where)
     local = {name: Path(folder) for name, folder in asked["SOURCES"].items()}
     asked["SOURCES"] = {

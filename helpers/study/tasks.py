@@ -8,18 +8,21 @@ A task name is `source:name`: `bigbench:linguistic_mappings/plural_json` (embedd
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset
 
 from helpers.study import assets
 
 SPLITS = ("test", "probe", "dev", "train")  # test is drawn first: more training moves no test
 METRICS = ("exact_match", "rouge_l")
+PROMPTS = ("instructed", "bare")
 CATALOGUE = Path(__file__).parents[2] / "data" / "tasks.toml"
 
 # What the sentences of each GLUE task are called, and its labels in words, by label number.
@@ -46,11 +49,17 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """Splits are datasets with columns id, prompt, answers (first is trained on) and options."""
+    """Splits are datasets with columns id, prompt, answers (first is trained on) and options.
+
+    Tasks of one `family` are relatives. Every prompt begins with the line `instruction`; where that
+    is empty, prompts are bare.
+    """
 
     name: str
     metric: str
     splits: DatasetDict
+    family: str = ""
+    instruction: str = ""
 
     @property
     def label(self) -> str:
@@ -78,16 +87,22 @@ def short(name: str) -> str:
 
 
 def catalogue() -> dict[str, dict]:
-    """The study's candidate tasks: name -> kind, reason, and a metric if not exact match."""
+    """The study's candidate tasks: name -> family, instruction, kind, reason, perhaps a metric."""
     return tomllib.loads(CATALOGUE.read_text(encoding="utf-8"))
 
 
 def load_task(
-    name: str, sizes: Sizes, seed: int = 0, sources: dict[str, str] | None = None
+    name: str,
+    sizes: Sizes,
+    seed: int = 0,
+    sources: dict[str, str] | None = None,
+    prompt: str = "instructed",
 ) -> Task:
     """The task's splits, disjoint by normalised input, drawn by a hash seeded with `seed`.
 
-    `sources` says where `glue` (hub id or folder) and `sni` (folder) are to be read.
+    `sources` says where `glue` (hub id or folder) and `sni` (folder) are to be read. A prompt is
+    "instructed" (the task's line of instruction, then its own prompt) or "bare" (as the source has
+    it); both hold the same examples under the same ids.
     The metric is the catalogue's, else ROUGE-L for free answers of Super-NaturalInstructions and
     exact match for all others. A task with fewer inputs than are asked for has a smaller train
     split. Raises ValueError for an unknown task or metric and for a task with too few distinct
@@ -95,7 +110,9 @@ def load_task(
     """
     sources = sources or {}
     source, path = _known(name, sources)
-    metric = catalogue().get(name, {}).get("metric")
+    entry = catalogue().get(name, {})
+    metric = entry.get("metric")
+    instruction = _instruction(name, entry, prompt)
     if metric not in (None, *METRICS):
         raise ValueError(
             f"task {name} has metric {metric!r} in {CATALOGUE.name}: choose one of "
@@ -105,7 +122,26 @@ def load_task(
     if metric is None:
         free = source == "sni" and not any(row["options"] for row in pool)
         metric = "rouge_l" if free else "exact_match"
-    return Task(name, metric, split(pool, held_out, Sizes(*sizes), seed, name))
+    splits = split(pool, held_out, Sizes(*sizes), seed, name, instruction)
+    family = entry.get("family", path.split("/")[0])
+    return Task(name, metric, splits, family, instruction)
+
+
+def _instruction(name: str, entry: dict, prompt: str) -> str:
+    """The line that says which task it is; none for bare prompts.
+
+    Prompts of Super-NaturalInstructions and GLUE say it themselves.
+    """
+    if prompt not in PROMPTS:
+        raise ValueError(f"prompt {prompt!r} is unknown: choose one of {', '.join(PROMPTS)}")
+    if prompt == "bare" or name.startswith(("sni:", "glue:")):
+        return ""
+    if not entry.get("instruction"):
+        raise ValueError(
+            f"task {name} has no instruction in data/{CATALOGUE.name}: write one line there, or "
+            'ask for bare prompts (PROMPT = "bare")'
+        )
+    return entry["instruction"]
 
 
 def load_tasks(names: Iterable[str], **settings) -> dict[str, Task]:
@@ -164,14 +200,20 @@ def _archived(names: Iterable[str]) -> list[str]:
 
 
 def split(
-    pool: list[dict], held_out: list[dict] | None, sizes: Sizes, seed: int, name: str
+    pool: list[dict],
+    held_out: list[dict] | None,
+    sizes: Sizes,
+    seed: int,
+    name: str,
+    instruction: str = "",
 ) -> DatasetDict:
     """Rows (prompt, answers, options) in four splits, none sharing a normalised prompt.
 
     The order is that of sha256(seed, normalised prompt), so a row keeps its place when rows are
     added. Test rows come from `held_out` where the source has such a split; train is what is left,
-    up to its size.
+    up to its size. An instruction stands before every prompt, and moves no row to another split.
     """
+    line = f"{instruction}\n" if instruction else ""
     rest = shuffled(pool, seed)
     chosen = {}
     if held_out is not None:
@@ -189,6 +231,7 @@ def split(
                 f"task {name} has only {len(rows)} of the {getattr(sizes, part)} different inputs "
                 f"asked for its {part} split: ask for fewer examples"
             )
+        chosen[part] = [row | {"prompt": line + row["prompt"]} for row in rows]
     return DatasetDict({part: Dataset.from_list(chosen[part]) for part in sorted(chosen)})
 
 
@@ -200,9 +243,43 @@ def shuffled(rows: list[dict], seed: int) -> list[dict]:
 
     unique = {}
     for row in rows:
-        normalised = " ".join(row["prompt"].casefold().split())
+        normalised = normal(row["prompt"])
         unique.setdefault(normalised, row | {"id": rank(normalised, "id")[:12]})
     return [unique[text] for text in sorted(unique, key=lambda text: rank(text, str(seed)))]
+
+
+def normal(prompt: str) -> str:
+    """A prompt as it counts: case and white space make no difference."""
+    return " ".join(prompt.casefold().split())
+
+
+def collisions(tasks: Mapping[str, Task]) -> pd.DataFrame:
+    """Pairs of tasks with prompts that both have and that no answer serves in both.
+
+    A row for each pair that has any: task_a, task_b; shared, number of prompts that both have;
+    contradictory, how many of these have no common accepted answer; share, contradictory prompts
+    among all prompts of the smaller task. No model can do both tasks there: the loss of such a pair
+    is ambiguity, not incompatibility.
+    """
+    answers = {label: _answers(task) for label, task in tasks.items()}
+    rows = []
+    for a, b in combinations(answers, 2):
+        shared = answers[a].keys() & answers[b].keys()
+        contradictory = sum(answers[a][x].isdisjoint(answers[b][x]) for x in shared)
+        if contradictory:
+            smaller = min(len(answers[a]), len(answers[b]))
+            rows.append((a, b, len(shared), contradictory, contradictory / smaller))
+    columns = ["task_a", "task_b", "shared", "contradictory", "share"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _answers(task: Task) -> dict[str, set[str]]:
+    """The accepted answers to each normalised prompt, of all splits."""
+    return {
+        normal(row["prompt"]): set(row["answers"])
+        for split in task.splits.values()
+        for row in split
+    }
 
 
 SHOT_END = "\n"  # closes the answers of solved examples, and so an answer of the base model
@@ -211,12 +288,19 @@ SHOT_END = "\n"  # closes the answers of solved examples, and so an answer of th
 def few_shot(task: Task, split: str, shots: int = 4) -> Dataset:
     """The examples of a split, each behind the same `shots` solved training examples.
 
-    A base model that was never taught the format learns it here; score it with `end=SHOT_END`.
-    Options are left out: behind long prompts each would cost as much as the answer.
+    A base model that was never taught the format learns it here; score it with `end=SHOT_END`. The
+    instruction stands once, before the shots. Options are left out: behind long prompts each would
+    cost as much as the answer.
     """
-    solved = [row["prompt"] + " " + row["answers"][0] for row in task.splits["train"].take(shots)]
-    shown = "".join(text + 2 * SHOT_END for text in solved)
-    rows = [row | {"prompt": shown + row["prompt"], "options": []} for row in task.splits[split]]
+    line = f"{task.instruction}\n" if task.instruction else ""
+    shown = line
+    for row in task.splits["train"].take(shots):
+        solved = row["prompt"].removeprefix(line) + " " + row["answers"][0]
+        shown += solved + 2 * SHOT_END
+    rows = [
+        row | {"prompt": shown + row["prompt"].removeprefix(line), "options": []}
+        for row in task.splits[split]
+    ]
     return Dataset.from_list(rows)
 
 
