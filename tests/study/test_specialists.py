@@ -94,7 +94,7 @@ def test_what_is_finished_is_not_trained_again(store, monkeypatch):
 
 def test_a_killed_training_leaves_nothing_and_can_be_repeated(store):
     script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(tiny.__file__).parent)!r})\n"
         "import os, signal, tiny\n"
         "from helpers.study import specialists\n"
         "def die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -142,7 +142,7 @@ def test_an_encoder_is_tuned_whole_with_a_head_of_its_own(store, encoder):
         train(tiny.toy("a", options=("no", "yes")), recipe)
 
 
-GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((Path(tiny.__file__).parent / "golden.json").read_text(encoding="utf-8"))
 
 
 def test_a_training_that_computes_something_else_has_a_new_version(store, encoder):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tiny
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +19,10 @@ def bigbench(tmp_path, monkeypatch, **content):
     monkeypatch.setattr(assets, "bigbench_json", lambda name: file)
 
 
+def load(sizes, name="bigbench:toy", prompt="bare", **settings):
+    return tasks.load_task(name, sizes, prompt=prompt, **settings)
+
+
 def numbered(n):
     return [{"input": f"item {i}", "target": str(i)} for i in range(n)]
 
@@ -26,19 +30,19 @@ def numbered(n):
 def test_splits_are_disjoint_by_normalised_input_and_stable(tmp_path, monkeypatch):
     doubled = numbered(40) + [{"input": f"  ITEM   {i} ", "target": str(i)} for i in range(40)]
     bigbench(tmp_path, monkeypatch, examples=doubled)
-    task = tasks.load_task("bigbench:toy", (10, 10, 10, 10))
+    task = load((10, 10, 10, 10))
     seen = [" ".join(p.casefold().split()) for s in task.splits.values() for p in s["prompt"]]
     assert len(seen) == len(set(seen)) == 40
-    fewer = tasks.load_task("bigbench:toy", (5, 10, 10, 10))
+    fewer = load((5, 10, 10, 10))
     assert fewer.splits["test"]["id"] == task.splits["test"]["id"]
     assert fewer.splits["train"]["id"] == task.splits["train"]["id"][:5]
-    other = tasks.load_task("bigbench:toy", (10, 10, 10, 10), seed=1)
+    other = load((10, 10, 10, 10), seed=1)
     assert other.splits["test"]["id"] != task.splits["test"]["id"]
 
 
 def test_the_digest_is_of_the_content(tmp_path, monkeypatch):
     bigbench(tmp_path, monkeypatch, examples=numbered(40))
-    one, more = (tasks.load_task("bigbench:toy", (n, 5, 5, 5)) for n in (10, 20))
+    one, more = (load((n, 5, 5, 5)) for n in (10, 20))
     assert one.digest("test", "probe") == more.digest("test", "probe")
     assert one.digest("train") != more.digest("train")
 
@@ -52,7 +56,7 @@ def test_bigbench_prompts_and_answers(tmp_path, monkeypatch):
         example_output_prefix="\nSay: ",
         examples=[{"input": "sky", "target_scores": {"yes": 1, "no": 0, "aye": 1}}],
     )
-    row = tasks.load_task("bigbench:toy", (0, 0, 0, 1)).splits["test"][0]
+    row = load((0, 0, 0, 1)).splits["test"][0]
     assert row["prompt"] == "Yes or no?\nItem: sky\nSay:"
     assert row["answers"] == ["yes", "aye"]
     assert row["options"] == ["aye", "no", "yes"]
@@ -61,7 +65,7 @@ def test_bigbench_prompts_and_answers(tmp_path, monkeypatch):
 def test_free_answers_have_no_options_though_scores_are_listed(tmp_path, monkeypatch):
     example = {"input": "2+2", "target": ["4", "four"], "target_scores": {"4": 1, "banana": 0}}
     bigbench(tmp_path, monkeypatch, examples=[example])
-    row = tasks.load_task("bigbench:toy", (0, 0, 0, 1)).splits["test"][0]
+    row = load((0, 0, 0, 1)).splits["test"][0]
     assert row["prompt"] == "Q: 2+2\nA:"
     assert (row["answers"], row["options"]) == (["4", "four"], [])
 
@@ -73,17 +77,19 @@ def test_bigbench_options_are_stripped_and_examples_without_answer_left_out(tmp_
         {"input": "sun", "target": []},
     ]
     bigbench(tmp_path, monkeypatch, examples=examples)
-    row = tasks.load_task("bigbench:toy", (0, 0, 0, 1)).splits["test"][0]
+    row = load((0, 0, 0, 1)).splits["test"][0]
     assert (row["answers"], row["options"]) == (["blue"], ["blue", "red"])
     with pytest.raises(ValueError, match="only 1 of the 2 different inputs"):
-        tasks.load_task("bigbench:toy", (0, 0, 0, 2))
+        load((0, 0, 0, 2))
 
 
 def test_several_tasks_are_loaded_by_label(tmp_path, monkeypatch):
     bigbench(tmp_path, monkeypatch, examples=numbered(4))
     asked = []
     monkeypatch.setattr(assets, "bigbench_files", asked.append)
-    loaded = tasks.load_tasks(["bigbench:x/b_json", "bigbench:a"], sizes=(1, 1, 1, 1))
+    loaded = tasks.load_tasks(
+        ["bigbench:x/b_json", "bigbench:a"], sizes=(1, 1, 1, 1), prompt="bare"
+    )
     assert {label: task.name for label, task in loaded.items()} == {
         "b": "bigbench:x/b_json",
         "a": "bigbench:a",
@@ -96,7 +102,7 @@ def test_several_tasks_are_loaded_by_label(tmp_path, monkeypatch):
 def test_an_unknown_metric_is_refused(monkeypatch):
     monkeypatch.setattr(tasks, "catalogue", lambda: {"bigbench:toy": {"metric": "bleu"}})
     with pytest.raises(ValueError, match="bigbench:toy has metric 'bleu' in tasks.toml"):
-        tasks.load_task("bigbench:toy", (1, 1, 1, 1))
+        load((1, 1, 1, 1))
 
 
 def test_glue_from_a_folder_tests_on_validation(tmp_path):
@@ -156,10 +162,10 @@ def test_an_unknown_task_is_refused_in_one_sentence(name, says, tmp_path):
 def test_too_few_inputs_are_refused(tmp_path, monkeypatch):
     bigbench(tmp_path, monkeypatch, examples=numbered(20))
     with pytest.raises(ValueError, match="only 8 of the 10 different inputs asked for its dev"):
-        tasks.load_task("bigbench:toy", (5, 10, 6, 6))
+        load((5, 10, 6, 6))
     with pytest.raises(ValueError, match="only 0 of the 10 different inputs asked for its train"):
-        tasks.load_task("bigbench:toy", (10, 8, 6, 6))
-    assert tasks.load_task("bigbench:toy", (10, 5, 5, 5)).splits.num_rows["train"] == 5
+        load((10, 8, 6, 6))
+    assert load((10, 5, 5, 5)).splits.num_rows["train"] == 5
 
 
 def test_names_are_checked_before_anything_is_read(tmp_path, monkeypatch):
@@ -177,7 +183,7 @@ def test_names_are_checked_before_anything_is_read(tmp_path, monkeypatch):
 
 def test_few_shot_shows_training_examples_only(tmp_path, monkeypatch):
     bigbench(tmp_path, monkeypatch, examples=numbered(30))
-    task = tasks.load_task("bigbench:toy", (10, 5, 5, 5))
+    task = load((10, 5, 5, 5))
     rows = tasks.few_shot(task, "test", shots=2)
     shown = [task.splits["train"][i] for i in range(2)]
     start = "".join(f"{row['prompt']} {row['answers'][0]}\n\n" for row in shown)
@@ -187,7 +193,8 @@ def test_few_shot_shows_training_examples_only(tmp_path, monkeypatch):
 def test_every_candidate_task_says_why_it_is_here():
     for name, entry in tasks.catalogue().items():
         assert name.split(":")[0] in tasks.READERS
-        assert entry["kind"] and entry["reason"]
+        assert entry["kind"] and entry["reason"] and entry["family"]
+        assert "\n" not in entry.get("instruction", "")
         assert entry.get("metric", "exact_match") in tasks.METRICS
 
 
@@ -217,3 +224,66 @@ def test_an_answer_ends_with_the_end_token_or_the_given_text():
     tokenizer = tiny.byte_tokenizer()
     assert batch.encode_answer(tokenizer, "ab")[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(batch.encode_answer(tokenizer, "ab", "\n")) == " ab\n"
+
+
+@pytest.fixture
+def instructed(tmp_path, monkeypatch):
+    bigbench(tmp_path, monkeypatch, examples=numbered(40))
+    entry = {"instruction": "Count.", "family": "numbers"}
+    monkeypatch.setattr(tasks, "catalogue", lambda: {"bigbench:toy": entry})
+    return load((10, 5, 5, 5), prompt="instructed")
+
+
+def test_an_instruction_stands_before_the_same_examples(instructed):
+    bare = load((10, 5, 5, 5))
+    assert (instructed.family, instructed.instruction, bare.instruction) == (
+        "numbers",
+        "Count.",
+        "",
+    )
+    for name, split in bare.splits.items():
+        assert instructed.splits[name]["id"] == split["id"]
+        assert instructed.splits[name]["prompt"] == [f"Count.\n{p}" for p in split["prompt"]]
+    assert instructed.digest() != bare.digest()
+
+
+def test_solved_examples_stand_behind_one_instruction(instructed):
+    (prompt, *_) = (row["prompt"] for row in tasks.few_shot(instructed, "test", shots=2))
+    bare = tasks.few_shot(load((10, 5, 5, 5)), "test", shots=2)[0]["prompt"]
+    assert prompt == f"Count.\n{bare}"
+
+
+def test_a_task_without_an_instruction_is_refused_but_bare_or_from_a_source_that_has_them(
+    tmp_path, monkeypatch
+):
+    bigbench(tmp_path, monkeypatch, examples=numbered(4))
+    with pytest.raises(ValueError, match=r"bigbench:toy has no instruction in data/tasks.toml"):
+        load((1, 1, 1, 1), prompt="instructed")
+    with pytest.raises(
+        ValueError, match="prompt 'long' is unknown: choose one of instructed, bare"
+    ):
+        load((1, 1, 1, 1), prompt="long")
+    lines = [
+        {"id": str(i), "definition": "Copy.", "input": str(i), "output": str(i)} for i in "abcd"
+    ]
+    (tmp_path / "task1.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    where = {"sources": {"sni": str(tmp_path)}}
+    task = load((1, 1, 1, 1), "sni:task1", "instructed", **where)
+    assert task.digest() == load((1, 1, 1, 1), "sni:task1", **where).digest()
+
+
+def planted(label, answers):
+    rows = [{"id": p, "prompt": p, "answers": a, "options": []} for p, a in answers.items()]
+    return tasks.Task(label, "exact_match", DatasetDict(test=Dataset.from_list(rows)))
+
+
+def test_prompts_with_other_answers_in_two_tasks_collide():
+    one = planted("one", {"a b": ["x"], "c": ["y", "z"], "d": ["u"]})
+    two = planted("two", {"A  b": ["w"], "c": ["z"], "e": ["v"], "f": ["v"]})
+    three = planted("three", {"c": ["y"], "g": ["x"]})  # agrees with `one`, not with `two`
+    table = tasks.collisions({"one": one, "two": two, "three": three})
+    assert table.values.tolist() == [
+        ["one", "two", 2, 1, 1 / 3],
+        ["two", "three", 1, 1, 1 / 2],
+    ]
+    assert tasks.collisions({"one": one, "three": three}).empty
