@@ -11,9 +11,8 @@ import pytest
 
 from helpers.run import chain as run
 from helpers.run import findings
-from helpers.stats import dyads as stats
 from helpers.store import ROOT
-from helpers.study import scores as evaluate
+from helpers.study import losses as evaluate
 
 RESULTS = ROOT / "data" / "results"
 STUDIES = sorted(path.parent.name for path in RESULTS.glob("*/losses.csv"))
@@ -71,10 +70,10 @@ def test_scores_are_the_means_of_the_recorded_answers(study, answers):
 def test_losses_controls_and_parts_follow_from_scores_and_dose_curves(study):
     losses = table(study, "losses.csv")
     curves = dict(list(table(study, "doses.csv").groupby("task")))
-    lost = losses[["score", "specialist", "base", "chance"]].itertuples(index=False)
-    found = pd.DataFrame([evaluate.losses(*scores) for scores in lost])
-    for name, values in found.items():
-        np.testing.assert_allclose(losses[name], values, err_msg=name)
+    lost = evaluate.merging_loss(losses["score"], losses["specialist"])
+    np.testing.assert_allclose(losses["loss"], lost)
+    lost = evaluate.merging_loss(losses["score"], losses["specialist"], losses["chance"])
+    np.testing.assert_allclose(losses["chance_corrected"], lost)
     for control, dose in (("control_ingredient", "dose_ingredient"), ("control_own", "dose_own")):
         read = [
             evaluate.read_dose(curves[x], at, "score")
@@ -101,16 +100,16 @@ def test_intervals_and_collapses_follow_from_the_recorded_answers(study, answers
     correct = {key: rows["correct"].to_numpy() for key, rows in of.items()}
     for row in sample(losses).itertuples():
         own = correct[f"specialist:{row.task}", row.task]
-        span = stats.loss_interval([(correct[visited(row), row.task], own)], seed=seed)
+        span = evaluate.interval([(correct[visited(row), row.task], own)], seed=seed)
         np.testing.assert_allclose([row.loss_low, row.loss_high], span[1:3], err_msg=row.merge)
     for row in sample(groups).itertuples():
         name = f"{row.group}|{row.method}" + ("" if row.arm == "default" else f"|{row.arm}")
         cells = [(correct[name, x], correct[f"specialist:{x}", x]) for x in row.group.split("+")]
-        span = stats.loss_interval(cells, seed=seed)
+        span = evaluate.interval(cells, seed=seed)
         np.testing.assert_allclose([row.loss, row.low, row.high], span[:3], err_msg=name)
-    flags = stats.collapsed(losses["loss"], losses["loss_high"])
+    flags = evaluate.collapsed(losses["loss"], losses["loss_high"])
     assert (pd.array(losses["collapsed"], dtype="boolean") == flags).all()
-    flags = stats.collapsed(groups["loss"], groups["high"])
+    flags = evaluate.collapsed(groups["loss"], groups["high"])
     assert (pd.array(groups["collapsed"], dtype="boolean") == flags).all()
 
 

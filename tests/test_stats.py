@@ -10,7 +10,6 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.anova import anova_lm
 
 from helpers.stats import dyads as stats
-from helpers.study import scores as evaluate
 
 TASKS = list("abcdefgh")
 
@@ -494,14 +493,6 @@ def test_crossed_effects_are_found_and_their_tests_keep_their_level(rng):
     assert (np.mean(np.array(null) < 0.05, axis=0) <= 0.085).all()
     with pytest.raises(ValueError, match="every cell"):
         stats.crossed_model(cells(1, 1, 1).drop(index=0))
-
-
-def test_the_merging_loss_is_one_formula_in_two_rooms(rng):
-    merged, specialist = rng.random(50), np.append(rng.random(49), 0.0)
-    ours = stats._loss(merged, specialist)
-    theirs = [evaluate.merging_loss(m, s) for m, s in zip(merged, specialist, strict=True)]
-    np.testing.assert_array_equal(ours, theirs)
-    assert np.isnan(ours[-1])
 
 
 def test_a_metric_that_one_task_alone_sets_apart_predicts_the_mean_without_it():

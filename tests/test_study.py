@@ -343,7 +343,7 @@ def test_swaps_put_one_newcomer_in_the_place_of_each_member():
 
 def test_a_swap_is_worth_what_the_swapped_group_loses(bench, monkeypatch):
     """Losses are read off merges that are made by hand here; a group without outsiders has none."""
-    monkeypatch.setattr(evaluate, "merging_loss", lambda merged, own: 100 * (merged - own))
+    monkeypatch.setattr(study, "merging_loss", lambda merged, own: 100 * (merged - own))
     rules = {name: {"method": name} for name in ("linear", "ties")}
     both = study.swap_losses(bench, ["ab", "bc"], rules, seed=1)
     assert list(both["method"]) == ["linear"] * 4 + ["ties"] * 4

@@ -22,7 +22,7 @@ from scipy import stats as distributions
 from helpers.states import bound, conflict
 from helpers.stats.dyads import Interval
 from helpers.store import ROOT
-from helpers.study import scores as evaluate
+from helpers.study.losses import dose_loss
 
 STUDIES = ROOT / "data" / "results"
 # Rules whose result mergekit gives as well, so that the command and the YAML are one merge.
@@ -346,7 +346,7 @@ def criteria(
 
     @cache
     def lost_alone(task: str, n: int) -> float:
-        return evaluate.dose_loss(curves[task], 1 / n)
+        return dose_loss(curves[task], 1 / n)
 
     def without(held: frozenset[str]) -> pd.DataFrame:
         return known[~(known["task_a"].isin(held) | known["task_b"].isin(held))]

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from helpers.states.batch import encode_answer
-from helpers.study.scores import dose_loss, read_dose
+from helpers.study.losses import dose_loss, read_dose
 from helpers.study.tasks import Task
 
 PAIR = ["task_a", "task_b"]

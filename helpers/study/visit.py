@@ -39,6 +39,7 @@ from helpers.states import measures as hidden
 from helpers.states.batch import encode_input, encode_prompt
 from helpers.study import assets, specialists
 from helpers.study import scores as evaluate
+from helpers.study.losses import merging_loss, read_dose
 from helpers.study.tasks import (
     SHOT_END,
     Task,
@@ -604,7 +605,7 @@ def swap_losses(
             merged.examples.groupby("task")["correct"].mean()
             for merged in merge_group(bench, group, recipes, seed, probe=False)
         )
-        return [np.mean([evaluate.merging_loss(of[x], own(x)) for x in group]) for of in scores]
+        return [np.mean([merging_loss(of[x], own(x)) for x in group]) for of in scores]
 
     for group in tqdm(list(groups), desc="swaps", unit="group", mininterval=5):
         before = losses(group)
@@ -713,7 +714,7 @@ def trained_twice(bench: Bench, label: str) -> tuple[Bench, tuple[np.ndarray, np
     (average,) = merge_group(two, both, {"linear": {"method": "linear"}})
     own, states = zip(*(at_dose(two, x, 1.0, [x]) for x in both), strict=True)
     score = np.mean([examples["correct"].mean() for examples in own])
-    loss = evaluate.merging_loss(average.examples["correct"].mean(), score)
+    loss = merging_loss(average.examples["correct"].mean(), score)
     once, twice = (of[x].double().numpy() for x, of in zip(both, states, strict=True))
     return two, (once, twice), loss
 
@@ -794,7 +795,7 @@ def loss_table(
             there = m.examples.loc[m.examples["task"] == x, ["correct", "nll", "invalid"]].mean()
             own, base, chance = known.loc[x, ["specialist", "base", "chance"]]
             a, c = m.report["ingredient"][i], m.report["own"][i]
-            at_a, at_c = (evaluate.read_dose(curves[x], dose, "score") for dose in (a, c))
+            at_a, at_c = (read_dose(curves[x], dose, "score") for dose in (a, c))
             plain = merging.METHODS[m.report["method"]].coefficients is not None or m.same_as
             alone = nll_alone = np.nan
             if not plain:
@@ -804,9 +805,10 @@ def loss_table(
                 recipe |= {"scale": round(m.report["scale"], 2)}
                 run = at_solo(bench, x, len(m.group), recipe, seed)
                 alone, nll_alone = run[["correct", "nll"]].mean()
-            lost = evaluate.losses(there["correct"], own, base, chance)
+            lost = {"loss": merging_loss(there["correct"], own)}
+            lost["chance_corrected"] = merging_loss(there["correct"], own, chance)
             diluted, reached, solo = (
-                evaluate.merging_loss(score, own) for score in (at_a, at_c, alone)
+                merging_loss(score, own) for score in (at_a, at_c, alone)
             )
             controls = (diluted, reached) if plain else (solo,)
             rows.append(

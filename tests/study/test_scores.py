@@ -114,32 +114,6 @@ def test_the_commonest_training_answer_is_chance():
     assert evaluate.constant_answer(task, "test") == pytest.approx(5 / 9)
 
 
-def test_losses_of_known_scores():
-    got = evaluate.losses(merged=0.6, specialist=0.8, base=0.4, chance=0.3)
-    assert got == pytest.approx(
-        {"loss": -25.0, "drop": -20.0, "chance_corrected": -40.0, "recovered": 0.5}
-    )
-
-
-@pytest.mark.parametrize(
-    ("scores", "undefined"),
-    [
-        ((0.1, 0.0, 0.0, 0.0), {"loss", "chance_corrected", "recovered"}),
-        ((0.1, 0.2, 0.2, 0.3), {"chance_corrected", "recovered"}),
-    ],
-)
-def test_an_undefined_loss_is_no_number(scores, undefined):
-    got = evaluate.losses(*scores)
-    assert {name for name, value in got.items() if math.isnan(value)} == undefined
-
-
-def test_a_dose_is_read_between_its_neighbours_and_never_outside():
-    curve = pd.DataFrame({"dose": [1.0, 0.0, 0.5], "correct": [1.0, 0.0, 0.2]})
-    assert evaluate.read_dose(curve, 0.75) == pytest.approx(0.6)
-    assert evaluate.read_dose(curve, 1.0) == 1.0
-    assert math.isnan(evaluate.read_dose(curve, 1.01))
-
-
 def test_a_linear_probe_minimises_its_objective_and_learns_what_is_linear():
     generator = torch.Generator().manual_seed(0)
     known, asked = (torch.randn(n, 5, generator=generator) for n in (200, 100))
