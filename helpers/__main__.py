@@ -104,9 +104,9 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
             else:
                 publish.refresh(arguments.profile, arguments.reuse)
         elif arguments.command == "merge":
-            from helpers.merge import folder as checkpoints
+            from helpers import merge
 
-            checkpoints.main(rest)
+            merge.main(rest, _fetched)
         else:
             from helpers.advise import report as advise
 
@@ -121,6 +121,13 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
         print("interrupted; the same command takes up what is not finished", file=sys.stderr)
         return 130
     return 0
+
+
+def _fetched(model: str) -> Path:
+    """The folder of a model that has to be fetched by its name."""
+    from helpers.study import assets  # imports transformers: seconds that a folder needs not
+
+    return assets.model_folder(model)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ LOOKS: dict[str, dict[str, str]] = {
     "della": {"label": "DELLA", "color": GREEN, "marker": "d"},
     "iso_c": {"label": "Iso-C", "color": SKY, "marker": "p"},
     "tsv": {"label": "TSV", "color": AMBER, "marker": "h"},
-    "regmean": {"label": "RegMean", "color": BLACK, "marker": "*"},
     "chebyshev": {"label": "Chebyshev", "color": BLACK, "marker": "8"},
     "prism": {"label": "PRISM", "color": BLACK, "marker": ">"},
 }

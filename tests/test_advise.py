@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from helpers import merge as merging
 from helpers.__main__ import main
 from helpers.advise import choices as choose
 from helpers.advise import report as advise
-from helpers.merge import folder as checkpoints
 from helpers.states import measures as hidden
 from helpers.states.batch import encode_prompt
 from helpers.study import scores as evaluate
@@ -170,7 +170,7 @@ def test_models_of_ones_own_are_advised_on_merged_and_run(
         folder = tmp_path / f"merged-{made['title'].replace(' ', '-')}"
         config = tmp_path / "config.yml"
         config.write_text(made["mergekit"])  # the same merge in mergekit's words
-        checkpoints.main(["--mergekit", str(config), "--out", str(tmp_path / "again")])
+        merging.main(["--mergekit", str(config), "--out", str(tmp_path / "again")])
         ours, theirs = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
         assert all(torch.allclose(ours[x], theirs[x], atol=1e-6) for x in ours)
         shutil.rmtree(tmp_path / "again")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers.merge.vectors import Row, open_base, open_specialist, stream, views
+from helpers.merge import Row, open_base, open_specialist, stream, views
 from helpers.states import conflict
 from helpers.states.conflict import (
     METRICS,

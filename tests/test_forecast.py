@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers.merge import engine as merging
+from helpers import merge as merging
 from helpers.study import forecast
 from helpers.study import visit as study
 

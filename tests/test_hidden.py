@@ -14,13 +14,11 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
-    BertModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from helpers.states import measures as hidden
-from helpers.states.batch import pad
 
 PROMPTS = [[5, 9, 2], [7, 1, 8, 8, 3, 4, 11], [42], [3, 3, 14, 90]]
 
@@ -141,44 +139,6 @@ def test_layer_names_tell_final_norm_from_raw_stream():
     assert hidden.layer_names(tiny.llama(tie_last_hidden_states=False))[-1] == "block 2"
     assert hidden.layer_names(bert()) == ["embeddings", "block 1", "block 2"]
     assert hidden.layer_names(t5()) == ["embeddings", "block 1", "final norm"]
-
-
-# --- inputs of the linear layers ----------------------------------------------------------------
-
-
-def test_input_grams_are_the_products_of_each_prompts_inputs_and_never_count_padding():
-    model, names = tiny.llama(), ["model.layers.1.mlp.down_proj.weight"]
-    seen = []
-    layer = model.model.layers[1].mlp.down_proj
-    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
-    with torch.no_grad():
-        for prompt in PROMPTS:
-            model(torch.tensor([prompt]))
-    handle.remove()
-    x = torch.cat(seen).double()
-    batches = [pad(PROMPTS[:3], 7), pad(PROMPTS[3:], 7)]
-    grams = hidden.input_grams(model, batches, names)
-    assert list(grams) == names and grams[names[0]].dtype == torch.float32
-    torch.testing.assert_close(grams[names[0]].double(), x.T @ x / 15, rtol=1e-4, atol=1e-6)
-
-    everything = hidden.input_grams(model, batches)
-    assert len(everything) == 14  # seven matrices in two blocks; the head is not below itself
-    torch.testing.assert_close(everything[names[0]], grams[names[0]], rtol=0, atol=0)
-    before = model.model.layers[0].self_attn
-    q, v = (everything[f"model.layers.0.self_attn.{kind}_proj.weight"] for kind in "qv")
-    assert torch.equal(q, v) and q.shape == (before.q_proj.in_features,) * 2
-
-
-def test_input_grams_leave_no_hook_behind_and_refuse_other_weights():
-    model = tiny.llama()
-    hidden.input_grams(model, [pad(PROMPTS, 7)])
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    with pytest.raises(ValueError, match="lm_head.weight is no linear layer's weight"):
-        hidden.input_grams(model, [pad(PROMPTS, 7)], ["lm_head.weight"])
-    with pytest.raises(ValueError, match="no token"):
-        hidden.input_grams(model, [])
-    with pytest.raises(ValueError, match="pooler.dense.weight does not see every token"):
-        hidden.input_grams(BertModel(bert().config), [pad(PROMPTS, 7)])
 
 
 # --- measures ---------------------------------------------------------------------------------

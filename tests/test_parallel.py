@@ -5,7 +5,7 @@ import os
 import pytest
 import tiny
 
-from helpers.merge import engine as merging
+from helpers import merge as merging
 from helpers.study import parallel, specialists
 from helpers.study import scores as evaluate
 from helpers.study import visit as study

@@ -12,9 +12,9 @@ import time
 import nbformat
 import pytest
 
+from helpers import merge
 from helpers import store as records
 from helpers.__main__ import main
-from helpers.merge import folder as checkpoints
 from helpers.run import chain as run
 from helpers.run import page, publish
 from helpers.study import assets
@@ -59,7 +59,8 @@ MAKE = [
     """
     import json, os, time
     from pathlib import Path
-    from helpers import store as records
+    from helpers import merge
+from helpers import store as records
     folder = Path.cwd() / RESULTS
     (folder / "numbers.csv").write_text("".join(f"{i * RATE}\\n" for i in range(N)))
     (folder / "scratch.txt").write_text("not for others")
@@ -90,7 +91,8 @@ READ = [
     """,
     """
     from pathlib import Path
-    from helpers import store as records
+    from helpers import merge
+from helpers import store as records
     total = sum(map(float, (Path(RESULTS) / "numbers.csv").read_text().split()))
     result = {"name": "sum", "value": total, "unit": "1", "n": 3}
     records.write_record(Path(RESULTS) / "record_02.json", [result]) and None
@@ -537,7 +539,7 @@ def test_what_cannot_be_had_is_refused_before_the_first_notebook(
 
 def test_merge_gets_its_arguments_as_they_were_typed(monkeypatch):
     seen = []
-    monkeypatch.setattr(checkpoints, "main", seen.append)
+    monkeypatch.setattr(merge, "main", lambda argv, folder_of: seen.append(argv))
     typed = ["--method", "ties", "--models", "a", "b", "--out", "c", "-p", "--help"]
     assert main(["merge", *typed]) == 0
     assert seen == [typed]
@@ -547,10 +549,10 @@ def test_merge_gets_its_arguments_as_they_were_typed(monkeypatch):
     "error", [assets.AssetError, ValueError, FileNotFoundError, PermissionError]
 )
 def test_a_bad_merge_is_one_sentence_and_exit_code_2(monkeypatch, capsys, error):
-    def refuse(argv):
+    def refuse(argv, folder_of):
         raise error("there are no weights in x")
 
-    monkeypatch.setattr(checkpoints, "main", refuse)
+    monkeypatch.setattr(merge, "main", refuse)
     assert main(["merge"]) == 2
     assert capsys.readouterr().err == "error: there are no weights in x\n"
 

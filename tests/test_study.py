@@ -12,9 +12,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from helpers import merge as merging
 from helpers import store as records
-from helpers.merge import engine as merging
-from helpers.merge import vectors
 from helpers.run import publish
 from helpers.states import batch
 from helpers.states import measures as hidden
@@ -210,7 +209,7 @@ def test_doses_end_at_the_base_and_at_the_specialist(bench):
     base = study.at_base(bench)[0].query("task == 'a'").reset_index(drop=True)
     pd.testing.assert_frame_equal(study.at_dose(bench, "a", 0.0)[0], base, atol=1e-6)
     _, delta = study.delta_at(bench, "a", 1.0)
-    tau = next(vectors.stream(*bench.sources("a")))
+    tau = next(merging.stream(*bench.sources("a")))
     assert torch.equal(delta()[tau.name], tau.taus[0])
 
 
@@ -235,9 +234,9 @@ def test_a_task_trained_twice_is_two_models_of_one_task(bench, monkeypatch):
 def test_solo_needs_no_partner(bench):
     """What TIES does to a task whose partner changed nothing is what trimming alone does."""
     alone = study.at_solo(bench, "a", 2, RECIPES["ties"])
-    rows = [r._replace(taus=[r.taus[0], vectors.zero(r.base.shape)]) for r in bench.rows("a")]
+    rows = [r._replace(taus=[r.taus[0], merging.zero(r.base.shape)]) for r in bench.rows("a")]
     delta, _ = merging.merge(rows, "ties", list("ab"), density=0.5)
-    with vectors.applied(bench.model, delta):
+    with merging.applied(bench.model, delta):
         rows = bench.tasks["a"].splits["test"]
         expected = evaluate.score(bench.model, bench.tokenizer, rows, batch_size=4)
     np.testing.assert_allclose(alone["nll"], expected["nll"], atol=1e-6)

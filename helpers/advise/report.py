@@ -31,10 +31,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from helpers import figures
+from helpers import merge as merging
 from helpers.advise import choices as choose
-from helpers.merge import engine as merging
-from helpers.merge import vectors
-from helpers.merge.folder import read_probes as texts_of
 from helpers.run import page
 from helpers.states import bound
 from helpers.states import measures as hidden
@@ -66,7 +64,7 @@ def read_probes(sources: Sequence[str] = ()) -> pd.DataFrame:
     for source in sources or [str(NEUTRAL)]:
         file = Path(source).expanduser()
         if file.is_file():
-            texts = texts_of(file)
+            texts = _texts(file)
         elif source.partition(":")[0] in tasks.READERS:
             task = tasks.load_task(source, tasks.Sizes(1, 1, TASK_PROBES, 1), prompt="bare")
             texts = task.splits["probe"]["prompt"]
@@ -78,6 +76,23 @@ def read_probes(sources: Sequence[str] = ()) -> pd.DataFrame:
     if len(probes) < 2:
         raise ValueError("the probes are all the same: give texts that differ, 50 or more")
     return probes.reset_index(drop=True)
+
+
+def _texts(file: Path) -> list[str]:
+    """The texts of a file: its lines or, of a .jsonl file, each line's `prompt` or else its `text`.
+
+    Empty lines do not count. Raises ValueError naming the file, and the line, that is no such text.
+    """
+    if file.suffix != ".jsonl":
+        texts = file.read_text(encoding="utf-8").split("\n")
+    else:
+        texts = [row.get("prompt", row.get("text")) for row in _json_lines(file)]
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise ValueError(f"{file}, text {number}: no prompt or text is given as a string")
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"{file} holds no text: give a text a line, or JSONL with prompt or text")
+    return [text for text in texts if text.strip()]
 
 
 def _json_lines(file: Path) -> list[dict]:
@@ -134,7 +149,7 @@ def is_decoder(base: str) -> bool:
     return any(kind.endswith("CausalLM") for kind in config.get("architectures") or [])
 
 
-def open_models(base: str, models: Mapping[str, str]) -> list[vectors.Row]:
+def open_models(base: str, models: Mapping[str, str]) -> list[merging.Row]:
     """The task vectors of `models` (by label), as rows that hold no data yet.
 
     Raises ValueError, with the first reason, for models that cannot be merged into this base:
@@ -143,11 +158,11 @@ def open_models(base: str, models: Mapping[str, str]) -> list[vectors.Row]:
     if not is_decoder(base):
         raise ValueError(f"{base} is no decoder: advice reads the state of a prompt's last token")
     folder = assets.model_folder(base)
-    source = vectors.open_base(folder)
-    specialists = [vectors.open_specialist(_folder(model), x) for x, model in models.items()]
+    source = merging.open_base(folder)
+    specialists = [merging.open_specialist(_folder(model), x) for x, model in models.items()]
     if any(s.base_digest for s in specialists) and not source.base_digest:
         source = source._replace(base_digest=assets.model_digest(folder))
-    vectors.check(source, specialists)
+    merging.check(source, specialists)
     ours = _vocabulary(folder)
     for label, model in models.items():
         theirs = _vocabulary(_folder(model))
@@ -157,7 +172,7 @@ def open_models(base: str, models: Mapping[str, str]) -> list[vectors.Row]:
                     f"{label} has another vocabulary than the base (token {number} is "
                     f"{theirs[number]!r}, not {ours[number]!r}): they do not read the same input"
                 )
-    rows = vectors.views(source, specialists)
+    rows = merging.views(source, specialists)
     if not rows:
         raise ValueError("no model differs from the base: there is nothing to merge")
     return rows
@@ -171,7 +186,7 @@ def _vocabulary(folder: Path) -> dict[int, str]:
     return {number: token for token, number in Tokenizer.from_file(str(file)).get_vocab().items()}
 
 
-def weight_distances(rows: Iterable[vectors.Row], labels: Sequence[str]) -> NDArray:
+def weight_distances(rows: Iterable[merging.Row], labels: Sequence[str]) -> NDArray:
     """||tau_i|| / ||theta_0|| over the tensors that some model changed, (models,).
 
     A fine-tuned model stays near its base (well below 0.1); an unrelated one of the same shape lies
@@ -188,12 +203,12 @@ def weight_distances(rows: Iterable[vectors.Row], labels: Sequence[str]) -> NDAr
     return np.sqrt(moved / norm)
 
 
-def _square_norm(tensor: vectors.Lazy) -> float:
+def _square_norm(tensor: merging.Lazy) -> float:
     if tensor.factors is not None:  # ||s B A||^2 = s^2 <B'B, AA'>: no dense matrix is made
         scaling, B, A = tensor.factors
         B, A = B.double(), A.double()
         return float(scaling**2 * ((B.T @ B) * (A @ A.T)).sum())
-    blocks = vectors.row_blocks(tensor.shape, tensor.device)
+    blocks = merging.row_blocks(tensor.shape, tensor.device)
     return sum(float(torch.linalg.vector_norm(tensor[block.rows])) ** 2 for block in blocks)
 
 
@@ -243,10 +258,10 @@ def read(
 
     states, curves = [last_layer()], []
     for i, label in enumerate(tqdm(labels, desc="reading", unit="model", disable=None)):
-        with vectors.applied(model, merging.dose(rows, i, 1.0)):
+        with merging.applied(model, merging.dose(rows, i, 1.0)):
             states.append(last_layer())
         for dose in DOSES if label in labelled else ():
-            with vectors.applied(model, merging.dose(rows, i, dose)):
+            with merging.applied(model, merging.dose(rows, i, dose)):
                 curves.append({"task": label, "dose": dose, "score": score(label)})
     doses = pd.DataFrame(curves, columns=["task", "dose", "score"])
     return Reading(labels, np.array(states), moved, doses)

@@ -1,0 +1,63 @@
+"""Merging, the core of the package: task vectors, rules, the engine, the folder it writes.
+
+Imports none of the other rooms. Read in this order: blocks, weights, adapters, vectors (what is
+merged); selection, rules, spectral, methods (how); engine, report (the merge); recipe, folder,
+card, command (from a stated merge to a model on disk).
+"""
+
+from helpers.merge.blocks import Factors, Lazy, gram_matrix, row_blocks, zero
+from helpers.merge.command import main
+from helpers.merge.engine import MATCHES, dose, merge, merge_tensors, rounded
+from helpers.merge.folder import merge_to_folder
+from helpers.merge.methods import METHODS, MergePlan, check_method, options_of, plan
+from helpers.merge.recipe import DTYPES, MERGEKIT, Recipe, read_mergekit
+from helpers.merge.report import Report, delta_digest, same
+from helpers.merge.spectral import singular_triplets
+from helpers.merge.vectors import (
+    Row,
+    Source,
+    applied,
+    check,
+    open_base,
+    open_specialist,
+    stream,
+    views,
+)
+from helpers.merge.weights import read_folder
+
+__all__ = [
+    "DTYPES",
+    "MATCHES",
+    "MERGEKIT",
+    "METHODS",
+    "Factors",
+    "Lazy",
+    "MergePlan",
+    "Recipe",
+    "Report",
+    "Row",
+    "Source",
+    "applied",
+    "check",
+    "check_method",
+    "delta_digest",
+    "dose",
+    "gram_matrix",
+    "main",
+    "merge",
+    "merge_tensors",
+    "merge_to_folder",
+    "open_base",
+    "open_specialist",
+    "options_of",
+    "plan",
+    "read_folder",
+    "read_mergekit",
+    "rounded",
+    "row_blocks",
+    "same",
+    "singular_triplets",
+    "stream",
+    "views",
+    "zero",
+]

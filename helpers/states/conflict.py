@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pdist
 
-from helpers.merge.rules import singular_triplets
-from helpers.merge.vectors import Lazy, Row
+from helpers.merge import Lazy, Row, singular_triplets
 
 BLOCK = 1 << 15  # coordinates at a time: a few MB for a dozen models
 WHERE = ["tensor", "kind", "layer", "task_a", "task_b"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from helpers.merge.rules import gram_matrix
+from helpers.merge import gram_matrix
 from helpers.states.batch import IGNORED, encode_answer, encode_prompt, length_buckets, pad
 from helpers.states.measures import blocks_of
 

@@ -9,7 +9,7 @@ and MEASURES says of each which way it points and what it needs.
     similarities: 1 for equal states, smaller is further apart
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations
 from typing import NamedTuple
@@ -102,61 +102,6 @@ def pool(
             raise ValueError("`last` points at an uncounted position: pass the last prompt token")
         pooled = [h[rows, position].float() for h in hidden_states]
     return torch.stack(pooled, dim=1)
-
-
-@torch.no_grad()
-def input_grams(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    names: Iterable[str] | None = None,
-) -> dict[str, Tensor]:
-    """Gram matrices X'X / tokens of the inputs X (tokens, in) of linear layers, for RegMean.
-
-    Args:
-        model: a decoder or an encoder; its stack below the head is run once over all batches.
-        batches: token ids and mask, each (batch, length); what is masked out is not counted.
-        names: the layers by the names of their weights; by default all linear layers of the stack.
-
-    Returns:
-        (in, in) in fp32, on the model's device, by name. Memory: in^2 * 4 bytes a layer.
-
-    Raises:
-        ValueError: a name that is no linear layer's weight below the head, or of one that does not
-            see every token; no token at all.
-    """
-    inside = set(model.base_model.modules())
-    linear = {
-        f"{path}.weight": module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module in inside
-    }
-    names = list(linear if names is None else names)
-    for name in names:
-        if name not in linear:
-            raise ValueError(f"{name} is no linear layer's weight below the model's head")
-    grams, tokens = dict.fromkeys(names, 0.0), 0
-
-    def add(name: str, x: Tensor) -> None:
-        if x.shape[:2] != mask.shape:
-            raise ValueError(f"the layer of {name} does not see every token: leave it out")
-        seen = x[mask].float()
-        grams[name] = grams[name] + seen.T @ seen
-
-    handles = [
-        linear[name].register_forward_pre_hook(lambda _, inputs, name=name: add(name, *inputs))
-        for name in names
-    ]
-    try:
-        for ids, mask in batches:
-            ids, mask = ids.to(model.device), mask.to(model.device).bool()
-            model.base_model(ids, attention_mask=mask.long())
-            tokens += int(mask.sum())
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not tokens:
-        raise ValueError("there is no token to take the inputs of the layers from")
-    return {name: gram / tokens for name, gram in grams.items()}
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:

@@ -31,9 +31,8 @@ from transformers import (
     logging,
 )
 
+from helpers import merge as merging
 from helpers import store as records
-from helpers.merge import engine as merging
-from helpers.merge import vectors
 from helpers.states import bound
 from helpers.states import measures as hidden
 from helpers.states.batch import encode_input, encode_prompt
@@ -86,11 +85,11 @@ class Bench:
         """Whether the model has no LM head."""
         return self.model.get_output_embeddings() is None
 
-    def sources(self, labels: Iterable[str]) -> tuple[vectors.Source, list[vectors.Source]]:
+    def sources(self, labels: Iterable[str]) -> tuple[merging.Source, list[merging.Source]]:
         """The base and these specialists, open for streaming; of encoders without their heads."""
-        base = vectors.open_base(dict(self.model.named_parameters()))
+        base = merging.open_base(dict(self.model.named_parameters()))
         base = base._replace(base_digest=self.base["digest"])
-        specialists = [vectors.open_specialist(self.specialists[x], x) for x in labels]
+        specialists = [merging.open_specialist(self.specialists[x], x) for x in labels]
         if self.encoder:
             base, *specialists = (
                 source._replace(
@@ -100,9 +99,9 @@ class Bench:
             )
         return base, specialists
 
-    def rows(self, labels: Iterable[str], device: str | None = None) -> list[vectors.Row]:
+    def rows(self, labels: Iterable[str], device: str | None = None) -> list[merging.Row]:
         """Their task vectors by tensor, to pass over at will; by default on the base's device."""
-        return vectors.views(*self.sources(labels), device or self.model.device.type)
+        return merging.views(*self.sources(labels), device or self.model.device.type)
 
     def parents(self, labels: Sequence[str]) -> dict:
         """What identifies a merge's parents: digests of the base and, in order, the specialists."""
@@ -155,7 +154,7 @@ def _in_head(model, name: str) -> bool:
 def with_head(model, specialist: Path) -> Iterator[list[str]]:
     """`model` with the classification head of a specialist inside the `with`: yields its labels."""
     named = json.loads((specialist / "config.json").read_text(encoding="utf-8"))["id2label"]
-    stored = vectors.read_folder(specialist)
+    stored = merging.read_folder(specialist)
     head = {name: tensor for name, tensor in stored.items() if _in_head(model, name)}
     own = {name: model.get_parameter(name).data for name in head}
     try:
@@ -186,7 +185,7 @@ def visit(
     wanted = [_score_key(bench, digest, x) for x in scored]
     wanted += [_state_key(bench, digest, bench.tasks[x]) for x in probed]
     seen = all(records.finished(*key) for key in wanted)
-    with nullcontext() if seen else vectors.applied(bench.model, make()):
+    with nullcontext() if seen else merging.applied(bench.model, make()):
         examples = [_scores(bench, digest, x).assign(task=x) for x in scored]
         states = {x: _states(bench, digest, bench.tasks[x]) for x in probed}
     return pd.concat(examples, ignore_index=True), states
@@ -303,7 +302,7 @@ def on_dev(bench: Bench, label: str) -> pd.DataFrame:
     """Scores of a specialist on its dev split: what screening and tuning may read."""
     record, make = delta_at(bench, label, 1.0)
     key = _score_key(bench, record["digest"], label, "dev")
-    with nullcontext() if records.finished(*key) else vectors.applied(bench.model, make()):
+    with nullcontext() if records.finished(*key) else merging.applied(bench.model, make()):
         return _scores(bench, record["digest"], label, "dev")
 
 
@@ -737,7 +736,7 @@ def at_solo(bench: Bench, label: str, n: int, recipe: dict, seed: int = 0) -> pd
 
     def make() -> tuple[Delta, dict]:
         rows = [
-            vectors.Row(name, base, [tau] + [vectors.zero(tau.shape, tau.device)] * (n - 1))
+            merging.Row(name, base, [tau] + [merging.zero(tau.shape, tau.device)] * (n - 1))
             for name, base, (tau,) in bench.rows([label])
         ]
         return merging.merge(rows, labels=labels, seed=seed, **recipe)[0], {}

@@ -22,7 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from helpers.merge import vectors
+from helpers import merge as merging
 from helpers.states import batch, conflict, gradients
 from helpers.states import measures as hidden
 
@@ -38,8 +38,8 @@ SHAPES = {
 }
 
 
-def adapters(models: int) -> list[vectors.Row]:
-    """Lazy rows of random adapters, as `vectors.views` gives them."""
+def adapters(models: int) -> list[merging.Row]:
+    """Lazy rows of random adapters, as `merging.views` gives them."""
     base = {
         f"model.layers.{layer}.{kind}.weight": torch.zeros(shape)
         for layer in range(LAYERS)
@@ -49,15 +49,15 @@ def adapters(models: int) -> list[vectors.Row]:
     for i in range(models):
         generator = torch.Generator().manual_seed(i)
         factors = {
-            name: vectors.Factors(
+            name: merging.Factors(
                 2.0,
                 0.01 * torch.randn(tensor.shape[0], RANK, generator=generator),
                 0.01 * torch.randn(RANK, tensor.shape[1], generator=generator),
             )
             for name, tensor in base.items()
         }
-        sources.append(vectors.Source(str(i), {}, factors))
-    return vectors.views(vectors.open_base(base), sources)
+        sources.append(merging.Source(str(i), {}, factors))
+    return merging.views(merging.open_base(base), sources)
 
 
 def pair_costs(counts=(2, 4, 6, 8, 10, 14, 20)) -> None:

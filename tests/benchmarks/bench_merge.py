@@ -29,8 +29,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from helpers.merge import folder as checkpoints
-from helpers.merge import vectors
+from helpers import merge as merging
 
 ROOT = Path(__file__).resolve().parents[2]
 MERGEKIT = "mergekit==0.1.5"
@@ -64,9 +63,9 @@ SETTINGS = {  # our flags, mergekit's parameters: the same formula
 # The subjects: programs that print the CPU seconds they spent before the merge and in all.
 OURS = """
 import sys, time
-from helpers.merge import folder as checkpoints
+from helpers import merge
 start = time.process_time()
-checkpoints.main(sys.argv[1:])
+merge.main(sys.argv[1:])
 print(start, time.process_time())
 """
 THEIRS = """
@@ -119,7 +118,7 @@ def checkpoint(folder: Path, size: str, dtype: torch.dtype, seed: int) -> Path:
     base, change = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    parts, places = checkpoints.shards(sizes, 4 * checkpoints.GB), {}
+    parts, places = folder.shards(sizes, 4 * folder.GB), {}
     for i, names in enumerate(parts):
         file = f"model-{i}.safetensors" if len(parts) > 1 else "model.safetensors"
         places |= dict.fromkeys(names, file)
@@ -188,7 +187,7 @@ def measured(command: list) -> dict[str, float]:
 def compared(ours: Path, theirs: Path) -> dict[str, float]:
     """How far two merged models are apart, relative to the second; share of differing entries."""
     apart = square = differing = entries = 0.0
-    mine, reference = vectors.read_folder(ours), vectors.read_folder(theirs)
+    mine, reference = merging.read_folder(ours), merging.read_folder(theirs)
     for name, tensor in reference.items():
         a, b = mine[name].float(), tensor.float()
         apart += float((a - b).square().sum())

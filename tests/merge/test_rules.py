@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import merge_utils
 
-from helpers.merge import engine as merging
-from helpers.merge import rules, vectors
+from helpers import merge as merging
+from helpers.merge import blocks, rules, selection, spectral
 
 BOTH = ["a", "b"]
 
@@ -19,17 +19,13 @@ BOTH = ["a", "b"]
 def rows(*taus, base=None):
     """A model of one tensor."""
     taus = [torch.as_tensor(tau, dtype=torch.float32) for tau in taus]
-    return [vectors.Row("w", torch.ones(taus[0].shape) if base is None else base, taus)]
+    return [merging.Row("w", torch.ones(taus[0].shape) if base is None else base, taus)]
 
 
 def merged(method, *taus, weights=None, base=None, labels=None, **options):
     labels = labels or [f"m{i}" for i in range(len(taus))]
     delta, _ = merging.merge(rows(*taus, base=base), method, labels, weights, **options)
     return delta["w"]
-
-
-# Every method that needs nothing but task vectors.
-CLOSED = [method for method in merging.METHODS if method != "regmean"]
 
 
 def random_taus(n, shape=(40, 30), seed=0):
@@ -63,7 +59,7 @@ def test_linear_and_task_arithmetic():
 )
 def test_trimming_keeps_exactly_k_with_ties_by_lowest_index(density, kept):
     tau = torch.tensor([2.0, -5, -2, 3, 1, 2])
-    trimmed = rules.trim(tau, rules.magnitude_cut(tau, density))
+    trimmed = selection.trim(tau, selection.magnitude_cut(tau, density))
     assert trimmed.nonzero().flatten().tolist() == kept
     assert torch.equal(trimmed[kept], tau[kept])
 
@@ -73,7 +69,7 @@ def test_trimming_by_blocks_equals_a_stable_descending_sort():
     tau = torch.randint(-4, 5, (70_000, 3), generator=generator).float()  # almost all entries tie
     for density in (0.05, 0.2, 0.5):
         k = int(density * tau.numel())
-        assert rules.dense_cut(tau, k) == rules.magnitude_cut(tau, density)
+        assert selection.dense_cut(tau, k) == selection.magnitude_cut(tau, density)
         order = tau.abs().flatten().sort(descending=True, stable=True).indices[:k]
         expected = torch.zeros(tau.numel()).index_put((order,), tau.flatten()[order])
         kept = rules.ties([tau], [1.0], density=density)
@@ -96,9 +92,9 @@ def test_selection_is_exact_whatever_the_sample_says(rows_differ, density):
     n = 128 * 7
     tau = random_taus(1, (n, 80))[0] * rows_differ(n)[:, None]
     k = int(density * tau.numel())
-    cut = rules.magnitude_cut(tau, density)
-    assert rules.dense_cut(tau, k) == cut  # what a GPU does
-    kept = rules.trim(tau, cut)
+    cut = selection.magnitude_cut(tau, density)
+    assert selection.dense_cut(tau, k) == cut  # what a GPU does
+    kept = selection.trim(tau, cut)
     largest = tau.abs().flatten().topk(k).values
     assert torch.equal(kept.abs().flatten().topk(k).values, largest)
     assert kept.count_nonzero() == largest.count_nonzero()
@@ -106,7 +102,7 @@ def test_selection_is_exact_whatever_the_sample_says(rows_differ, density):
 
 def test_ties_at_the_threshold_are_reported():
     tau = torch.tensor([2.0, -5, -2, 3, 1, 2])
-    assert rules.magnitude_cut(tau, 0.6).tied == 3
+    assert selection.magnitude_cut(tau, 0.6).tied == 3
     _, report = merging.merge(rows(tau, tau), "ties", BOTH, density=0.6)
     assert report.tie_mass == pytest.approx(3 / 6)
 
@@ -114,7 +110,7 @@ def test_ties_at_the_threshold_are_reported():
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1, 2)])
 def test_trimming_takes_any_shape(shape):
     tau = torch.full(shape, -2.0)
-    trimmed = rules.trim(tau, rules.magnitude_cut(tau, 0.2))
+    trimmed = selection.trim(tau, selection.magnitude_cut(tau, 0.2))
     assert trimmed.shape == shape and trimmed.flatten().tolist() == [-2] + [0] * (tau.numel() - 1)
 
 
@@ -190,7 +186,7 @@ def test_dare_keeps_the_expectation_over_masks():
 
 def test_dare_masks_depend_on_seed_method_tensor_and_label_only():
     seeds = [
-        rules.stream_seed(*key)
+        selection.stream_seed(*key)
         for key in [(0, "dare", "w", "a"), (1, "dare", "w", "a"), (0, "dare_ties", "w", "a")]
         + [(0, "dare", "v", "a"), (0, "dare", "w", "b")]
     ]
@@ -204,7 +200,7 @@ def test_dare_masks_depend_on_seed_method_tensor_and_label_only():
 def test_dare_masks_do_not_depend_on_the_blocks(monkeypatch):
     tau = random_taus(1, (101, 33))
     whole = rules.dare(tau, [1.0], seeds=[7])
-    monkeypatch.setitem(vectors.BLOCK, "cpu", 100)
+    monkeypatch.setitem(blocks.BLOCK, "cpu", 100)
     assert torch.equal(rules.dare(tau, [1.0], seeds=[7]), whole)
 
 
@@ -218,7 +214,7 @@ def test_dare_ties_mean_and_sum():
     torch.testing.assert_close(ratio, ratio.round())
 
 
-@pytest.mark.parametrize("method", CLOSED)
+@pytest.mark.parametrize("method", merging.METHODS)
 def test_zero_task_vectors_give_a_zero_delta(method):
     zero = torch.zeros(4, 6)
     delta, report = merging.merge(rows(zero, zero), method, BOTH)
@@ -228,14 +224,14 @@ def test_zero_task_vectors_give_a_zero_delta(method):
     assert beside["w"].isfinite().all() and json.dumps(told.as_dict())
 
 
-@pytest.mark.parametrize("method", CLOSED)
+@pytest.mark.parametrize("method", merging.METHODS)
 def test_every_method_takes_vectors_scalars_and_lazy_tensors(method, tiny_base, tiny_adapters):
     for shape in [(7,), ()]:
         assert merged(method, *random_taus(2, shape)).shape == shape
-    base = vectors.open_base(tiny_base)
-    specialists = [vectors.open_specialist(path) for path in tiny_adapters[:2]]
-    lazy, _ = merging.merge(vectors.views(base, specialists), method, BOTH)
-    dense, _ = merging.merge(lambda: vectors.stream(base, specialists), method, BOTH)
+    base = merging.open_base(tiny_base)
+    specialists = [merging.open_specialist(path) for path in tiny_adapters[:2]]
+    lazy, _ = merging.merge(merging.views(base, specialists), method, BOTH)
+    dense, _ = merging.merge(lambda: merging.stream(base, specialists), method, BOTH)
     assert lazy.keys() == dense.keys()
     for name, delta in lazy.items():
         torch.testing.assert_close(delta, dense[name])
@@ -244,13 +240,7 @@ def test_every_method_takes_vectors_scalars_and_lazy_tensors(method, tiny_base, 
 def weighted(method, *weights):
     """A merge of as many models as there are weights, the same models in every call."""
     n = len(weights)
-    grams = {"w": [x.T @ x for x in random_taus(n, seed=1)]}
-    options = {"grams": grams} if method == "regmean" else {}
-    taus, labels = random_taus(n), [str(i) for i in range(n)]
-    delta, _ = merging.merge(
-        rows(*taus, base=torch.zeros(40, 30)), method, labels, weights, **options
-    )
-    return delta["w"]
+    return merged(method, *random_taus(n), weights=weights, base=torch.zeros(40, 30))
 
 
 @pytest.mark.parametrize("method", merging.METHODS)
@@ -274,8 +264,8 @@ def test_every_method_takes_a_weight_for_each_model(method):
 def test_ties_over_the_whole_model_keeps_what_the_authors_keep():
     small, large = torch.tensor([1.0, -2, 3, 4]), torch.tensor([[30.0, 20], [-20, 10]])
     model = [
-        vectors.Row("small", torch.zeros(4), [small]),
-        vectors.Row("large", torch.zeros(2, 2), [large]),
+        merging.Row("small", torch.zeros(4), [small]),
+        merging.Row("large", torch.zeros(2, 2), [large]),
     ]
     delta, report = merging.merge(model, "ties", ["a"], density=0.2, scope="model")
     assert not delta["small"].any()  # starved: its magnitudes are all low
@@ -289,13 +279,13 @@ def test_ties_over_the_whole_model_keeps_what_the_authors_keep():
 def test_the_cut_of_a_whole_model_is_exact(density):
     taus = [random_taus(2, shape, seed) for seed, shape in enumerate([(50, 30), (7,), (20, 11)])]
     model = [
-        vectors.Row(str(i), torch.zeros(t[0].shape), [t[0], 1e-3 * t[1]])
+        merging.Row(str(i), torch.zeros(t[0].shape), [t[0], 1e-3 * t[1]])
         for i, t in enumerate(taus)
     ]
-    cuts = rules.model_cuts(lambda: model, 2, density)
+    cuts = selection.model_cuts(lambda: (row.taus for row in model), 2, density)
     for i, cut in enumerate(cuts):
         flat = torch.cat([row.taus[i].flatten() for row in model])
-        kept = rules.trim(flat, cut)
+        kept = selection.trim(flat, cut)
         expected = {0: 0, 1: len(flat)}.get(density, int(density * len(flat)) + 1)
         assert kept.count_nonzero() == expected
         largest = flat.abs().topk(expected).values
@@ -316,13 +306,13 @@ def low_rank(n, shape=(20, 12), rank=2, seed=0):
     lazy = []
     for _ in range(n):
         B, A = (torch.randn(s, generator=generator) for s in ((shape[0], rank), (rank, shape[1])))
-        factors = vectors.Factors(0.5, B, A)
+        factors = merging.Factors(0.5, B, A)
         read = lambda rows, B=B, A=A: 0.5 * (B[rows] @ A)  # noqa: E731
-        lazy.append(vectors.Lazy(torch.Size(shape), "cpu", read, factors))
+        lazy.append(merging.Lazy(torch.Size(shape), "cpu", read, factors))
     return lazy, [tau[...] for tau in lazy]
 
 
-@pytest.mark.parametrize("method", [rules.iso_c, rules.tsv])
+@pytest.mark.parametrize("method", [spectral.iso_c, spectral.tsv])
 def test_singular_methods_give_the_same_for_factors_and_dense_matrices(method):
     lazy, dense = low_rank(3)
     weights = [1.0, 0.5, 2.0]
@@ -331,47 +321,22 @@ def test_singular_methods_give_the_same_for_factors_and_dense_matrices(method):
 
 def test_iso_c_flattens_the_spectrum_of_the_sum_on_its_rank():
     _, dense = low_rank(3)
-    before, after = (torch.linalg.svdvals(m) for m in (sum(dense), rules.iso_c(dense, [1.0] * 3)))
+    flat = spectral.iso_c(dense, [1.0] * 3)
+    before, after = (torch.linalg.svdvals(m) for m in (sum(dense), flat))
     torch.testing.assert_close(after[:6], before[:6].mean().expand(6), rtol=1e-4, atol=0)
     assert after[6:].max() < 1e-4
 
 
 def test_tsv_keeps_an_equal_share_of_each_rank_and_leaves_orthogonal_models_alone():
     _, dense = low_rank(2)
-    assert torch.linalg.matrix_rank(rules.tsv(dense, [1.0, 1.0]), rtol=1e-4) == 2
+    assert torch.linalg.matrix_rank(spectral.tsv(dense, [1.0, 1.0]), rtol=1e-4) == 2
     one, two = torch.zeros(8, 8), torch.zeros(8, 8)
     one[0, 0], one[1, 1], two[2, 2], two[3, 3] = 4, 3, 2, 1
-    assert rules.tsv([one, two], [1.0, 1.0]).diagonal().tolist() == [4, 0, 2, 0, 0, 0, 0, 0]
-    torch.testing.assert_close(rules.tsv([dense[0]], [1.0]), dense[0], rtol=1e-4, atol=1e-4)
+    assert spectral.tsv([one, two], [1.0, 1.0]).diagonal().tolist() == [4, 0, 2, 0, 0, 0, 0, 0]
+    torch.testing.assert_close(spectral.tsv([dense[0]], [1.0]), dense[0], rtol=1e-4, atol=1e-4)
 
 
-def test_regmean_fits_the_outputs_of_every_model():
-    taus = random_taus(2, (5, 4))
-    inputs = random_taus(2, (30, 4), seed=1)
-    inputs[1][:, 3] = inputs[0][:, 3] = 0  # an input that is never active
-    grams = {"w": [x.T @ x for x in inputs]}
-    delta, _ = merging.merge(rows(*taus), "regmean", BOTH, grams=grams, shrink=1.0)
-    targets = torch.cat([x @ tau.T for x, tau in zip(inputs, taus, strict=True)])
-    best = torch.linalg.lstsq(torch.cat(inputs)[:, :3], targets).solution
-    torch.testing.assert_close(delta["w"][:, :3], best.T, rtol=1e-4, atol=1e-4)
-    plain, report = merging.merge(rows(*taus), "regmean", BOTH, grams={})
-    assert torch.equal(plain["w"], merged("linear", *taus)) and not report.per_tensor[0]["fitted"]
-
-
-@pytest.mark.parametrize(
-    ("grams", "message"),
-    [
-        ({"w": [torch.eye(4)]}, "w has 1 Gram matrices for 2 models"),
-        ({"w": [torch.eye(4), torch.eye(5)]}, "w: b needs a finite Gram matrix 4 x 4"),
-        ({"w": [torch.eye(4) / 0, torch.eye(4)]}, "w: a needs a finite Gram matrix"),
-    ],
-)
-def test_gram_matrices_that_do_not_fit_are_refused(grams, message):
-    with pytest.raises(ValueError, match=message):
-        merging.merge(rows(*random_taus(2, (5, 4))), "regmean", BOTH, grams=grams)
-
-
-@pytest.mark.parametrize("method", CLOSED)
+@pytest.mark.parametrize("method", merging.METHODS)
 def test_matched_merges_have_the_norm_or_the_dose_asked_for(method):
     a, b = random_taus(2)
     b = b + 0.3 * a
@@ -415,7 +380,7 @@ def test_inner_products_are_those_of_fp64():
     x[1] = x[0] + 1e-3 * x[1]
     exact = x.flatten(1).double() @ x.flatten(1).double().T
     norms = exact.diagonal().sqrt()
-    error = torch.from_numpy(rules.gram_matrix(list(x))) - exact
+    error = torch.from_numpy(merging.gram_matrix(list(x))) - exact
     assert (error / norms / norms[:, None]).abs().max() < 1e-7
 
 
@@ -442,7 +407,7 @@ def test_equal_to_peft_where_the_conventions_agree(n, density):
 several = st.integers(2, 5)
 seeds = st.integers(0, 10_000)
 quick = settings(max_examples=25, deadline=None)
-DETERMINISTIC = [m for m in CLOSED if not m.startswith("dare")]
+DETERMINISTIC = [m for m in merging.METHODS if not m.startswith("dare")]
 
 
 @quick
@@ -467,7 +432,7 @@ def test_slerp_of_close_models_is_linear(n, seed):
 
 
 @quick
-@given(st.sampled_from(sorted(set(CLOSED) - {"slerp", "task_slerp"})), several, seeds)
+@given(st.sampled_from(sorted(merging.METHODS.keys() - {"slerp", "task_slerp"})), several, seeds)
 def test_the_order_of_models_does_not_matter(method, n, seed):
     taus, weights = random_taus(n, seed=seed), [1.0 + i for i in range(n)]
     labels = [f"m{i}" for i in range(n)]
@@ -532,10 +497,10 @@ def test_own_dose_adds_the_partners_overlap():
     assert report.own == pytest.approx([1, 0.75])
 
 
-@pytest.mark.parametrize("method", CLOSED)
+@pytest.mark.parametrize("method", merging.METHODS)
 def test_report_totals_are_those_of_the_flattened_model(method):
     taus = [random_taus(2, seed=1), random_taus(2, (20,), seed=2)]
-    model = [vectors.Row(n, torch.zeros(t[0].shape), t) for n, t in zip("vw", taus, strict=True)]
+    model = [merging.Row(n, torch.zeros(t[0].shape), t) for n, t in zip("vw", taus, strict=True)]
     delta, report = merging.merge(model, method, BOTH, scale=0.7)
     flat = torch.cat([delta["v"].flatten(), delta["w"].flatten()]).double()
     a, b = (torch.cat([taus[0][i].flatten(), taus[1][i].flatten()]).double() for i in (0, 1))
@@ -548,23 +513,14 @@ def test_report_totals_are_those_of_the_flattened_model(method):
     assert json.loads(json.dumps(report.as_dict()))["own"] == report.own
 
 
-def test_the_report_tells_tensors_apart():
-    a, b = torch.tensor([3.0, 4]), torch.tensor([0.0, 0, 0, 2])
-    model = [vectors.Row("a", a, [a, -a]), vectors.Row("b", b, [b, b])]
-    _, report = merging.merge(model, "linear", BOTH)
-    by_tensor = report.by_tensor()
-    assert [t["name"] for t in by_tensor] == ["a", "b"] and [t["norm"] for t in by_tensor] == [0, 2]
-    assert [t["kept"] for t in by_tensor] == [0, 0.25] and report.kept == pytest.approx(1 / 6)
-
-
 def test_a_dose_of_a_single_model_and_the_rule_alone():
     a, b = random_taus(2)
     assert torch.equal(merging.dose(rows(a, b), 1, 0.25)["w"], 0.25 * b)
-    nothing = vectors.zero(a.shape)
-    alone, report = merging.merge([vectors.Row("w", a, [a, nothing])], "ties", BOTH)
+    nothing = merging.zero(a.shape)
+    alone, report = merging.merge([merging.Row("w", a, [a, nothing])], "ties", BOTH)
     assert torch.equal(alone["w"], merged("ties", a))
     assert report.own[1] is None and report.norms[1] == 0
-    half, _ = merging.merge([vectors.Row("w", a, [nothing, b])], "linear", BOTH)
+    half, _ = merging.merge([merging.Row("w", a, [nothing, b])], "linear", BOTH)
     assert torch.equal(half["w"], 0.5 * b)
 
 
@@ -598,7 +554,6 @@ def test_sketches_and_digests_tell_merges_apart():
         ("linear", 2, [1, math.nan], {}, "finite"),
         ("slerp", 2, [2, -1], {}, "must not be negative"),
         ("task_slerp", 2, [0, 0], {}, "sum to zero"),
-        ("regmean", 2, [2, -1], {}, "must not be negative"),
         ("iso_c", 2, None, {"density": 0.5}, "it has none"),
     ],
 )
@@ -612,9 +567,8 @@ def test_what_the_contract_forbids_is_refused(method, n, weights, options, messa
 def test_nan_and_infinity_are_refused_by_name(method, bad):
     fine, broken = random_taus(2)
     broken[3, 4] = bad
-    grams = {"w": [torch.eye(30)] * 2} if method == "regmean" else None
     with pytest.raises(ValueError, match="w: b holds NaN or infinite"):
-        merging.merge(rows(fine, broken), method, BOTH, grams=grams)
+        merging.merge(rows(fine, broken), method, BOTH)
 
 
 def test_calls_that_make_no_sense_are_refused():
@@ -622,7 +576,5 @@ def test_calls_that_make_no_sense_are_refused():
         merging.merge(rows([1.0]), "linear", BOTH)
     with pytest.raises(ValueError, match="not an iterator"):
         merging.merge(iter(rows([1.0], [2.0])), "linear", BOTH)
-    with pytest.raises(ValueError, match="needs the Gram matrices"):
-        merging.merge(rows([1.0], [2.0]), "regmean", BOTH)
     with pytest.raises(ValueError, match="different labels"):
         merging.merge(rows([1.0], [2.0]), "linear", ["a", "a"])

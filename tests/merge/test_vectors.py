@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers.merge import vectors
+from helpers.merge import blocks, vectors
 
 
 def llama(folder):
@@ -121,11 +121,11 @@ def test_row_blocks_cover_a_tensor_once_with_even_blocks():
     for shape in [(70001, 3), (3, 200_001), (2**17 + 1,), (5, 5), ()]:
         numel, covered = torch.Size(shape).numel(), 0
         whole = torch.empty(shape, dtype=torch.uint8)
-        blocks = list(vectors.row_blocks(torch.Size(shape)))
-        for i, (rows, offset) in enumerate(blocks):
+        parts = list(blocks.row_blocks(torch.Size(shape)))
+        for i, (rows, offset) in enumerate(parts):
             assert offset == covered
             covered += whole[rows].numel()
-            assert i == len(blocks) - 1 or whole[rows].numel() % 2 == 0
+            assert i == len(parts) - 1 or whole[rows].numel() % 2 == 0
         assert covered == numel
 
 

@@ -1,0 +1,67 @@
+"""What does a merged model say of itself? Its card: base, tags, recipe, and what the merge did."""
+
+from pathlib import Path
+
+import yaml
+
+from helpers.merge.recipe import Recipe
+from helpers.merge.report import Report
+
+CARD = """---
+{front}---
+# {name}
+
+A merge of {n} models by `{method}`, made with merging-collapse.
+
+| model | weight | dose |
+|---|---|---|
+{table}
+
+Dose: how far the merge goes along a model's task vector tau, <delta, tau> / ||tau||^2; 1 is all of
+what fine-tuning changed. The merged change is {scale:.3f} times as long as a task vector on
+average, its cosine to their sum is {cos:.3f}, and {kept:.1%} of its entries are not zero. More:
+`merge_report.json`.
+
+```yaml
+{recipe}```
+"""
+
+
+def model_card(recipe: Recipe, report: Report, name: str) -> str:
+    """The README of a merged model: names, no paths."""
+    base = name_of(recipe.base)
+    models = [name_of(model) for model in recipe.models]
+    plan = report.plan
+    front = {"base_model": [base, *models], "tags": ["merge"], "library_name": "transformers"}
+    stated = recipe._asdict() | {
+        "base": base,
+        "models": models,
+        "weights": plan.weights,
+        "options": plan.options,
+        "scale": plan.scale,
+    }
+    table = [
+        f"| {model} | {weight:g} | {dose_text(dose)} |"
+        for model, weight, dose in zip(models, plan.weights, report.own, strict=True)
+    ]
+    return CARD.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        name=name,
+        n=len(models),
+        method=recipe.method,
+        table="\n".join(table),
+        scale=report.effective_scale,
+        cos=report.cos_sum,
+        kept=report.kept,
+        recipe=yaml.safe_dump(stated, sort_keys=False),
+    )
+
+
+def dose_text(dose: float | None) -> str:
+    return "-" if dose is None else f"{dose:.3f}"
+
+
+def name_of(model: str) -> str:
+    """What a card calls a model: its name, or the name of its folder, never a path."""
+    folder = Path(model)
+    return folder.resolve().name if folder.is_dir() else model

@@ -1,0 +1,208 @@
+"""Which choices does a merge have? Each rule's contract as data, and a plan checked against it."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+
+from torch import Tensor
+
+from helpers.merge import rules, spectral
+from helpers.merge.blocks import row_blocks
+from helpers.merge.selection import Cut, magnitude_cut, stream_seed
+from helpers.merge.vectors import Row
+
+
+class MergePlan(NamedTuple):
+    """A merge with every choice resolved and checked: `plan` makes it."""
+
+    method: str
+    labels: list[str]
+    weights: list[float]
+    seed: int
+    scale: float
+    options: dict[str, Any]
+    cuts: list[Cut] | None = None  # of the whole model, for ties with scope="model"
+
+    def choices(self) -> dict[str, Any]:
+        """The plan without what is computed from the models' data."""
+        choices = self._asdict()
+        del choices["cuts"]
+        return choices
+
+
+State = Callable[[Row, MergePlan], tuple[dict[str, Any], dict[str, Any]]]
+
+
+class Method(NamedTuple):
+    """A merge rule and its contract. Options, ranges and defaults are in the rule's annotations."""
+
+    rule: Callable[..., Tensor]
+    fewest: int = 1  # models
+    weight: Callable[[int], float] = lambda n: 1.0  # default weight of each of n models
+    signed: bool = True  # whether a weight may be negative
+    divides: bool = False  # whether the rule divides by the sum of the weights
+    random: bool = False  # whether the rule drops entries at random, by the seed
+    coefficients: Callable[[Sequence[float]], list[float]] | None = None  # of a plain weighted sum
+    state: State = lambda row, plan: ({}, {})  # (arguments of the rule, notes) for one tensor
+    memory: int = 4  # bytes held at the peak per entry of a tensor: the fp32 delta and scratch
+
+
+# What a rule is given for one tensor, and what the report notes of it ----------------------------
+
+
+def _ties_state(row: Row, plan: MergePlan):
+    if plan.cuts is None:
+        cuts = [magnitude_cut(tau, plan.options["density"]) for tau in row.taus]
+        return {"cuts": cuts}, {"tied": sum(cut.tied for cut in cuts)}
+    tied = 0
+    for tau, cut in zip(row.taus, plan.cuts, strict=True):
+        for part, _ in row_blocks(tau.shape, tau.device):
+            tied += int((tau[part].abs() == cut.threshold).sum())
+    return {"cuts": plan.cuts}, {"tied": tied}
+
+
+def _dare_state(row: Row, plan: MergePlan):
+    seeds = [stream_seed(plan.seed, plan.method, row.name, label) for label in plan.labels]
+    return {"seeds": seeds}, {}
+
+
+def _slerp_state(row: Row, plan: MergePlan):
+    arc = rules.model_arc(row.taus, plan.weights, row.base)
+    return {"base": row.base, "arc": arc}, {"lerp": arc.lerp, "slerp": arc.slerp}
+
+
+def _task_slerp_state(row: Row, plan: MergePlan):
+    arc = rules.task_arc(row.taus, plan.weights)
+    return {"arc": arc}, {"lerp": arc.lerp, "slerp": arc.slerp}
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+METHODS = {
+    "linear": Method(
+        rules.linear,
+        divides=True,
+        coefficients=_shares,
+    ),
+    "task_arithmetic": Method(
+        rules.task_arithmetic,
+        coefficients=list,
+    ),
+    "slerp": Method(
+        rules.slerp,
+        fewest=2,
+        signed=False,
+        divides=True,
+        state=_slerp_state,
+    ),
+    "task_slerp": Method(
+        rules.task_slerp,
+        fewest=2,
+        signed=False,
+        divides=True,
+        state=_task_slerp_state,
+    ),
+    "ties": Method(
+        rules.ties,
+        state=_ties_state,
+    ),
+    "dare": Method(
+        rules.dare,
+        weight=lambda n: 1 / n,
+        random=True,
+        state=_dare_state,
+    ),
+    "dare_ties": Method(
+        rules.dare_ties,
+        random=True,
+        state=_dare_state,
+    ),
+    "breadcrumbs": Method(rules.breadcrumbs),
+    "iso_c": Method(spectral.iso_c, memory=20),
+    "tsv": Method(spectral.tsv, memory=28),
+}
+
+
+# The check ---------------------------------------------------------------------------------------
+
+
+def plan(
+    method: str,
+    labels: Sequence[str],
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    scale: float = 1.0,
+    **options: Any,
+) -> MergePlan:
+    """A merge with every choice resolved and checked (`check_method`), before anything is read."""
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"models must have different labels, not {list(labels)}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, not {scale}")
+    weights, options = check_method(method, len(labels), weights, options)
+    return MergePlan(method, list(labels), weights, seed, float(scale), options)
+
+
+def check_method(
+    method: str,
+    n_models: int,
+    weights: Sequence[float] | None,
+    options: Mapping[str, Any],
+) -> tuple[list[float], dict[str, Any]]:
+    """Weights and options, defaults filled in; ValueError for a wrong one, before any reading."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    contract = METHODS[method]
+    if n_models < contract.fewest:
+        raise ValueError(f"{method} needs at least {contract.fewest} models, not {n_models}")
+    available = options_of(method)
+    for name, value in options.items():
+        if name not in available:
+            names = ", ".join(available) or "none"
+            raise ValueError(f"{method} has no option {name!r}: it has {names}")
+        _check_option(method, name, value, available[name].annotation)
+    if weights is None:
+        weights = [contract.weight(n_models)] * n_models
+    weights = list(map(float, weights))
+    _check_weights(method, n_models, weights)
+    defaults = {name: option.default for name, option in available.items()}
+    return weights, defaults | dict(options)
+
+
+def options_of(method: str) -> dict[str, inspect.Parameter]:
+    """The options of a method that a caller may set, from its rule's annotations."""
+    parameters = inspect.signature(METHODS[method].rule).parameters
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if get_origin(parameter.annotation) in (Annotated, Literal)
+    }
+
+
+def _check_option(method: str, name: str, value: Any, annotation: Any) -> None:
+    if get_origin(annotation) is Literal:
+        right = value in get_args(annotation)
+        kind = f"one of {get_args(annotation)}"
+    else:
+        low, high = get_args(annotation)[1]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        right = number and low <= value <= high
+        kind = f"a number from {low:g} to {high:g}"
+    if not right:
+        raise ValueError(f"{name} of {method} must be {kind}, not {value!r}")
+
+
+def _check_weights(method: str, n_models: int, weights: list[float]) -> None:
+    contract = METHODS[method]
+    if len(weights) != n_models:
+        raise ValueError(f"{method} got {len(weights)} weights for {n_models} models")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights must be finite, not {weights}")
+    if not contract.signed and min(weights) < 0:
+        raise ValueError(f"the weights of {method} must not be negative, not {weights}")
+    if contract.divides and math.fsum(weights) == 0:
+        raise ValueError(f"the weights of {method} must not sum to zero")

@@ -1,0 +1,201 @@
+"""What did a merge do? How long the merged change is, which way it points, how much of each it has.
+
+It adds up over tensors: each gives a record of inner products, from which all totals follow.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers.merge.methods import METHODS, MergePlan
+
+SKETCH = 251  # prime, so that no row length lines up with it
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge did. `per_tensor`: each tensor's size, inner products and the rule's notes.
+
+    Over all merged tensors, with G_ij = <tau_i, tau_j>, b_i = <delta, tau_i>: effective_scale
+    ||delta|| / mean_i ||tau_i||; cos_sum the cosine of delta and sum_i tau_i; kept the fraction of
+    delta's entries that are not zero; tie_mass the mean fraction of a task vector's entries whose
+    magnitude equals its TIES threshold; slerp how many steps were linear and spherical. ingredient
+    a_i: the coefficient that the rule gives tau_i, or for rules that are no weighted sum pinv(G) b;
+    rho2 = a'Ga / ||delta||^2, the share of delta in the span of the task vectors. own c_i = b_i /
+    G_ii: how far the merge goes along tau_i, whoever moved it there (None if tau_i = 0).
+    """
+
+    plan: MergePlan
+    per_tensor: list[dict[str, Any]]
+    sketch: list[float]
+
+    def _sum(self, key: str, start: Any = 0.0) -> Any:
+        return sum((np.array(t[key]) for t in self.per_tensor if key in t), start=start)
+
+    @property
+    def gram(self) -> np.ndarray:
+        n = len(self.plan.labels)
+        return self._sum("gram", np.zeros((n, n)))
+
+    @property
+    def dots(self) -> np.ndarray:
+        return self._sum("dots", np.zeros(len(self.plan.labels)))
+
+    @property
+    def norms(self) -> list[float]:
+        return np.sqrt(self.gram.diagonal()).tolist()
+
+    @property
+    def norm(self) -> float:
+        return float(np.sqrt(self._sum("norm2")))
+
+    @property
+    def effective_scale(self) -> float:
+        return _ratio(self.norm, float(np.mean(self.norms)))
+
+    @property
+    def cos_sum(self) -> float:
+        norm_of_sum = float(np.sqrt(max(self.gram.sum(), 0)))
+        return _ratio(float(self.dots.sum()), self.norm * norm_of_sum)
+
+    @property
+    def kept(self) -> float:
+        return _ratio(float(self._sum("nonzero")), float(self._sum("numel")))
+
+    @property
+    def tie_mass(self) -> float | None:
+        if not any("tied" in t for t in self.per_tensor):
+            return None
+        entries = len(self.plan.labels) * float(self._sum("numel"))
+        return _ratio(float(self._sum("tied")), entries)
+
+    @property
+    def slerp(self) -> dict[str, int]:
+        return {key: int(self._sum(key)) for key in ("lerp", "slerp")}
+
+    @property
+    def ingredient(self) -> list[float]:
+        coefficients = METHODS[self.plan.method].coefficients
+        if coefficients:
+            return [self.plan.scale * c for c in coefficients(self.plan.weights)]
+        inverse = np.linalg.pinv(self.gram, rcond=1e-10, hermitian=True)
+        return (inverse @ self.dots).tolist()
+
+    @property
+    def own(self) -> list[float | None]:
+        return own_doses(self.dots, self.gram.diagonal())
+
+    @property
+    def rho2(self) -> float:
+        a = np.array(self.ingredient)
+        return _ratio(float(a @ self.gram @ a), self.norm**2)
+
+    def scaled(self, factor: float) -> "Report":
+        """The report of the same merge times a factor."""
+        tensors = []
+        for record in self.per_tensor:
+            dots = (np.array(record["dots"]) * factor).tolist()
+            norm2 = (np.array(record["norm2"]) * factor**2).tolist()
+            tensors.append(record | {"dots": dots, "norm2": norm2})
+        sketch = [factor * x for x in self.sketch]
+        plan = self.plan._replace(scale=self.plan.scale * factor)
+        return Report(plan, tensors, sketch)
+
+    def as_row(self) -> dict[str, Any]:
+        """The totals, flat: one row of a table of merges."""
+        own = [c for c in self.own if c is not None]
+        steps = {f"{key}_steps": count for key, count in self.slerp.items()}
+        return {
+            "method": self.plan.method,
+            "scale": self.plan.scale,
+            "norm": self.norm,
+            "effective_scale": self.effective_scale,
+            "cos_sum": self.cos_sum,
+            "kept": self.kept,
+            "tie_mass": self.tie_mass,
+            **steps,
+            "ingredient_mean": float(np.mean(self.ingredient)),
+            "own_mean": float(np.mean(own)) if own else None,
+            "rho2": self.rho2,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        data = {"per_tensor": self.per_tensor, "sketch": self.sketch}
+        totals = {"ingredient": self.ingredient, "own": self.own, "norms": self.norms}
+        return self.plan.choices() | data | self.as_row() | totals
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b > 0 else 0.0
+
+
+def own_doses(dots: np.ndarray, squares: np.ndarray) -> list[float | None]:
+    """<x, tau_i> / ||tau_i||^2 from the products and the squares, None where tau_i = 0."""
+    return [float(b / g) if g > 0 else None for b, g in zip(dots, squares, strict=True)]
+
+
+def summary(plan: MergePlan, records: Iterable[dict[str, Any]]) -> Report:
+    """The report of a merge from the records of its tensors."""
+    records = list(records)
+    sketches = [record.pop("sketch") for record in records] or [np.zeros(SKETCH)]
+    sketch = np.sum(sketches, axis=0)
+    return Report(MergePlan(**plan.choices()), records, sketch.tolist())
+
+
+def record(name: str, delta: Tensor, products: np.ndarray, position: int) -> dict[str, Any]:
+    """The numbers of one tensor that every total of the report is made of.
+
+    products: inner products of [*taus, delta]; position: of the tensor in the merge.
+    """
+    return {
+        "name": name,
+        "numel": delta.numel(),
+        "gram": products[:-1, :-1].tolist(),
+        "dots": products[-1, :-1].tolist(),
+        "norm2": float(products[-1, -1]),
+        "nonzero": _nonzero(delta),
+        "sketch": np.roll(_sketch(delta), position),
+    }
+
+
+def _nonzero(delta: Tensor) -> int:
+    """How many entries are not zero; on a CPU torch takes six times as long to count as NumPy."""
+    if delta.is_cuda:
+        return int(torch.count_nonzero(delta))
+    return int(np.count_nonzero(delta.numpy()))
+
+
+# Are two merges the same? ------------------------------------------------------------------------
+
+
+def _sketch(delta: Tensor) -> np.ndarray:
+    """A linear summary of one tensor, about as long as it: entries summed by index modulo 251."""
+    whole = delta.numel() // SKETCH * SKETCH
+    flat = delta.reshape(-1)
+    folded = flat[:whole].view(-1, SKETCH).sum(0).double()
+    folded[: delta.numel() - whole] += flat[whole:]
+    return folded.cpu().numpy()
+
+
+def same(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether merges with these sketches are one merge: relative difference below 1e-6."""
+    difference = np.linalg.norm(np.subtract(a, b))
+    return bool(difference <= 1e-6 * max(np.linalg.norm(a), np.linalg.norm(b)))
+
+
+def delta_digest(delta: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a merged delta: names, shapes and bytes of its tensors, sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(delta):
+        tensor = delta[name].detach().cpu().contiguous()
+        about = [name, str(tensor.dtype), list(tensor.shape)]
+        digest.update(json.dumps(about).encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
