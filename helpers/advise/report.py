@@ -86,10 +86,11 @@ def _texts(file: Path) -> list[str]:
     if file.suffix != ".jsonl":
         texts = file.read_text(encoding="utf-8").split("\n")
     else:
-        texts = [row.get("prompt", row.get("text")) for row in _json_lines(file)]
+        rows = [row if isinstance(row, dict) else {} for row in _json_lines(file)]
+        texts = [row.get("prompt", row.get("text")) for row in rows]
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
-            raise ValueError(f"{file}, text {number}: no prompt or text is given as a string")
+            raise ValueError(f"{file}, line {number}: no prompt or text is given as a string")
     if not any(text.strip() for text in texts):
         raise ValueError(f"{file} holds no text: give a text a line, or JSONL with prompt or text")
     return [text for text in texts if text.strip()]
