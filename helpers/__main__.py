@@ -1,4 +1,4 @@
-"""The command line: python -m helpers run|refresh|merge|advise|students."""
+"""The command line: python -m helpers list|run|refresh|students|merge|advise."""
 
 import argparse
 import sys
@@ -6,18 +6,32 @@ from pathlib import Path
 
 from helpers import supported
 
+PASSED_ON = {
+    "merge": "merge checkpoints or adapters",
+    "advise": "say before merging which will go together",
+}
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse and call. Exit code 2 for a bad request, 1 if a notebook fails."""
-    parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
 
-    run_parser = commands.add_parser("run", help="run the notebooks headless")
-    run_parser.add_argument("profile", help="a name in data/profiles.toml, such as demo")
-    run_parser.add_argument(
-        "--only", nargs="+", metavar="NOTEBOOK", help="only these, by number or name: --only 04"
-    )
-    run_parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command but `merge` and `advise`, which have their own."""
+    top = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="show profiles, notebooks, parameters, minutes and GB")
+    _add_run(commands.add_parser("run", help="run the notebooks headless"))
+    maintainers = "maintainers: rerun from nothing and write committed results"
+    _add_refresh(commands.add_parser("refresh", help=maintainers))
+    copies = "write copies of the notebooks with the exercises left to do"
+    commands.add_parser("students", help=copies).add_argument("folder", type=Path)
+    for name, does in PASSED_ON.items():
+        commands.add_parser(name, add_help=False, help=does)
+    return top
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("profile", help="a name in data/profiles.toml, such as demo")
+    only = "only these, by number or name: --only 04"
+    command.add_argument("--only", nargs="+", metavar="NOTEBOOK", help=only)
+    command.add_argument(
         "-p",
         dest="parameters",
         nargs=2,
@@ -26,91 +40,40 @@ def main(argv: list[str] | None = None) -> int:
         metavar=("NAME", "VALUE"),
         help="another value for a notebook's parameter: -p SEED 1",
     )
+    command.add_argument("--workers", metavar="N", help="processes that share the work here")
+    cluster = "share the work over a Dask cluster: a scheduler's address or file, or local:N"
+    command.add_argument("--cluster", metavar="ADDRESS", help=cluster)
 
-    refresh_parser = commands.add_parser(
-        "refresh", help="maintainers: rerun from nothing and write committed results"
-    )
-    refresh_parser.add_argument("profile", nargs="?", default="demo")
-    refresh_parser.add_argument(
-        "--reuse", action="store_true", help="take up finished work; minutes are not rewritten"
-    )
-    refresh_parser.add_argument(
-        "--publish", action="store_true", help="run nothing: write what data/runs holds, as it is"
-    )
-    refresh_parser.add_argument(
+
+def _add_refresh(command: argparse.ArgumentParser) -> None:
+    command.add_argument("profile", nargs="?", default="demo", metavar="STUDY")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--reuse", action="store_true", help="take up work that is finished")
+    how.add_argument(
         "--recompute",
         action="store_true",
-        help="only run what needs no model on the committed tables, elsewhere, and compare; with "
-        "--publish write what comes out",
+        help="only rerun what needs no model on the committed tables, and compare",
     )
-    refresh_parser.add_argument(
-        "--compare",
-        metavar="FOLDER",
-        help="only hold another run's scores (data/runs/NAME) to the committed ones",
-    )
-    refresh_parser.add_argument(
-        "--take",
-        metavar="FOLDER",
-        help="only take over the scores in data/results/NAME of merges that are the same but for "
-        "rounding, after notebook 01, before 02",
-    )
-    refresh_parser.add_argument(
-        "--readme", action="store_true", help="only bring the README's tables up to date"
-    )
+    how.add_argument("--readme", action="store_true", help="only bring the README's numbers in")
+    publish = "run nothing, commit what data/runs holds; with --recompute what comes out"
+    command.add_argument("--publish", action="store_true", help=publish)
 
-    students_parser = commands.add_parser(
-        "students", help="write copies of the notebooks with the exercises left to do"
-    )
-    students_parser.add_argument("folder")
 
-    commands.add_parser("merge", add_help=False, help="merge checkpoints or adapters")
-    commands.add_parser("advise", add_help=False, help="say before merging which will go together")
-
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in ("merge", "advise"):
-        parser.error(f"unknown argument: {rest[0]}")
-    sentence = supported.problem() or supported.no_packages()
+def main(argv: list[str] | None = None) -> int:
+    """Parse and call. Exit code 2 for a bad request, 1 if a notebook fails."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if rest and arguments.command not in PASSED_ON:
+        top.error(f"unknown argument: {rest[0]}")
+    sentence = supported.problem() or supported.no_packages(_needed(arguments))
     if sentence:
         print(f"error: {sentence}", file=sys.stderr)
         return 2
     sys.stdout.reconfigure(line_buffering=True)  # progress shows at once in a pipe as well
-    return _call(arguments, rest)
-
-
-def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
-    # Imported here: the commands differ in what they need, and --help needs none of it.
-    from helpers.run.chain import NotebookFailed, run, typed
+    from helpers.run import NotebookFailed
 
     try:
-        if arguments.command == "run":
-            run(arguments.profile, arguments.only, typed(arguments.parameters))
-        elif arguments.command == "students":
-            from helpers.run.students import write_copies
-
-            print(*write_copies(Path(arguments.folder)), sep="\n")
-        elif arguments.command == "refresh":
-            from helpers.run import publish
-
-            if arguments.readme:
-                publish.write_readme()
-            elif arguments.compare:
-                print(publish.compare(arguments.profile, Path(arguments.compare)).to_string())
-            elif arguments.take:
-                print(publish.take(arguments.profile, Path(arguments.take)).to_string())
-            elif arguments.recompute:
-                publish.recompute(arguments.profile, write=arguments.publish)
-            elif arguments.publish:
-                publish.publish(arguments.profile)
-            else:
-                publish.refresh(arguments.profile, arguments.reuse)
-        elif arguments.command == "merge":
-            from helpers import merge
-
-            merge.main(rest, _fetched)
-        else:
-            from helpers.advise import report as advise
-
-            advise.main(rest)
+        COMMANDS[arguments.command](arguments, rest)
     except NotebookFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -123,11 +86,77 @@ def _call(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _needed(arguments: argparse.Namespace) -> str:
+    """A package that the command cannot do without; a class has no torch."""
+    return "torch" if arguments.command in PASSED_ON else "papermill"
+
+
+# What each command needs is imported when it is called: --help needs none of it.
+
+
+def _list(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from helpers.run.overview import overview
+
+    print(overview())
+
+
+def _run(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from helpers import run
+
+    given = list(arguments.parameters)
+    if arguments.workers:
+        given.append(("WORKERS", arguments.workers))
+    if arguments.cluster:
+        given.append(("CLUSTER", arguments.cluster))
+    run.run(arguments.profile, arguments.only, run.typed(given))
+
+
+def _refresh(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from helpers.run import publish, readme
+
+    if arguments.readme:
+        readme.write_readme()
+    elif arguments.recompute:
+        publish.recompute(arguments.profile, write=arguments.publish)
+    elif arguments.publish:
+        publish.publish(arguments.profile)
+    else:
+        publish.refresh(arguments.profile, arguments.reuse)
+
+
+def _students(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from helpers.run.students import write_copies
+
+    print(*write_copies(arguments.folder), sep="\n")
+
+
+def _merge(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from helpers import merge
+
+    merge.main(rest, _fetched)
+
+
 def _fetched(model: str) -> Path:
     """The folder of a model that has to be fetched by its name."""
     from helpers.study import assets  # imports transformers: seconds that a folder needs not
 
     return assets.model_folder(model)
+
+
+def _advise(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from helpers.advise import report
+
+    report.main(rest)
+
+
+COMMANDS = {
+    "list": _list,
+    "run": _run,
+    "refresh": _refresh,
+    "students": _students,
+    "merge": _merge,
+    "advise": _advise,
+}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import tiny
+import toy
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +23,9 @@ def tiny_adapters(tiny_base, tmp_path_factory) -> list[Path]:
     """Folders of three random LoRA adapters of `tiny_base`."""
     root = tmp_path_factory.mktemp("adapters")
     return [tiny.save_adapter(root / f"task{seed}", tiny_base, seed) for seed in (1, 2, 3)]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A project of two small notebooks, for the runner."""
+    return toy.make(tmp_path, monkeypatch)

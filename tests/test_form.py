@@ -8,7 +8,7 @@ from urllib.parse import unquote
 import nbformat
 import pytest
 
-from helpers.run import chain as run
+from helpers import run
 from helpers.run import publish
 from helpers.store import ROOT
 
@@ -64,7 +64,7 @@ def test_a_notebook_names_no_path_of_one_machine(path):
 
 @each_notebook
 def test_parameters_are_those_of_the_default_profile(path):
-    demo = run.profiles()["demo"]
+    demo = run.all_profiles()["demo"]
     parameters = run.declared(path)
     own = {name: v for name, v in parameters.items() if name not in run.SET_BY_RUNNER}
     assert own == {name: demo.get(name, "not in profile demo") for name in own}
@@ -73,7 +73,7 @@ def test_parameters_are_those_of_the_default_profile(path):
     written = parameters.get("OUT", parameters["RESULTS"])
     assert written.startswith("data/runs/")
     if "OUT" in parameters:
-        assert written.removeprefix("data/runs/") not in run.profiles()
+        assert written.removeprefix("data/runs/") not in run.all_profiles()
 
 
 @each_notebook

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.run import chain as run
+from helpers import run
 from helpers.run import findings
 from helpers.store import ROOT
 from helpers.study import losses as evaluate
@@ -29,7 +29,7 @@ def table(study, name):
 
 
 def setting(study, name):
-    return run.profiles()[study][name]
+    return run.all_profiles()[study][name]
 
 
 def sample(frame):

@@ -13,8 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from helpers import merge as merging
-from helpers import store as records
-from helpers.run import publish
 from helpers.states import batch
 from helpers.states import measures as hidden
 from helpers.study import scores as evaluate
@@ -151,58 +149,6 @@ def test_specialists_of_another_seed_are_told_from_those_rounded_otherwise(bench
         told(a=[2.0], b=[3.0, 0.5])  # trained for another number of steps
     with pytest.raises(ValueError, match="none of the tasks a, b, c"):
         told(z=[9.0])
-
-
-def test_a_lost_study_goes_on_from_its_tables_once_a_sample_of_it_agrees(
-    bench, tmp_path, monkeypatch
-):
-    """Of three pairs two are scored again; with one score planted there, nothing is taken."""
-    recipe = specialists.Recipe(examples=4, epochs=1, batch_size=4, rank=4)
-    bench = replace(bench, specialists={x: study.train(bench, x, recipe) for x in "abc"})
-    asked = {"METHODS": ["linear", "ties"], "GROUP_METHODS": [], "ARMS": [], "PAIRS": 9}
-    asked |= {"GROUP_SIZES": [], "GROUPS_PER_SIZE": 1, "GROUP_SEED": 0, "SEED": 0, "JOBS": 1}
-    asked |= {"MODEL": "tiny", "DTYPE": "float32", "DEVICE": "cpu", "TEST_EXAMPLES": 6}
-    asked |= {"THREADS": torch.get_num_threads()}
-    monkeypatch.setattr(publish, "profiles", lambda: {"big": asked})
-    monkeypatch.setattr(publish, "ROOT", tmp_path)
-    monkeypatch.setattr(publish, "CONTROL", 2)
-    monkeypatch.setattr(study, "load_base", lambda *about: about)
-    monkeypatch.setattr(study, "open_bench", lambda file, *about: bench)
-    rules = {name: {"method": name} for name in asked["METHODS"]}
-    merged = [m for pair in ("ab", "ac", "bc") for m in study.merge_group(bench, pair, rules)]
-    losses = study.loss_table(bench, merged, study.dose_curves(bench, [0.0, 1.0]))
-    examples = pd.concat(m.examples.assign(merge=m.name) for m in merged)
-    logs = {x: json.loads((f / "training.json").read_text()) for x, f in bench.specialists.items()}
-    training = [(x, i, y) for x, log in logs.items() for i, y in enumerate(log["loss"])]
-    tables = tmp_path / "part"
-    for folder in (tables, tmp_path / "data" / "runs" / "big"):
-        folder.mkdir(parents=True)
-    examples.rename(columns={"id": "example"}).to_csv(tables / "examples.csv.gz", index=False)
-    pd.DataFrame(training, columns=["task", "step", "loss"]).to_csv(tables / "training.csv")
-    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "new"))
-
-    wrong = (losses["merge"] == "b+c|ties") & (losses["task"] == "c")
-    fault = losses.assign(score=losses["score"].where(~wrong, 1 - losses["score"].round()))
-    fault.to_csv(tables / "losses.csv", index=False)
-    with pytest.raises(ValueError, match="1 of 8 scores made again lie more than three standard"):
-        publish.take("big", tables)
-    losses.to_csv(tables / "losses.csv", index=False)
-    told = publish.take("big", tables)
-    assert told["merges"] == 2 and told["loss"] == 0 and told["dose"] < 1e-12
-    assert told["cells"] == told["equal"] == 8 and told["largest"] == 0
-    kept = json.loads((tmp_path / "data" / "runs" / "big" / publish.TAKEN).read_text())
-    assert kept == {"part": told.to_dict()}
-    monkeypatch.setattr(evaluate, "score", lambda *a: pytest.fail("scored again"))
-    monkeypatch.setattr(records, "_asked", {})
-    study.merge_group(bench, "ac", rules)
-    assert {row["step"] for row in records.costs()} == {"merge", "states"}  # no scores' cost
-    again = publish.take("big", tables)  # by a run that was killed after it
-    assert again.equals(told)
-    monkeypatch.setattr(publish, "CONTROL", 1)
-    assert publish.take("big", tables)["cells"] == 8  # what was taken is no control of itself
-    losses.assign(merge="x").to_csv(tables / "losses.csv", index=False)
-    with pytest.raises(ValueError, match="part has none of the merges of big"):
-        publish.take("big", tables)
 
 
 def test_doses_end_at_the_base_and_at_the_specialist(bench):

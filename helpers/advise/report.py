@@ -33,7 +33,6 @@ from tqdm import tqdm
 from helpers import figures
 from helpers import merge as merging
 from helpers.advise import choices as choose
-from helpers.run import page
 from helpers.states import bound
 from helpers.states import measures as hidden
 from helpers.states.batch import encode_prompt
@@ -48,6 +47,12 @@ FAR = 0.5  # of the base's own norm: further away lies no model fine-tuned from 
 STABLE = 0.9  # mean rank correlation of bootstrap rankings below which a ranking is called unstable
 KEPT = 0.9  # share of a specialist's score that a merge should keep
 DOSES = (0.0, 0.25, 0.5, 0.75, 1.0)
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+img { max-width: 100% } figure { margin: 2rem 0 } figcaption { color: #444 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { text-align: left }
+td, th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; vertical-align: top }
+"""
 
 
 # --- what is given -------------------------------------------------------------------------------
@@ -720,7 +725,7 @@ def _page(told: Advice, frames, made: list[dict], picture: Path, caption: str) -
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8">\n<title>{html.escape(title)}'
-        f"</title>\n<style>{page.STYLE} pre {{ white-space: pre-wrap }}</style>\n{body}\n</html>\n"
+        f"</title>\n<style>{STYLE} pre {{ white-space: pre-wrap }}</style>\n{body}\n</html>\n"
     )
 
 

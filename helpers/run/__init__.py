@@ -1,0 +1,22 @@
+"""The runner's door: what a notebook, a test or the command line asks of it."""
+
+from helpers.run.chain import executed, finished, run
+from helpers.run.execute import NotebookFailed, machine, versions
+from helpers.run.overview import cost_table
+from helpers.run.profiles import all_profiles, costs, declared, notebooks, steps, typed
+
+__all__ = [
+    "NotebookFailed",
+    "cost_table",
+    "costs",
+    "declared",
+    "executed",
+    "finished",
+    "machine",
+    "notebooks",
+    "all_profiles",
+    "run",
+    "steps",
+    "typed",
+    "versions",
+]

@@ -1,87 +1,77 @@
-"""What came out of a run? One HTML page of its figures and numbers, readable without Jupyter."""
+"""What came out of a run? One HTML page, readable without Jupyter and without a server."""
 
-import html
 import json
 from pathlib import Path
-from typing import Any
 
+import jinja2
+import pandas as pd
+
+from helpers.run.profiles import Notebook
 from helpers.store import atomic_write
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-img { max-width: 100% } figure { margin: 2rem 0 } figcaption { color: #444 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { text-align: left }
-td, th { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; vertical-align: top }
-"""
+TEMPLATES = Path(__file__).parent
 
 
 def figures_of(results: Path, notebook: str) -> list[str]:
     """Files of the figures that this notebook saved, relative to the results folder."""
-    sidecars = sorted((results / "figures").glob("*.json"))
-    own = [
-        path
-        for path in sidecars
-        if json.loads(path.read_text(encoding="utf-8"))["notebook"] == notebook
-    ]
-    pictures = [path.with_suffix(".png") for path in own]
-    return [path.relative_to(results).as_posix() for path in (*own, *pictures)]
+    files = []
+    for sidecar in sorted((results / "figures").glob("*.json")):
+        about = json.loads(sidecar.read_text(encoding="utf-8"))
+        if about["notebook"] == notebook:
+            files += [sidecar, sidecar.with_suffix(".png")]
+    return [path.relative_to(results).as_posix() for path in files]
 
 
-def write_page(results: Path, finished: dict[str, dict], notebooks: list) -> Path:
-    """Write results/index.html: figures with captions, results with intervals, how each was made.
+def write_page(results: Path, finished: dict[str, dict], notebooks: list[Notebook]) -> Path:
+    """Write results/index.html and return it.
 
     `finished` holds the manifest row of each finished notebook; `notebooks` the order and question.
     """
-    rows = [finished[notebook.name] for notebook in notebooks if notebook.name in finished]
-    labels = dict.fromkeys(row["parameters"].get("PROFILE", results.name) for row in rows)
-    title = f"Model-merging collapse: {'; '.join(labels)}"
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    for notebook in notebooks:
-        if notebook.name in finished:
-            parts += _section(results, notebook)
-    parts += ["<h2>How this was made</h2>", _table(map(_made, rows))]
-    body = "\n".join(parts)
+    done = [notebook for notebook in notebooks if notebook.name in finished]
+    rows = [finished[notebook.name] for notebook in done]
+    names = dict.fromkeys(row["parameters"].get("PROFILE", results.name) for row in rows)
+    text = _template("page.html").render(
+        title=f"Model-merging collapse: {', '.join(names)}",
+        playground="",
+        tables=_verdicts(results),
+        sections=[_section(results, notebook) for notebook in done],
+        made=pd.DataFrame([_made(row) for row in rows]),
+    )
     page = results / "index.html"
     with atomic_write(page) as part:
-        part.write_text(
-            f'<!doctype html>\n<html lang="en"><meta charset="utf-8">\n<title>{html.escape(title)}'
-            f"</title>\n<style>{STYLE}</style>\n{body}\n</html>\n",
-            encoding="utf-8",
-        )
+        part.write_text(text + "\n", encoding="utf-8")
     return page
 
 
-def _section(results: Path, notebook: Any) -> list[str]:
-    """Heading, figures and named results of one notebook."""
-    link = f'<a href="notebooks/{notebook.name}.ipynb">{notebook.name}</a>'
-    parts = [f"<h2>{html.escape(notebook.question)}</h2>\n<p>Notebook {link}</p>"]
-    for file in figures_of(results, notebook.name):
-        if file.endswith(".json"):
-            told = json.loads((results / file).read_text(encoding="utf-8"))
-            alt, caption = html.escape(told["alt"]), html.escape(told["caption"])
-            picture = Path(file).with_suffix(".png").as_posix()
-            parts.append(
-                f'<figure><img src="{picture}" alt="{alt}">'
-                f"<figcaption>{caption}</figcaption></figure>"
-            )
-    record = json.loads((results / f"record_{notebook.name[:2]}.json").read_text(encoding="utf-8"))
-    return [*parts, _table(map(_result, record))]
+def _template(name: str) -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    surroundings = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
+    return surroundings.get_template(name)
 
 
-def _result(row: dict) -> dict[str, str]:
-    """A named result (records.write_record) as cells of a table."""
-    interval = f"{_number(row['low'])} to {_number(row['high'])} ({row['interval']})"
-    return {
-        "result": row["name"],
-        "value": "undefined" if row["value"] is None else _number(row["value"]),
-        "unit": row["unit"],
-        "n": _number(row["n"]),
-        "interval": interval if row["interval"] else "",
-    }
+def _verdicts(results: Path) -> dict[str, pd.DataFrame]:
+    """The claims and their verdicts, where notebook 05 has told them."""
+    path = results / "verdicts.csv"
+    if not path.exists():
+        return {}
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    return {"What of the paper holds here?": table[["claim", "paper", "here", "verdict"]]}
+
+
+def _section(results: Path, notebook: Notebook) -> dict:
+    """Name, question and figures of one notebook."""
+    files = figures_of(results, notebook.name)
+    figures = []
+    for sidecar in (file for file in files if file.endswith(".json")):
+        about = json.loads((results / sidecar).read_text(encoding="utf-8"))
+        picture = Path(sidecar).with_suffix(".png").as_posix()
+        figures.append(about | {"picture": picture})
+    return {"name": notebook.name, "question": notebook.question, "figures": figures}
 
 
 def _made(row: dict) -> dict[str, str]:
     """A manifest row as cells of a table."""
+    parameters = row["parameters"].items()
     return {
         "notebook": row["notebook"],
         "minutes": f"{row['seconds'] / 60:.1f}",
@@ -89,19 +79,5 @@ def _made(row: dict) -> dict[str, str]:
         "started": row["started"],
         "revision": row["revision"] or "",
         "machine": row["machine"],
-        "parameters": ", ".join(f"{k} = {v!r}" for k, v in row["parameters"].items()),
+        "parameters": ", ".join(f"{name} = {value!r}" for name, value in parameters),
     }
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _table(rows: Any) -> str:
-    """Rows of text as an HTML table."""
-    rows = list(rows)
-    if not rows:
-        return ""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row.values()) for row in rows]
-    return "<table><tr>" + "</tr>\n<tr>".join([head, *lines]) + "</tr></table>"

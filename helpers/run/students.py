@@ -1,4 +1,4 @@
-"""How does a class get the notebooks without the answers? Copies in which solutions are left to do.
+"""How does a class get the notebooks without the answers? Copies whose exercises are left to do.
 
 The notebooks are written with their solutions, in cells tagged `solution`, so that exercise, answer
 and check are run together and cannot drift apart.
@@ -12,6 +12,8 @@ import nbformat
 
 from helpers.store import ROOT, atomic_write
 
+INSTRUCTION = "# Your answer; the next cell checks it."
+
 
 def student_copy(book: Any) -> Any:
     """The notebook without outputs, each solution replaced by the names that it has to define."""
@@ -20,30 +22,38 @@ def student_copy(book: Any) -> Any:
         if cell.cell_type == "code":
             cell.update(outputs=[], execution_count=None)
             if "solution" in cell.metadata.get("tags", []):
-                cell.source = _to_do(cell.source)
+                cell.source = stub(cell.source)
     return book
 
 
-def _to_do(solution: str) -> str:
-    """`name = ...` for every variable and function that the solution defines, in their order."""
-    names: dict[str, None] = {}
+def stub(solution: str) -> str:
+    """`name = ...` for every variable and function that a solution defines, in their order."""
+    names: list[str] = []
     for statement in ast.parse(solution).body:
-        if isinstance(statement, ast.FunctionDef):
-            names[statement.name] = None
-        elif isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
-            targets = getattr(statement, "targets", None) or [statement.target]
-            named = (node for target in targets for node in ast.walk(target))
-            names |= {node.id: None for node in named if isinstance(node, ast.Name)}
-    return "\n".join(
-        ["# Your answer; the next cell checks it.", *(f"{name} = ..." for name in names)]
-    )
+        names += _defined(statement)
+    lines = [f"{name} = ..." for name in dict.fromkeys(names)]
+    return "\n".join([INSTRUCTION, *lines])
+
+
+def _defined(statement: ast.stmt) -> list[str]:
+    if isinstance(statement, ast.FunctionDef):
+        return [statement.name]
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.AnnAssign | ast.AugAssign):
+        targets = [statement.target]
+    else:
+        return []
+    nodes = [node for target in targets for node in ast.walk(target)]
+    return [node.id for node in nodes if isinstance(node, ast.Name)]
 
 
 def write_copies(folder: Path) -> list[Path]:
     """Student copies of all notebooks, written into `folder`."""
     written = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        book = nbformat.read(path, as_version=4)
         with atomic_write(folder / path.name) as part:
-            nbformat.write(student_copy(nbformat.read(path, as_version=4)), part)
+            nbformat.write(student_copy(book), part)
         written.append(folder / path.name)
     return written

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.run import chain as run
+from helpers import run
 from helpers.states import batch
 from helpers.study import assets, tasks
 
@@ -198,7 +198,7 @@ def test_every_candidate_task_says_why_it_is_here():
         assert entry.get("metric", "exact_match") in tasks.METRICS
 
 
-@pytest.mark.parametrize("profile", run.profiles().values(), ids=run.profiles())
+@pytest.mark.parametrize("profile", run.all_profiles().values(), ids=run.all_profiles())
 def test_a_profile_names_tasks_of_the_catalogue(profile):
     assert set(profile["TASKS"]) <= tasks.catalogue().keys()
     tasks.check_names(profile["TASKS"])

@@ -1,0 +1,57 @@
+"""What is there to run, what does it cost? For `python -m helpers list` and a notebook's head."""
+
+import pandas as pd
+
+from helpers.run.profiles import (
+    HOW,
+    SET_BY_RUNNER,
+    costs,
+    notebooks,
+    parameters,
+    profile_tables,
+)
+
+COST_COLUMNS = ["profile", "minutes", "GB", "threads", "machine", "date"]
+
+
+def cost_table(notebook: str) -> pd.DataFrame:
+    """Minutes and memory of a notebook by profile, as last measured; for its first cell."""
+    rows = []
+    for profile, measured in costs().items():
+        if notebook in measured["minutes"]:
+            minutes, memory = measured["minutes"][notebook], measured["peak_gb"][notebook]
+            where = [measured[name] for name in ("threads", "machine", "date")]
+            rows.append([profile, minutes, memory, *where])
+    return pd.DataFrame(rows, columns=COST_COLUMNS)
+
+
+def overview() -> str:
+    """Profiles, notebooks with minutes and GB on the demo, parameters with their meaning."""
+    lines = ["Profiles (python -m helpers run PROFILE)"]
+    for name, table in profile_tables().items():
+        lines.append(f"  {name:16} {table.get('about', '')}")
+    lines += ["", "Notebooks (--only NUMBER)       minutes    GB"]
+    measured = costs().get("demo", {"minutes": {}, "peak_gb": {}})
+    for notebook in notebooks():
+        minutes = measured["minutes"].get(notebook.name, "")
+        memory = measured["peak_gb"].get(notebook.name, "")
+        lines.append(f"  {notebook.name:28} {minutes:>8} {memory:>5}  {notebook.question}")
+    lines += ["", "Parameters (-p NAME VALUE)"]
+    lines += _parameter_lines()
+    return "\n".join(lines)
+
+
+def _parameter_lines() -> list[str]:
+    """Each parameter once, with its default, its meaning and the notebooks that declare it."""
+    defaults, meanings, declaring = {}, {}, {}
+    for notebook in notebooks():
+        for name, parameter in parameters(notebook.path).items():
+            defaults.setdefault(name, parameter.default)
+            meanings[name] = meanings.get(name) or parameter.meaning
+            declaring.setdefault(name, []).append(notebook.number)
+    lines = []
+    for name in sorted(defaults.keys() - {*SET_BY_RUNNER, *HOW}):
+        default = repr(defaults[name])
+        shortened = default if len(default) <= 24 else default[:23] + "…"
+        lines.append(f"  {name:18} {shortened:24}  {meanings[name]}  [{' '.join(declaring[name])}]")
+    return lines
