@@ -9,17 +9,7 @@ from PIL import Image
 
 LARGE = 200_000
 """Characters of a picture in a notebook, beyond which it is made lighter."""
-METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {
-        "codemirror_mode": {"name": "ipython", "version": 3},
-        "file_extension": ".py",
-        "mimetype": "text/x-python",
-        "name": "python",
-        "nbconvert_exporter": "python",
-        "pygments_lexer": "ipython3",
-    },
-}
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 KEPT = ("tags", "jupyter")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -27,8 +17,9 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 def normalised(book: Any) -> Any:
     """An executed notebook without anything that differs between two runs of the same code.
 
-    Kept: cells, tags, folding, kernel, outputs. Dropped: injected parameters, timings, papermill's
-    and widgets' metadata, standard error (progress bars). Cells are counted 1..n.
+    Kept: cells, tags, folding, outputs, and the language as JupyterLab writes it, so that opening a
+    page does not modify it. Dropped: injected parameters, timings, papermill's and widgets'
+    metadata, standard error (progress bars). Cells are counted 1..n.
     """
     cells, count = [], 0
     for cell in book.cells:
@@ -39,7 +30,9 @@ def normalised(book: Any) -> Any:
             count += bool(cell.source.strip())
             _normalise_code(cell, count)
         cells.append(cell)
-    form = {"cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
+    language = book.metadata.get("language_info", {"name": "python"})
+    metadata = {"kernelspec": KERNEL, "language_info": language}
+    form = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
     return nbformat.from_dict(form)
 
 
