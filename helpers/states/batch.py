@@ -1,6 +1,6 @@
 """From text to tokens, and from token lists to padded batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,3 +41,13 @@ def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices in batches of similar length, shortest first: little padding is computed on."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def encode_examples(tokenizer, rows: Iterable[dict]) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, answer ids) of examples with a prompt and answers, of which the first counts."""
+    examples = []
+    for row in rows:
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        answer = encode_answer(tokenizer, row["answers"][0])
+        examples.append((prompt, answer))
+    return examples

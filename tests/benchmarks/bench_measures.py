@@ -23,8 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from helpers import merge as merging
-from helpers.states import batch, conflict, gradients
-from helpers.states import measures as hidden
+from helpers.states import batch, conflict, gradients, prompt_states
 
 LAYERS, RANK = 3, 16
 SHAPES = {
@@ -134,7 +133,7 @@ def state_costs(prompts: int = 120, repeats: int = 9) -> None:
             model(ids, attention_mask=mask, logits_to_keep=1)
 
     def with_states() -> None:
-        hidden.prompt_states(model, encoded)
+        prompt_states(model, encoded)
 
     times = {bare: [], with_states: []}
     for repeat in range(repeats + 1):
@@ -171,7 +170,7 @@ def gradient_costs(counts=(2, 4, 8), examples: int = 16, layers: int = 6) -> Non
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         start = time.process_time()
         for pairs in solved.values():
-            gradients.answer_loss(model, *zip(*pairs, strict=True)).backward()
+            gradients.answer_loss(model, pairs).backward()
             model.zero_grad(set_to_none=True)
         alone = time.process_time() - start
         print(f"| {n} | {streamed:.1f} | {alone:.1f} | {grown / 1e6:.0f} |")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.merge import Row, open_base, open_specialist, stream, views
-from helpers.states import conflict
+from helpers.states import sums
 from helpers.states.conflict import (
     METRICS,
     PRIMARY,
@@ -76,7 +76,7 @@ def by_definition(vectors_a, vectors_b):
 @pytest.mark.parametrize("zeros", [0.0, 0.4])
 @pytest.mark.parametrize("block", [1 << 15, 8])
 def test_streamed_sums_equal_the_definitions_on_whole_vectors(monkeypatch, zeros, block):
-    monkeypatch.setattr(conflict, "BLOCK", block)
+    monkeypatch.setattr(sums, "BLOCK", block)
     rows = some_rows(zeros=zeros)
     table = pair_metrics(iter(rows), LABELS).set_index(["task_a", "task_b"])
     assert len(table) == 3

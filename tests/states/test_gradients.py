@@ -7,8 +7,7 @@ import pytest
 import tiny
 import torch
 
-from helpers.states import gradients
-from helpers.states import measures as hidden
+from helpers.states import encode_examples, gradients, read
 
 EXAMPLES = {
     "plural": [([5, 9, 2], [7, 256]), ([7, 1, 8, 8, 3], [4, 11, 256]), ([42], [9, 256])],
@@ -53,19 +52,19 @@ def test_named_parameters_only_and_the_model_is_left_as_it_was():
     np.testing.assert_allclose(streamed, whole @ whole.T, rtol=1e-4, atol=1e-9)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters()) and torch.is_grad_enabled()
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in hidden.blocks_of(model))
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in read.blocks_of(model))
 
 
-def test_training_examples_are_the_first_ones_with_their_end():
+def test_examples_are_prompts_and_first_answers_with_their_end():
     tokenizer = tiny.byte_tokenizer()
-    found = gradients.training_examples({"toy": tiny.toy("toy")}, tokenizer, 3)
-    texts = [tuple(map(tokenizer.decode, example)) for example in found["toy"]]
+    rows = tiny.toy("toy").splits["train"].take(3)
+    texts = [tuple(map(tokenizer.decode, pair)) for pair in encode_examples(tokenizer, rows)]
     assert texts[1] == ("toy train long 1:", " 1<end>") and len(texts) == 3
 
 
 def test_pair_table_of_known_gradients():
     g = np.array([[3.0, 0, 0], [0, 4.0, 0], [-6.0, 0, 0]])
-    table = gradients.pair_table(g @ g.T, list("abc")).set_index(["task_a", "task_b"])
+    table = gradients.gradient_table(g @ g.T, list("abc")).set_index(["task_a", "task_b"])
     assert table.loc[("a", "b")].tolist() == pytest.approx([5, 0, 3, 4])
     assert table.loc[("a", "c")].tolist() == pytest.approx([9, -1, 3, 6])
     for (i, a), (j, b) in combinations(enumerate("abc"), 2):
@@ -75,7 +74,7 @@ def test_pair_table_of_known_gradients():
 def test_one_task_under_two_names_is_no_distance_apart():
     model = tiny.llama()
     twice = {"a": EXAMPLES["past"], "b": EXAMPLES["past"][::-1]}
-    table = gradients.pair_table(gradients.grams(model, twice).sum(0), list(twice)).loc[0]
+    table = gradients.gradient_table(gradients.grams(model, twice).sum(0), list(twice)).loc[0]
     assert table.gradient_cosine == pytest.approx(1, abs=1e-6)
     assert table.gradient_l2 < 1e-3 * table.gradient_norm_a
 
@@ -97,7 +96,7 @@ def test_invariance(change, alike, stays):
     g = np.random.default_rng(0).normal(size=(2, 4))
     after = change(g) if alike else np.vstack([g[:1], change(g[1:])])
     columns = ["gradient_l2", "gradient_cosine", "gradient_norm_a"]
-    old, new = (gradients.pair_table(x @ x.T, ["a", "b"]).loc[0, columns] for x in (g, after))
+    old, new = (gradients.gradient_table(x @ x.T, ["a", "b"]).loc[0, columns] for x in (g, after))
     assert [n == pytest.approx(o) for o, n in zip(old, new, strict=True)] == list(map(bool, stays))
 
 
