@@ -4,7 +4,7 @@ import pytest
 
 from helpers import merge as merging
 from helpers.study import forecast
-from helpers.study import visit as study
+from helpers.study import old as study
 
 UNITS = {"train": 1.0, "score": 2.0, "probe": 3.0, "merge": 4.0, "solo": 6.0, "dose": 1.0}
 ASKED = {

@@ -6,9 +6,9 @@ import pytest
 import tiny
 
 from helpers import merge as merging
+from helpers.study import old as study
 from helpers.study import parallel, specialists
 from helpers.study import scores as evaluate
-from helpers.study import visit as study
 
 RECIPES = {"linear": {"method": "linear"}, "ties": {"method": "ties", "density": 0.5}}
 ARMS, DOSES = [["ties", "norm"], ["dare", "norm"]], [0.0, 0.5, 1.0, 1.25]

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from helpers import merge as merging
 from helpers.states import batch
 from helpers.states import measures as hidden
+from helpers.study import old as study
 from helpers.study import scores as evaluate
 from helpers.study import specialists
-from helpers.study import visit as study
 
 RECIPES = {
     "linear": {"method": "linear"},

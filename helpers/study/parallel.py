@@ -15,7 +15,7 @@ from multiprocessing import get_context
 import torch
 from tqdm import tqdm
 
-from helpers.study import visit as study
+from helpers.study import old as study
 
 _bench: study.Bench  # of this process, if it is a worker
 

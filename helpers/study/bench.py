@@ -1,0 +1,200 @@
+"""What is a study done on? The live base, its tasks and their specialists, as one bench.
+
+The base is a decoder, which answers in words, or an encoder (no LM head): each task's specialist
+then brings its own classification head, which is attached while that task is scored and never
+merged.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    logging,
+)
+
+from helpers import merge, store
+from helpers.study import assets, identity, specialists
+from helpers.study.tasks import SPLITS, Task, load_tasks
+
+# The settings of an adapter that its task vector depends on.
+SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The live base model (fp32), its tasks and their specialists' folders, both by task label."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    base: dict  # name and digest
+    tasks: dict[str, Task]
+    specialists: dict[str, Path]
+    batch_size: int = 0  # examples read at a time; 0: as many as suit the device
+
+    def __post_init__(self) -> None:
+        if not self.batch_size:
+            size = 64 if self.model.device.type == "cuda" else 20
+            object.__setattr__(self, "batch_size", size)
+
+    @property
+    def encoder(self) -> bool:
+        """Whether the model has no LM head."""
+        return self.model.get_output_embeddings() is None
+
+    @cached_property
+    def identity(self) -> identity.Identity:
+        """What the keys of this bench's visits are made of."""
+        tasks = {
+            label: identity.Task(task.name, **{split: task.digest(split) for split in SPLITS})
+            for label, task in self.tasks.items()
+        }
+        trained = {label: specialist_key(folder) for label, folder in self.specialists.items()}
+        dtype = str(self.model.dtype)
+        return identity.Identity(self.base["digest"], dtype, self.encoder, tasks, trained)
+
+    def sources(self, labels: Iterable[str]) -> tuple[merge.Source, list[merge.Source]]:
+        """The base and these specialists, open for streaming; of encoders without their heads."""
+        base = merge.open_base(dict(self.model.named_parameters()))
+        base = base._replace(base_digest=self.base["digest"])
+        trained = [merge.open_specialist(self.specialists[x], x) for x in labels]
+        if self.encoder:
+            base, *trained = (self._body(source) for source in (base, *trained))
+        return base, trained
+
+    def _body(self, source: merge.Source) -> merge.Source:
+        tensors = source.tensors.items()
+        body = {name: tensor for name, tensor in tensors if not _in_head(self.model, name)}
+        return source._replace(tensors=body)
+
+    def rows(self, labels: Iterable[str], device: str | None = None) -> list[merge.Row]:
+        """Their task vectors by tensor, to pass over at will; by default on the base's device."""
+        base, trained = self.sources(labels)
+        return merge.views(base, trained, device or self.model.device.type)
+
+
+@cache  # the store's folders never change, and an encoder's is as large as the model
+def specialist_key(folder: Path) -> str:
+    """What keys call a specialist: its own key in the store, or the digest of a user's folder.
+
+    The digest is of what its task vector is made of: its tensors and their scaling.
+    """
+    if folder.parent == store.store() / "specialist":
+        return folder.name
+    weights = [store.digest(file) for file in sorted(folder.glob("*.safetensors"))]
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return store.digest([weights, {name: config.get(name) for name in SCALING}])
+
+
+def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any, dict]:
+    """(model, tokenizer, name and digest) of a base: a decoder, or an encoder below some head.
+
+    Raises ValueError (AssetError) for a model that cannot be had, and for an encoder-decoder.
+    """
+    config = AutoConfig.from_pretrained(assets.model_folder(name), trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder: name a decoder or an encoder")
+    writes = any(kind.endswith("ForCausalLM") for kind in config.architectures or [])
+    auto_class = AutoModelForCausalLM if writes else AutoModelForSequenceClassification
+    verbosity = logging.get_verbosity()
+    if not writes:  # that the head is untrained is no news: no task is scored with it
+        logging.set_verbosity_error()
+    model, tokenizer = assets.load_model(name, dtype, device, auto_class)
+    logging.set_verbosity(verbosity)
+    return model, tokenizer, assets.base_info(name)
+
+
+# --- an encoder's heads ----------------------------------------------------------------------
+
+
+def _in_head(model: torch.nn.Module, name: str) -> bool:
+    """Whether a parameter of a sequence classifier lies outside its body."""
+    return not name.startswith(f"{model.base_model_prefix}.")
+
+
+@contextmanager
+def with_head(model: torch.nn.Module, specialist: Path) -> Iterator[list[str]]:
+    """`model` with the classification head of a specialist inside the `with`: yields its labels."""
+    config = json.loads((specialist / "config.json").read_text(encoding="utf-8"))
+    names = config["id2label"]
+    stored = merge.read_folder(specialist)
+    head = {name: tensor for name, tensor in stored.items() if _in_head(model, name)}
+    own = {name: model.get_parameter(name).data for name in head}
+    try:
+        for name, tensor in head.items():
+            model.get_parameter(name).data = tensor.to(model.device)
+        yield [names[str(i)] for i in range(len(names))]
+    finally:
+        for name, tensor in own.items():
+            model.get_parameter(name).data = tensor
+
+
+# --- specialists -----------------------------------------------------------------------------
+
+
+def train(bench: Bench, label: str, recipe: specialists.Recipe, quiet: bool = True) -> Path:
+    """Folder of the specialist of a task of the bench, trained once (`specialists.train`)."""
+    task = bench.tasks[label]
+    return specialists.train(bench.model, bench.tokenizer, bench.base, task, recipe, quiet)
+
+
+def twins(bench: Bench, label: str) -> Bench:
+    """A task's specialist beside one of the next seed: a merge of the two has equal aims.
+
+    The labels of the new bench are `once` and `twice`, both of the task.
+    """
+    first = bench.specialists[label]
+    recipe = specialists.recipe_of(first)
+    second = train(bench, label, replace(recipe, seed=recipe.seed + 1))
+    both = {"once": first, "twice": second}
+    return replace(bench, tasks=dict.fromkeys(both, bench.tasks[label]), specialists=both)
+
+
+# --- from one notebook to the next -----------------------------------------------------------
+
+
+def save_bench(bench: Bench, settings: Mapping[str, Any], file: Path) -> None:
+    """Write what `open_bench` needs: `settings` of `tasks.load_tasks`, names and store folders."""
+    folders = bench.specialists.items()
+    content = {
+        "base": bench.base,
+        "settings": dict(settings),
+        "tasks": {label: task.name for label, task in bench.tasks.items()},
+        "specialists": {x: folder.relative_to(store.store()).as_posix() for x, folder in folders},
+    }
+    with store.atomic_write(file) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def open_bench(file: Path, model: Any, tokenizer: Any, base: dict) -> Bench:
+    """The bench that notebook 01 left, on a live base model.
+
+    Raises ValueError if there is none, if it was made with another base, or if a specialist is no
+    longer in the store.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file.name} is not in {file.parent}: run notebook 01 with this profile")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content["base"] != base:
+        raise ValueError(
+            f"the specialists of {file} were made from {content['base']['name']}, "
+            f"not from {base['name']}: run notebook 01 with this model first"
+        )
+    folders = {x: store.store() / path for x, path in content["specialists"].items()}
+    lost = [label for label, folder in folders.items() if not folder.is_dir()]
+    if lost:
+        raise ValueError(
+            f"the specialists {', '.join(lost)} are gone from the store: delete {file.name} in "
+            f"{file.parent.name} and run the same command again"
+        )
+    tasks = load_tasks(content["tasks"].values(), **content["settings"])
+    return Bench(model, tokenizer, base, tasks, folders)

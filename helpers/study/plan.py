@@ -1,0 +1,254 @@
+"""Which models are visited? A plan is a table: one row a visit. Builders make plans, which add up.
+
+What it costs, what is finished, what is left and what committed tables hold already are questions
+to that table. Nothing here needs torch; `keyed` alone loads it, as defaults of the rules are keys'.
+
+    plan = base(tasks) + doses(tasks, [0, 0.5, 1]) + merges(pairs(tasks), ["linear", "ties"])
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from helpers import store
+from helpers.study import costs
+
+Group = tuple[str, ...]
+
+# Rules whose merges are weighted sums of task vectors: dose curves tell what they lose alone.
+WEIGHTED = ("linear", "task_arithmetic", "chebyshev")
+MATCHED = ("norm", "dose")  # arms at the scale of the group's linear average
+ARMS = (*MATCHED, "sum", "mask1", "mask2", "bfloat16")
+SHOTS = 4  # solved examples before a prompt of the untaught base
+
+
+class Row(NamedTuple):
+    """One visit: the model of `tasks`, `rule`, `arm`, `seed` and `options`, and what is read of it.
+
+    kind: "base", "ability" (the base behind solved examples; an encoder: a linear probe), "dose"
+    (one task vector, scaled), "merge", or "solo" (a rule whose partners changed nothing). Scored
+    are the examples of `split` of the tasks `scored`; states are read on the probes of `probed`.
+    """
+
+    kind: str
+    tasks: Group
+    rule: str
+    arm: str = "default"
+    seed: int = 0
+    options: Mapping[str, Any] = {}
+    scored: Group = ()
+    probed: Group = ()
+    split: str = "test"
+
+    @property
+    def model(self) -> str:
+        """What is visited, and on which split: rows that agree are one visit."""
+        options = store.canonical(dict(self.options))
+        return f"{self.kind} {self.tasks} {self.rule} {self.arm} {self.seed} {options} {self.split}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table of visits (`Row`), each model once. Plans add up."""
+
+    frame: pd.DataFrame
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Plan":
+        """A plan of these rows; rows of one model are one visit, which reads all they ask."""
+        visits: dict[str, Row] = {}
+        for row in rows:
+            other = visits.get(row.model, row)
+            scored = tuple(dict.fromkeys([*other.scored, *row.scored]))
+            probed = tuple(dict.fromkeys([*other.probed, *row.probed]))
+            visits[row.model] = other._replace(scored=scored, probed=probed)
+        return cls(pd.DataFrame(visits.values(), columns=Row._fields))
+
+    def __iter__(self) -> Iterator[Row]:
+        for values in self.frame[list(Row._fields)].itertuples(index=False, name=None):
+            yield Row(*values)
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def __add__(self, other: "Plan") -> "Plan":
+        return Plan.of([*self, *other])
+
+    def select(self, chosen: Callable[[Row], bool]) -> "Plan":
+        """The visits of which `chosen` holds."""
+        return Plan(self.frame[[chosen(row) for row in self]])
+
+    def kinds(self, *kinds: str) -> "Plan":
+        """The visits of these kinds."""
+        return self.select(lambda row: row.kind in kinds)
+
+    # --- questions ---
+
+    def keyed(self, identity: Any) -> "Plan":
+        """With columns key (the model's name, 16 hex digits) and entries (what the store gets).
+
+        `identity` is what keys are made of: `Bench.identity`.
+        """
+        from helpers.study import identity as keys  # loads torch
+
+        about = [(keys.model_key(row, identity), keys.entries(row, identity)) for row in self]
+        columns = pd.DataFrame(about, self.frame.index, ["key", "entries"])
+        return Plan(self.frame.assign(**columns))
+
+    def done(self) -> pd.Series:
+        """Of a keyed plan: whether the store holds all that a visit leaves."""
+        folder = store.store()
+        return self.frame["entries"].map(lambda names: all((folder / x).is_dir() for x in names))
+
+    def left(self) -> "Plan":
+        """Of a keyed plan: the visits that are not done."""
+        return Plan(self.frame[~self.done().astype(bool)])
+
+    def join(self, study: Any) -> pd.DataFrame:
+        """Of a keyed plan: the rows of `Study.losses` of merges that it holds, under their keys."""
+        return study.losses[study.losses["merge"].isin(self.frame["key"])]
+
+    def without(self, keys: Iterable[str]) -> "Plan":
+        """A keyed plan without these models: `plan.without(plan.join(study)["merge"])`."""
+        return Plan(self.frame[~self.frame["key"].isin(set(keys))])
+
+    def cost(self, units: pd.DataFrame, sizes: Mapping[str, int]) -> pd.DataFrame:
+        """Visits, CPU minutes and gigabytes in the store, by kind.
+
+        `units` are those of `unit_costs`, `sizes` examples of each split. A bound: a task that
+        fails screening is merged with none, and a merge that equals another is not read again.
+        """
+        works = pd.DataFrame([costs.work(row, sizes) for row in self], self.frame.index)
+        works = works.reindex(columns=units.index).fillna(0.0)
+        cost = works @ units[["cpu_seconds", "megabytes"]]
+        kinds = cost.groupby(self.frame["kind"], sort=False)
+        table = pd.DataFrame({"visits": kinds.size(), "minutes": kinds["cpu_seconds"].sum() / 60})
+        return table.assign(gigabytes=kinds["megabytes"].sum() / 1024)
+
+
+# --- builders --------------------------------------------------------------------------------
+
+
+def base(tasks: Iterable[str], probed: Iterable[str] = (), split: str = "test") -> Plan:
+    """The base as it is (an encoder's linear probe), and behind solved examples."""
+    tasks = tuple(tasks)
+    bare = Row("base", (), "base", scored=tasks, probed=tuple(probed), split=split)
+    return Plan.of([bare]) + abilities(tasks, split)
+
+
+def abilities(tasks: Iterable[str], split: str = "test") -> Plan:
+    """What the base can do untaught, by task: behind SHOTS solved training examples."""
+    about = {"shots": SHOTS}
+    return Plan.of(
+        Row("ability", (x,), "base", options=about, scored=(x,), split=split) for x in tasks
+    )
+
+
+def doses(
+    tasks: Iterable[str],
+    at: Iterable[float] = (1.0,),
+    probed: Iterable[str] = (),
+    split: str = "test",
+    partners: Mapping[str, Iterable[str]] | None = None,
+) -> Plan:
+    """theta_0 + dose * tau of each specialist on its own task; dose 1 is the specialist itself.
+
+    `probed`: whose probes are read; `partners`: other tasks on which a specialist is scored too.
+    """
+    others = partners or {}
+    return Plan.of(
+        Row(
+            kind="dose",
+            tasks=(x,),
+            rule="dose",
+            options={"dose": float(dose)},
+            scored=(x, *others.get(x, ())),
+            probed=tuple(probed),
+            split=split,
+        )
+        for x in tasks
+        for dose in at
+    )
+
+
+def merges(
+    groups: Iterable[Sequence[str]],
+    rules: Iterable[str] | Mapping[str, Mapping[str, Any]],
+    arms: Iterable[tuple[str, str]] = (),
+    seed: int = 0,
+    probe: bool = True,
+) -> Plan:
+    """Every group by every rule, then by the (rule, arm) of `arms` whose rule is among `rules`.
+
+    A mapping gives a rule its options. With `probe`, and at default scale only, states are read on
+    the probes of the members. Raises ValueError for an unknown arm.
+    """
+    rules = rules if isinstance(rules, Mapping) else dict.fromkeys(rules, {})
+    rows = []
+    for group in map(tuple, groups):
+        for rule, options in rules.items():
+            probed = group if probe else ()
+            rows.append(Row("merge", group, rule, "default", seed, options, group, probed))
+        for rule, arm in arms:
+            if rule in rules:
+                options = dict(rules[rule]) | in_arm(arm, len(group))
+                rows.append(Row("merge", group, rule, arm, seed, options, group))
+    return Plan.of(rows)
+
+
+def in_arm(arm: str, n: int) -> dict[str, Any]:
+    """The options that an arm of a rule adds for n models; ValueError for an unknown arm.
+
+    Another scale, so that rules differ in direction alone: "norm" (as long as the group's linear
+    average), "dose" (mean own-direction dose as the linear average), "sum" (n times itself, the
+    total weight of task arithmetic). Of a rule that drops entries at random: its next draws
+    ("mask1", "mask2"). Base and result rounded to a grid: "bfloat16".
+    """
+    if arm not in ARMS:
+        raise ValueError(f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}")
+    return {"scale": float(n)} if arm == "sum" else {}
+
+
+def scale_line(group: Sequence[str], scales: Iterable[float], seed: int = 0) -> Plan:
+    """theta_0 + s * (sum of the task vectors) at each scale s: arms "scale=0.25", …"""
+    group = tuple(group)
+    return Plan.of(
+        Row("merge", group, "task_arithmetic", f"scale={s:g}", seed, {"scale": float(s)}, group)
+        for s in scales
+    )
+
+
+def solos(plan: Plan) -> Plan:
+    """The controls of the merges in `plan` that are no weighted sums: each rule, no partner.
+
+    The partners of a task changed nothing, so groups of one size share a run; not at a matched
+    scale, which is that of the group.
+    """
+    rows = []
+    for row in plan.kinds("merge"):
+        if row.rule in WEIGHTED:
+            continue
+        about = dict(row.options) | {"n": len(row.tasks)}
+        if row.arm in MATCHED:
+            about["group"] = list(row.tasks)
+        for x in row.tasks:
+            rows.append(Row("solo", (x,), row.rule, row.arm, row.seed, about, (x,)))
+    return Plan.of(rows)
+
+
+def training(tasks: Iterable[str], examples: Mapping[str, int], epochs: int) -> Plan:
+    """Specialists and the screening of each on dev, for `cost`: `visit.train` makes them."""
+    tasks = tuple(tasks)
+    rows = []
+    for x in tasks:
+        about = {"examples": examples[x], "epochs": epochs}
+        rows.append(Row("specialist", (x,), "train", options=about))
+    return Plan.of(rows) + screening(tasks)
+
+
+def screening(tasks: Iterable[str]) -> Plan:
+    """What screening asks of tasks: dev scores of the specialist and of the untaught base."""
+    tasks = tuple(tasks)
+    return abilities(tasks, "dev") + doses(tasks, [1.0], split="dev")

@@ -1,0 +1,138 @@
+"""What is read of a model: scores and states of the live base, recorded as those of a row."""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from helpers import merge, store
+from helpers.states import measures as hidden
+from helpers.states.batch import encode_input, encode_prompt
+from helpers.study import identity as keys
+from helpers.study import scores, specialists
+from helpers.study.bench import Bench, with_head
+from helpers.study.plan import SHOTS, Row
+from helpers.study.tasks import SHOT_END, Task, few_shot, label_set
+
+Delta = Mapping[str, Tensor]
+
+
+def read_all(
+    bench: Bench,
+    row: Row,
+    make: Callable[[], Delta],
+    twin: Row | None = None,
+) -> None:
+    """Scores and states of a row's model; copies of its twin's where that has them."""
+    wanted = [keys.score_entry(row, x, bench.identity) for x in row.scored]
+    wanted += [keys.state_entry(row, x, bench.identity) for x in row.probed]
+    missing = [entry for entry in wanted if not store.finished(*entry)]
+    if twin is not None:
+        for entry in missing:
+            _copy(entry, row, twin, bench.identity)
+        missing = [entry for entry in missing if not store.finished(*entry)]
+    with merge.applied(bench.model, make()) if missing else nullcontext():
+        for x in row.scored:
+            score(bench, row, x)
+        for x in row.probed:
+            states(bench, row, x)
+
+
+def _copy(entry: keys.Entry, row: Row, twin: Row, identity: keys.Identity) -> None:
+    """Give an entry of a row the files of its twin's, if the store holds those."""
+    step, version, what = entry
+    other = what | {"model": keys.model_key(twin, identity)}
+    if store.finished(step, version, other):
+        source = store.place(step, version, other)
+
+        def compute(folder: Path) -> None:
+            for file in source.iterdir():
+                if file.name != store.SEAL:
+                    shutil.copyfile(file, folder / file.name)
+
+        store.cached(step, version, what, compute)
+
+
+def machine(bench: Bench) -> dict:
+    return specialists.machine(bench.model) | {"batch_size": bench.batch_size}
+
+
+def score(bench: Bench, row: Row, label: str) -> pd.DataFrame:
+    """Scores of the live model on the examples of one task, recorded as those of the row."""
+
+    def compute(folder: Path) -> None:
+        task = bench.tasks[label]
+        if not bench.encoder:
+            frame = _answered(bench, row, task)
+        elif row.kind in ("base", "ability"):
+            frame = _probe_scores(bench, task, row.split)
+        else:
+            with with_head(bench.model, bench.specialists[label]) as labels:
+                rows = task.splits[row.split]
+                about = bench.model, bench.tokenizer, rows, labels, bench.batch_size
+                frame = scores.classify(*about)
+        frame.to_csv(folder / "examples.csv", index=False)
+
+    entry = keys.score_entry(row, label, bench.identity)
+    return read_examples(store.cached(*entry, compute, machine(bench)))
+
+
+def read_examples(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "examples.csv", dtype={"id": str})
+
+
+def _answered(bench: Bench, row: Row, task: Task) -> pd.DataFrame:
+    """A decoder's scores; the untaught base is shown solved examples first."""
+    shots = row.options.get("shots", 0)
+    rows = few_shot(task, row.split, shots) if shots else task.splits[row.split]
+    end = SHOT_END if shots else None
+    about = bench.model, bench.tokenizer, rows, task.metric, bench.batch_size, end
+    return scores.score(*about)
+
+
+def _probe_scores(bench: Bench, task: Task, split: str) -> pd.DataFrame:
+    """Scores of a linear probe on the live encoder's last states, fitted to a few examples."""
+    labels = label_set(task.splits["train"])
+    train = _shown(task, labels)
+    rows = task.splits[split]
+    seen = _prompt_states(bench, [row["prompt"] for row in train])[:, -1]
+    asked = _prompt_states(bench, rows["prompt"])[:, -1]
+    targets = torch.tensor([labels.index(row["answers"][0]) for row in train])
+    logprobs = scores.linear_probe(seen, targets, asked, len(labels))
+    return scores.graded(list(rows), labels, logprobs)
+
+
+def _shown(task: Task, labels: Sequence[str]) -> list[dict]:
+    """The first SHOTS training examples of each label, in the order of the split."""
+    left = dict.fromkeys(labels, SHOTS)
+    shown = []
+    for row in task.splits["train"]:
+        if left[row["answers"][0]] > 0:
+            left[row["answers"][0]] -= 1
+            shown.append(row)
+    return shown
+
+
+def states(bench: Bench, row: Row, label: str) -> Tensor:
+    def compute(folder: Path) -> None:
+        read = _prompt_states(bench, bench.tasks[label].splits["probe"]["prompt"])
+        save_file({"states": read}, folder / "states.safetensors")
+
+    entry = keys.state_entry(row, label, bench.identity)
+    return read_states(store.cached(*entry, compute, machine(bench)))
+
+
+def read_states(folder: Path) -> Tensor:
+    return load_file(folder / "states.safetensors")["states"]
+
+
+def _prompt_states(bench: Bench, prompts: Iterable[str]) -> Tensor:
+    """States (prompts, layers, d) of the live model at prompts."""
+    encode, how = (encode_input, "mean") if bench.encoder else (encode_prompt, "last")
+    encoded = [encode(bench.tokenizer, prompt) for prompt in prompts]
+    return hidden.prompt_states(bench.model, encoded, how, bench.batch_size)

@@ -1,0 +1,149 @@
+"""Workers leave what a serial run leaves, fail as one would, and a killed one costs nothing."""
+
+import importlib.util
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import tiny
+
+from helpers import merge, store
+from helpers.study import bench as benches
+from helpers.study import plan, scores, specialists, visit
+from helpers.study.bench import Bench
+from helpers.study.executor import call_each, executor
+
+ASKED = plan.base("abc") + plan.doses("abc", [0.5, 1.0], probed="abc")
+ASKED += plan.merges(["ab", "abc"], ["linear", "ties", "chebyshev"], [("ties", "norm")])
+ASKED += plan.solos(ASKED)
+RECIPE = specialists.Recipe(examples=6, epochs=1, batch_size=3, rank=4)
+needs_dask = pytest.mark.skipif(
+    importlib.util.find_spec("distributed") is None, reason="Dask is an extra: .[cluster]"
+)
+
+
+@pytest.fixture(scope="module")
+def untrained(tiny_base):
+    toys = {name: tiny.toy(name, 6, ("0", "1")) for name in "abc"}
+    return Bench(*benches.load_base(str(tiny_base)), toys, {})
+
+
+@pytest.fixture
+def bench(untrained, tmp_path, monkeypatch):
+    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "store"))
+    return untrained
+
+
+def trained(bench, pool=None) -> Bench:
+    return replace(bench, specialists=visit.train_all(bench, dict.fromkeys("abc", RECIPE), pool))
+
+
+def table(visits) -> pd.DataFrame:
+    frames = [x.examples.assign(key=x.key, same=x.same_as or "") for x in visits]
+    return pd.concat(frames, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def serial(untrained, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path_factory.mktemp("serial")))
+        return table(visit.run(trained(untrained), ASKED))
+
+
+def test_processes_leave_what_a_serial_run_leaves(bench, serial, monkeypatch):
+    with executor(2) as pool:
+        made = trained(bench, pool)
+        found = visit.run(made, ASKED, pool)
+    pd.testing.assert_frame_equal(table(found), serial, atol=1e-6)
+
+    def fail(*args, **kwargs):
+        pytest.fail("computed again")
+
+    for module, name in ((merge, "merge"), (scores, "score"), (specialists, "train_lora")):
+        monkeypatch.setattr(module, name, fail)
+    assert len(visit.run(trained(bench), ASKED)) == len(ASKED)
+
+
+def test_threads_of_one_process_visit_one_at_a_time(bench, serial):
+    made = trained(bench)
+    with ThreadPoolExecutor(3) as pool:
+        found = visit.run(made, ASKED, pool)
+    pd.testing.assert_frame_equal(table(found), serial, atol=1e-6)
+
+
+def test_one_worker_is_this_process():
+    with executor(1) as pool:
+        assert pool is None
+
+
+def refuse(bench, label):
+    raise KeyError(f"nobody called {label}")
+
+
+def test_what_a_call_raises_is_raised(bench):
+    with pytest.raises(KeyError, match="nobody called"), executor(2) as pool:
+        call_each(bench, refuse, [("a",), ("b",)], pool)
+
+
+def die(bench, label):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_told_in_a_sentence(bench):
+    told = pytest.raises(RuntimeError, match="run the same command again, with fewer workers")
+    with told, executor(2) as pool:
+        call_each(bench, die, [("a",), ("b",)], pool)
+
+
+def test_another_store_than_the_workers_is_told_in_a_sentence(bench, tmp_path, monkeypatch):
+    made = trained(bench)
+    monkeypatch.setattr(visit, "call_each", lambda *a: [])
+    with pytest.raises(RuntimeError, match="the workers filled another store"):
+        visit.run(made, ASKED)
+
+
+# --- a cluster -----------------------------------------------------------------------------------
+
+
+def kill_once(bench, rows):
+    """A visit whose worker is killed in the middle, the first time that it comes to a merge."""
+    mark = store.store() / "killed"
+    if rows[0].kind == "merge" and not mark.exists():
+        mark.touch()
+        visit.visit_group(bench, rows[:1])  # one of its merges is finished, others are not
+        os.kill(os.getpid(), signal.SIGKILL)
+    return visit.visit_group(bench, rows)
+
+
+@needs_dask
+def test_a_worker_killed_in_the_middle_changes_nothing(bench, serial, monkeypatch):
+    with executor(cluster="local:2") as pool:
+        made = trained(bench, pool)
+        monkeypatch.setattr(visit, "visit_group", kill_once)
+        found = visit.run(made, ASKED, pool)
+    assert (store.store() / "killed").exists()
+    pd.testing.assert_frame_equal(table(found), serial, atol=1e-6)
+    made = [store.seal(x) for x in store.store().glob("*/[0-9a-f]*") if x.is_dir()]
+    assert len(made) == len({store.key(x["step"], x["version"], x["determinants"]) for x in made})
+
+
+@needs_dask
+def test_a_lost_scheduler_is_told_and_the_run_goes_on(bench, serial):
+    made = trained(bench)
+    told = pytest.raises(RuntimeError, match="the cluster was lost")
+    with told, executor(cluster="local:1") as pool:
+        visit.run(made, plan.doses("abc"), pool)
+        pool._client.cluster.close()
+        visit.run(made, ASKED, pool)
+    pd.testing.assert_frame_equal(table(visit.run(made, ASKED)), serial, atol=1e-6)
+
+
+def test_a_cluster_without_dask_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    told = pytest.raises(ValueError, match=r"needs Dask: .*\.\[cluster\]")
+    with told, executor(cluster="local:1"):
+        pass
