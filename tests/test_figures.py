@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import figures
+from helpers import figures, store
 
 plt.switch_backend("Agg")
 
@@ -22,8 +22,8 @@ def clean():
 
 def draw() -> plt.Figure:
     fig, ax = plt.subplots()
-    for method in ("linear", "ties"):
-        ax.plot([0, 1], [0, 1], **figures.look(method))
+    for rule in ("linear", "ties"):
+        ax.plot([0, 1], [0, 1], **figures.look(rule))
     return fig
 
 
@@ -41,7 +41,7 @@ def test_the_sidecar_explains_the_figure(tmp_path):
     path = figures.save(draw(), "line", "Loss against\n   dose.", "Rising.", data=data)
     told = json.loads(path.with_suffix(".json").read_text())
     assert path == tmp_path / "figures" / "line.png"
-    assert told.pop("revision") == figures.revision()
+    assert told.pop("revision") == store.revision()
     assert told == {
         "caption": "Loss against dose.",
         "alt": "Rising.",
@@ -64,24 +64,42 @@ def test_no_folder_is_refused():
         figures.save(draw(), "line", "A line.", "Rising.")
 
 
-def test_every_method_has_its_own_look():
+def test_every_rule_has_its_own_look():
     looks = {(look["color"], look["marker"]) for look in figures.LOOKS.values()}
     assert len(looks) == len(figures.LOOKS)
     assert figures.look("unheard_of")["label"] == "unheard_of"
 
 
+def table_of(values, n):
+    tasks = [f"task{i}" for i in range(n)]
+    return pd.DataFrame(values, index=tasks, columns=tasks)
+
+
 def test_heat_map_hatches_what_is_undefined_and_frames_what_is_marked():
-    tasks = ["a", "b", "c"]
-    table = pd.DataFrame(
-        [[np.nan, -50.0, np.nan], [-10.0, np.nan, 5.0], [0.0, -90.0, np.nan]],
-        index=tasks,
-        columns=tasks,
-    )
+    nan = np.nan
+    table = table_of([[nan, -50.0, nan], [-10.0, nan, 5.0], [0.0, -90.0, nan]], 3)
     fig, ax = plt.subplots()
     figures.heat_map(ax, table, "merging loss (%)", marked=table < -30)
     assert [text.get_text() for text in ax.texts] == ["-50", "-10", "5", "0", "-90"]
     assert sum(bool(patch.get_hatch()) for patch in ax.patches) == 1  # (a, c): not the diagonal
     assert sum(patch.get_linewidth() == 1.6 for patch in ax.patches) == 2
+
+
+@pytest.mark.parametrize(("n", "written"), [(5, 20), (14, 1), (96, 0)])
+def test_more_tasks_have_fewer_numbers_written(n, written):
+    values = np.full((n, n), -10.0)
+    values[0, 1] = -80
+    fig, ax = plt.subplots()
+    figures.heat_map(ax, table_of(values, n), "merging loss (%)")
+    assert len(ax.texts) == written
+    assert figures.task_size(n) <= 16
+
+
+def test_clustering_puts_like_tasks_together():
+    values = np.array([[0, 9, 1, 9], [9, 0, 9, 1], [1, 9, 0, 9], [9, 1, 9, 0]], float)
+    order = figures.clustered(table_of(values, 4))
+    places = [order.index(f"task{i}") for i in range(4)]
+    assert abs(places[0] - places[2]) == 1 and abs(places[1] - places[3]) == 1
 
 
 def test_scatter_and_dose_curves_draw_each_point_once():
@@ -91,20 +109,29 @@ def test_scatter_and_dose_curves_draw_each_point_once():
     doses = pd.DataFrame({"task": ["a", "a", "b"], "dose": [1.0, 0.0, 0.5], "score": [0.9, 0, 0.4]})
     figures.dose_curves(right, doses)
     np.testing.assert_array_equal(right.lines[0].get_xdata(), [0.0, 1.0])
-    assert [line.get_label() for line in right.lines[:2]] == ["a", "b"]
+    assert {text.get_text() for text in right.texts} == {"a", "b"}
 
 
-def test_pair_maps_put_the_loss_of_the_task_in_its_row():
-    rows = [("a+b", "a", -10.0), ("a+b", "b", -80.0), ("b+c", "b", np.nan), ("b+c", "c", 5.0)]
-    losses = pd.DataFrame(rows, columns=["group", "task", "loss"])
+def test_harm_maps_put_the_loss_of_the_victim_in_its_row():
+    rows = [("a", "b", -10.0), ("b", "a", -80.0), ("b", "c", np.nan), ("c", "b", 5.0)]
+    cells = pd.DataFrame(rows, columns=["victim", "partner", "loss"])
     fell = pd.array([False, True, pd.NA, False], dtype="boolean")
-    losses = losses.assign(method="linear", collapsed=fell)
-    fig = figures.pair_maps(losses, ["a", "b", "c"])
+    fig = figures.harm_maps(cells.assign(rule="linear", collapsed=fell), ["a", "b", "c"])
     ax = fig.axes[0]
     texts = {tuple(map(int, text.get_position())): text.get_text() for text in ax.texts}
     assert texts == {(0, 1): "-80", (1, 0): "-10", (1, 2): "5"}  # (column, row)
     framed = [patch.get_xy() for patch in ax.patches if patch.get_linewidth() == 1.6]
-    assert framed == [(0.04, 1.04)]
+    assert framed == [(-0.46, 0.54)]
+
+
+def test_each_rule_is_a_dot_on_the_line_of_its_pair():
+    _, ax = plt.subplots()
+    table = pd.DataFrame(
+        {"linear": [-10.0, -50.0], "ties": [-20.0, np.nan]}, index=["a, b", "a, c"]
+    )
+    figures.rule_dots(ax, table)
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), [-10, -50])
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["a, b", "a, c"]
 
 
 def test_the_parts_of_a_loss_are_drawn_with_their_sum():
@@ -122,7 +149,7 @@ def test_bars_stand_at_the_parts_with_their_intervals():
     _, ax = plt.subplots()
     rows = [("linear", "alone", -20.0), ("linear", "partners", -10.0), ("ties", "alone", 0.0)]
     rows.append(("ties", "partners", -30.0))
-    parts = pd.DataFrame(rows, columns=["method", "outcome", "value"])
+    parts = pd.DataFrame(rows, columns=["rule", "outcome", "value"])
     parts = parts.assign(low=parts["value"] - 5, high=parts["value"] + 2)
     figures.part_bars(ax, parts)
     assert [bar.get_height() for bar in ax.patches] == [-20, 0, -10, -30]
@@ -139,3 +166,16 @@ def test_a_forest_has_a_line_for_every_row():
     assert [text.get_text() for text in ax.get_yticklabels()] == ["hidden_sim", "cosine"]
     np.testing.assert_array_equal(ax.lines[1].get_xdata(), [0.2, 0.3])
     assert len(ax.collections) == 1  # intervals of r only
+
+
+def test_words_stand_below_the_figure_on_the_page(tmp_path, monkeypatch):
+    import IPython
+
+    shown = []
+    kernel = type("Shell", (), {"kernel": None})()
+    monkeypatch.setattr(IPython, "get_ipython", lambda: kernel)
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    figures.save(draw(), "line", "A line.", "Rising.", folder=tmp_path)
+    assert isinstance(shown[0], plt.Figure)
+    assert shown[1].data == "**Figure.** A line.\n\n**In words.** Rising."
+    assert not plt.get_fignums()

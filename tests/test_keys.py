@@ -8,7 +8,8 @@ from helpers.run import keys
 
 ROOMS = {
     "store.py": "",
-    "figures.py": "from helpers.store import digest\nSTYLE = 'style.mplstyle'",
+    "figures/__init__.py": "from helpers.store import digest",
+    "figures/style.mplstyle": "",
     "merge/__init__.py": "from helpers.merge.rules import ties",
     "merge/rules.py": "def ties(): pass",
     "states/__init__.py": "",
@@ -17,7 +18,6 @@ ROOMS = {
     "study/tasks.py": "TASKS = 'tasks.toml'",
     "stats/__init__.py": "import numpy",
     "run/__init__.py": "from helpers.study import tasks",
-    "style.mplstyle": "",
 }
 
 
@@ -39,7 +39,7 @@ def reached(source):
 
 def test_rooms_are_reached_through_imports_at_any_depth(rooms):
     assert reached("from helpers.stats import dyads") == {"stats"}
-    assert reached("from helpers import figures, run") == {"figures.py", "store.py"}
+    assert reached("from helpers import figures, run") == {"figures", "store.py"}
     assert reached("import helpers.study.tasks") == {"study", "states", "merge"}
     assert reached("def late():\n    from helpers import merge") == {"merge"}
     assert reached("import torch") == set()
@@ -52,7 +52,7 @@ def test_rooms_are_reached_through_imports_at_any_depth(rooms):
         ("stats/__init__.py", {"stats"}),
         ("run/__init__.py", set()),
         ("run/publish.py", set()),
-        ("style.mplstyle", {"figures"}),
+        ("figures/style.mplstyle", {"figures"}),
         ("store.py", {"figures"}),
         ("../data/tasks.toml", {"study"}),
         ("../data/profiles.toml", set()),

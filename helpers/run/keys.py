@@ -72,12 +72,11 @@ def reached_files(source: str) -> list[Path]:
 
 
 def named_data(sources: Iterable[str]) -> list[Path]:
-    """Files in data/ and helpers/ whose names stand in these texts, and the pins."""
+    """Files in data/ whose names stand in these texts, and the pins."""
     text = "\n".join(sources)
     about_runs = ("profiles.toml", "notebooks.toml")  # these arrive as parameters
-    candidates = [*(ROOT / "data").glob("*.*"), *HELPERS.glob("*.*")]
-    data = [path for path in candidates if path.suffix != ".py" and path.name not in about_runs]
-    named = [path for path in data if path.is_file() and path.name in text]
+    files = [path for path in (ROOT / "data").glob("*.*") if path.name not in about_runs]
+    named = [path for path in files if path.is_file() and path.name in text]
     return sorted([*named, ROOT / "requirements.txt"])
 
 

@@ -1,0 +1,51 @@
+"""How is it shown? One style, a look for each rule, plots that stay legible from 5 to 96 tasks."""
+
+from helpers.figures.looks import (
+    AMBER,
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    LOOKS,
+    ORANGE,
+    PARTS,
+    PINK,
+    SILVER,
+    SKY,
+    WINE,
+    look,
+)
+from helpers.figures.matrix import clustered, harm_maps, heat_map, pair_maps, task_size
+from helpers.figures.plots import dose_curves, forest, part_bars, parts, rule_dots, scatter
+from helpers.figures.save import STYLE, save, style, words
+
+__all__ = [
+    "AMBER",
+    "BLACK",
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "LOOKS",
+    "ORANGE",
+    "PARTS",
+    "PINK",
+    "SILVER",
+    "SKY",
+    "STYLE",
+    "WINE",
+    "clustered",
+    "dose_curves",
+    "forest",
+    "harm_maps",
+    "heat_map",
+    "look",
+    "pair_maps",
+    "part_bars",
+    "parts",
+    "rule_dots",
+    "save",
+    "scatter",
+    "style",
+    "task_size",
+    "words",
+]
