@@ -1,5 +1,6 @@
 """How is it shown? One style, a look for each rule, plots that stay legible from 5 to 96 tasks."""
 
+from helpers.figures.interactive import framed, playground
 from helpers.figures.looks import (
     AMBER,
     BLACK,
@@ -36,10 +37,12 @@ __all__ = [
     "clustered",
     "dose_curves",
     "forest",
+    "framed",
     "harm_maps",
     "heat_map",
     "look",
     "pair_maps",
+    "playground",
     "part_bars",
     "parts",
     "rule_dots",

@@ -6,8 +6,10 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from helpers import figures
 from helpers.run.profiles import Notebook
 from helpers.store import atomic_write
+from helpers.study.tables import Study
 
 TEMPLATES = Path(__file__).parent
 
@@ -32,7 +34,7 @@ def write_page(results: Path, finished: dict[str, dict], notebooks: list[Noteboo
     names = dict.fromkeys(row["parameters"].get("PROFILE", results.name) for row in rows)
     text = _template("page.html").render(
         title=f"Model-merging collapse: {', '.join(names)}",
-        playground="",
+        playground=_playground(results),
         tables=_verdicts(results),
         sections=[_section(results, notebook) for notebook in done],
         made=pd.DataFrame([_made(row) for row in rows]),
@@ -41,6 +43,13 @@ def write_page(results: Path, finished: dict[str, dict], notebooks: list[Noteboo
     with atomic_write(page) as part:
         part.write_text(text + "\n", encoding="utf-8")
     return page
+
+
+def _playground(results: Path) -> str:
+    """The playground of this run, once its merges are there."""
+    if not (results / "losses.csv").exists():
+        return ""
+    return figures.playground(Study(results))
 
 
 def _template(name: str) -> jinja2.Template:
@@ -61,12 +70,12 @@ def _verdicts(results: Path) -> dict[str, pd.DataFrame]:
 def _section(results: Path, notebook: Notebook) -> dict:
     """Name, question and figures of one notebook."""
     files = figures_of(results, notebook.name)
-    figures = []
+    pictures = []
     for sidecar in (file for file in files if file.endswith(".json")):
         about = json.loads((results / sidecar).read_text(encoding="utf-8"))
         picture = Path(sidecar).with_suffix(".png").as_posix()
-        figures.append(about | {"picture": picture})
-    return {"name": notebook.name, "question": notebook.question, "figures": figures}
+        pictures.append(about | {"picture": picture})
+    return {"name": notebook.name, "question": notebook.question, "figures": pictures}
 
 
 def _made(row: dict) -> dict[str, str]:
