@@ -46,8 +46,8 @@ def write_page(results: Path, finished: dict[str, dict], notebooks: list[Noteboo
 
 
 def _playground(results: Path) -> str:
-    """The playground of this run, once its merges are there."""
-    if not (results / "losses.csv").exists():
+    """The playground of this run, once its merges have answered."""
+    if not (results / "answers.csv").exists():
         return ""
     return figures.playground(Study(results))
 
