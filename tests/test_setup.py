@@ -116,11 +116,23 @@ def test_requirements_are_pinned_and_are_what_is_installed():
     assert pins() == {name: metadata.version(name).split("+")[0] for name in pins()}
 
 
+def optional() -> list[str]:
+    """Packages that pyproject.toml names as extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    return [name.split("=")[0] for names in extras for name in names]
+
+
+def test_what_a_class_needs_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(project["optional-dependencies"]["class"]) < set(pins())
+
+
 def test_what_the_code_imports_is_pinned():
     """A package that only comes along with another may leave with it."""
     packages = metadata.packages_distributions()
     found = set()
-    for path in (*(ROOT / "helpers").glob("*.py"), *(ROOT / "tests").glob("*.py")):
+    for path in (*(ROOT / "helpers").rglob("*.py"), *(ROOT / "tests").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
@@ -128,9 +140,10 @@ def test_what_the_code_imports_is_pinned():
                 found.add(node.module.split(".")[0])
     theirs = {name for name in found if name in packages and name != "helpers"}
     assert "torch" in theirs
+    known = {*pins(), *optional()}
     missing = {
         name
         for name in theirs
-        if not {package.lower().replace("_", "-") for package in packages[name]} & set(pins())
+        if not {package.lower().replace("_", "-") for package in packages[name]} & known
     }
     assert not missing
