@@ -55,6 +55,18 @@ def save_base(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overri
     return folder
 
 
+def save_tuned(folder: Path, base: Path, seed: int, max_shard_size: str = "5GB") -> Path:
+    """A full fine-tune of a tiny Llama: its weights and a little noise."""
+    model = LlamaForCausalLM.from_pretrained(base)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def save_encoder(folder: Path, seed: int = 0) -> Path:
     """A two-layer BERT of 16 dimensions, without a head, with the byte tokenizer."""
     config = BertConfig(
@@ -73,9 +85,18 @@ def save_encoder(folder: Path, seed: int = 0) -> Path:
 
 
 def save_adapter(
-    folder: Path, base: Path, seed: int, rank: int = 4, size: float = 0.1, **options
+    folder: Path,
+    base: Path,
+    seed: int,
+    rank: int = 4,
+    size: float = 0.1,
+    everything: bool = False,
+    **options,
 ) -> Path:
-    """A LoRA adapter of `base` with random A and B (PEFT's own start has B = 0)."""
+    """A LoRA adapter of `base` with random A and B (PEFT's own start has B = 0).
+
+    everything: noise on whatever else it trains, too.
+    """
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
@@ -93,6 +114,9 @@ def save_adapter(
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = size * torch.randn(parameter.shape, generator=generator)
+        elif everything and parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data = parameter.data + size * noise
     model.save_pretrained(folder)
     return folder
 

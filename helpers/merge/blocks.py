@@ -84,7 +84,7 @@ Kernel = Callable[[list[Tensor], Block], Tensor]  # blocks of the task vectors -
 def in_blocks(
     kernel: Kernel,
     taus: Taus,
-    watch: Callable[[list[Tensor]], object] = lambda blocks: None,
+    watch: Callable[[list[Tensor], Block], object] = lambda blocks, at: None,
 ) -> Tensor:
     """The dense result of a kernel on all blocks; `watch` sees the blocks of [*taus, result]."""
     shape = taus[0].shape
@@ -92,7 +92,7 @@ def in_blocks(
     for block in row_blocks(shape, taus[0].device):
         parts = [tau[block.rows] for tau in taus]
         part = kernel(parts, block)
-        watch([*parts, part])
+        watch([*parts, part], block)
         if part.shape == shape:
             return part
         if result is None:
@@ -115,15 +115,31 @@ def blockwise(rule: Callable[..., Kernel]) -> Callable[..., Tensor]:
 # Inner products ----------------------------------------------------------------------------------
 
 
-def with_products(rule: Callable[..., Tensor], taus: Taus, *args, **options):
-    """(delta, inner products of [*taus, delta]), in one pass where the rule has a kernel."""
-    if not hasattr(rule, "kernel"):
-        delta = rule(taus, *args, **options)
-        return delta, gram_matrix([*taus, delta])
-    n = len(taus) + 1
-    total = torch.zeros(n, n, dtype=torch.float64, device=taus[0].device)
-    kernel = rule.kernel(taus, *args, **options)
-    delta = in_blocks(kernel, taus, lambda blocks: total.add_(_products(blocks)))
+def with_products(
+    rule: Callable[..., Tensor],
+    taus: Taus,
+    weights: Sequence[float],
+    written: Callable[[Tensor, Block], Tensor] | None = None,
+    **options,
+) -> tuple[Tensor, np.ndarray]:
+    """(delta, inner products of [*taus, delta]), in one pass where the rule has a kernel.
+
+    written: gives what becomes of a block of the delta in the file, for products with that too.
+    """
+    total = 0
+
+    def add(blocks: list[Tensor], at: Block) -> None:
+        nonlocal total
+        if written is not None:
+            blocks = [*blocks, written(blocks[-1], at)]
+        total = total + _products(blocks)
+
+    if hasattr(rule, "kernel"):
+        delta = in_blocks(rule.kernel(taus, weights, **options), taus, add)
+    else:
+        delta = rule(taus, weights, **options)
+        for at in row_blocks(delta.shape, delta.device):
+            add([tensor[at.rows] for tensor in (*taus, delta)], at)
     return delta, total.cpu().numpy()
 
 

@@ -18,8 +18,8 @@ A merge of {n} models by `{method}`, made with merging-collapse.
 {table}
 
 Dose: how far the merge goes along a model's task vector tau, <delta, tau> / ||tau||^2; 1 is all of
-what fine-tuning changed. The merged change is {scale:.3f} times as long as a task vector on
-average, its cosine to their sum is {cos:.3f}, and {kept:.1%} of its entries are not zero. More:
+what fine-tuning changed{written}. The merged change is {scale:.3f} times as long as a task vector
+on average, its cosine to their sum is {cos:.3f}, and {kept:.1%} of its entries are not zero. More:
 `merge_report.json`.
 
 ```yaml
@@ -45,7 +45,7 @@ def model_card(recipe: Recipe, report: Report, name: str) -> str:
         for model, weight, dose in zip(models, plan.weights, report.own, strict=True)
     ]
     return CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False),
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         name=name,
         n=len(models),
         method=recipe.method,
@@ -53,7 +53,8 @@ def model_card(recipe: Recipe, report: Report, name: str) -> str:
         scale=report.effective_scale,
         cos=report.cos_sum,
         kept=report.kept,
-        recipe=yaml.safe_dump(stated, sort_keys=False),
+        written=rounding_text(report),
+        recipe=yaml.safe_dump(stated, sort_keys=False, allow_unicode=True),
     )
 
 
@@ -61,7 +62,22 @@ def dose_text(dose: float | None) -> str:
     return "-" if dose is None else f"{dose:.3f}"
 
 
+def rounding_text(report: Report) -> str:
+    """What rounding to the file's grid left; nothing where it was not coarse."""
+    if not report.is_rounded:
+        return ""
+    return f", measured in the file, which holds {report.left:.1%} of the merged change"
+
+
 def name_of(model: str) -> str:
-    """What a card calls a model: its name, or the name of its folder, never a path."""
+    """What a card calls a model: its name, or the name of its folder, never a path.
+
+    A folder of the hub's cache has the name of the model that it holds, not that of its commit.
+    """
     folder = Path(model)
-    return folder.resolve().name if folder.is_dir() else model
+    if not folder.is_dir():
+        return model
+    for part in folder.resolve().parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return folder.resolve().name

@@ -1,6 +1,7 @@
 """`python -m helpers merge`: the flags, read into a recipe, and what is said at the end."""
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any, Literal, get_args, get_origin
 
 from helpers.merge.card import dose_text, name_of
 from helpers.merge.engine import MATCHES
+from helpers.merge.fit import HEADS
 from helpers.merge.folder import merge_to_folder
 from helpers.merge.methods import METHODS, options_of
 from helpers.merge.recipe import DTYPES, Recipe, read_mergekit
 from helpers.merge.report import Report
+from helpers.merge.rounding import MODES
 
+KEPT = 0.9  # share of the change below which what rounding took is warned of
 STATED = {"base", "models", "weights", "scale"}  # flags that a mergekit file replaces
 
 
@@ -34,7 +38,11 @@ def main(argv: list[str], folder_of: Callable[[str], Path] = Path) -> None:
         arguments.shard_size,
         arguments.device,
         found,
+        arguments.force,
     )
+    if arguments.json:
+        print(json.dumps(report.as_dict()))
+        return
     _print_report(recipe, report)
     print(f"written to {arguments.out}")
 
@@ -52,10 +60,25 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     else:
         recipe = Recipe(arguments.method, options=options, **({"weights": None} | stated))
     return recipe._replace(
+        base=_expanded(recipe.base),
+        models=[_expanded(model) for model in recipe.models],
         match=arguments.match,
         seed=arguments.seed,
         dtype=arguments.dtype or recipe.dtype,
+        round=arguments.round,
+        heads=arguments.heads,
+        tokenizer=_expanded(arguments.tokenizer),
     )
+
+
+def _expanded(model: str) -> str:
+    return str(Path(model).expanduser()) if model.startswith("~") else model
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a path must not be empty")
+    return Path(text).expanduser()
 
 
 def _print_report(recipe: Recipe, report: Report) -> None:
@@ -65,23 +88,35 @@ def _print_report(recipe: Recipe, report: Report) -> None:
         f"the change is {report.effective_scale:.3f} times a task vector, cosine to their sum "
         f"{report.cos_sum:.3f}, {report.kept:.1%} of entries not zero"
     )
+    if report.is_rounded and report.left < KEPT:
+        print(
+            f"warning: rounding left {report.left:.1%} of the change in the file: --dtype float32 "
+            "keeps all of it, --round stochastic keeps it on average, as noise"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
     description = "Merge adapters or checkpoints of one base model into a folder."
     parser = argparse.ArgumentParser(prog="python -m helpers merge", description=description)
+    # argparse takes -1e-3 for a flag before Python 3.14
+    parser._negative_number_matcher = re.compile(r"-\.?\d.*")
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--method", choices=list(METHODS))
-    what.add_argument("--mergekit", type=Path, metavar="CONFIG", help="a mergekit configuration")
+    what.add_argument("--mergekit", type=_path, metavar="CONFIG", help="a mergekit configuration")
     add("--base", help="the base model: a name or a folder")
-    add("--models", nargs="+", help="adapters or checkpoints of it")
-    add("--weights", nargs="+", type=float, help="one per model")
+    add("--models", nargs="+", action="extend", help="adapters or checkpoints of it")
+    add("--weights", nargs="+", action="extend", type=float, help="one per model")
     add("--scale", type=float, help="factor on the merged change")
     add("--match", choices=MATCHES, help="find the scale that gives it")
     add("--seed", type=int, default=0, help="of DARE's masks")
     add("--dtype", choices=list(DTYPES), help="of the output; default: the base's")
-    add("--out", type=Path, required=True, help="a folder that does not exist yet")
+    add("--round", choices=MODES, default="nearest", help="how, where the dtype is coarse")
+    add("--heads", choices=HEADS, default="merge", help="base: leave them as the base has them")
+    add("--tokenizer", default="base", help="base, or the model whose tokenizer is taken")
+    add("--force", action="store_true", help="merge what seems to mean nothing")
+    add("--json", action="store_true", help="print the whole report")
+    add("--out", type=_path, required=True, help="a folder that does not exist yet")
     add("--shard-size", type=_bytes, default="5GB", help="such as 500MB")
     add("--device", default="cpu", help="cpu, cuda or cuda:1, a tensor at a time")
     for name, (kind, methods) in _options().items():
@@ -106,4 +141,7 @@ def _bytes(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
     power = "KMG".index(match[2]) + 1
-    return int(float(match[1]) * 1000**power)
+    size = int(float(match[1]) * 1000**power)
+    if size < 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is too small for a shard")
+    return size

@@ -5,6 +5,7 @@ one tensor at a time, so that a folder can be written in the memory of its large
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from helpers.merge import rules
-from helpers.merge.blocks import gram_matrix, with_products
+from helpers.merge.blocks import Block, Lazy, gram_matrix, with_products
 from helpers.merge.methods import METHODS, MergePlan, plan
 from helpers.merge.report import Report, own_doses, record, summary
+from helpers.merge.rounding import Grid
 from helpers.merge.selection import model_cuts
 from helpers.merge.vectors import Row
 
@@ -57,15 +59,25 @@ def merge(
     return delta, report
 
 
-def merge_tensors(rows: Rows, chosen: MergePlan) -> Iterator[tuple[Row, Tensor, dict[str, Any]]]:
-    """(row, merged delta times the plan's scale, record for the report) of one tensor at a time."""
+Grids = Callable[[str], Grid | None]
+
+
+def merge_tensors(
+    rows: Rows, chosen: MergePlan, grid_of: Grids = lambda name: None
+) -> Iterator[tuple[Row, Tensor, dict[str, Any]]]:
+    """(row, merged delta times the plan's scale, record for the report) of one tensor at a time.
+
+    grid_of: the grid that base + delta will be rounded to, by tensor name; the record then holds
+    what is left after that.
+    """
     passes = _passes(rows)
     if chosen.options.get("scope") == "model":
         n, density = len(chosen.labels), chosen.options["density"]
         cuts = model_cuts(lambda: (row.taus for row in passes()), n, density)
         chosen = chosen._replace(cuts=cuts)
     for position, row in enumerate(passes()):
-        yield _merge_tensor(row, chosen, position)  # no name here holds on to a tensor given away
+        grid = grid_of(row.name)
+        yield _merge_tensor(row, chosen, position, grid)  # no name here holds on to what is given
 
 
 def _passes(rows: Rows) -> Callable[[], Iterable[Row]]:
@@ -74,27 +86,48 @@ def _passes(rows: Rows) -> Callable[[], Iterable[Row]]:
     return rows if callable(rows) else lambda: rows
 
 
-def _merge_tensor(row: Row, chosen: MergePlan, position: int) -> tuple[Row, Tensor, dict[str, Any]]:
+def _merge_tensor(
+    row: Row, chosen: MergePlan, position: int, grid: Grid | None
+) -> tuple[Row, Tensor, dict[str, Any]]:
     if len(row.taus) != len(chosen.labels):
         raise ValueError(f"{row.name}: {len(row.taus)} models for {len(chosen.labels)} labels")
     contract = METHODS[chosen.method]
     if not hasattr(contract.rule, "kernel"):  # linear algebra stops at NaN without naming it
-        _check_finite(row.name, chosen.labels, gram_matrix(row.taus))
+        _check_finite(row, chosen.labels, gram_matrix(row.taus))
     arguments, notes = contract.state(row, chosen)
-    options = chosen.options | arguments
-    delta, products = with_products(contract.rule, row.taus, chosen.weights, **options)
-    _check_finite(row.name, [*chosen.labels, "the merge"], products)
+    written = partial(_written, row.base, grid, chosen.scale) if grid else None
+    delta, products = with_products(
+        contract.rule,
+        row.taus,
+        chosen.weights,
+        written,
+        **chosen.options | arguments,
+    )
+    merged = len(chosen.labels)
+    _check_finite(row, [*chosen.labels, "the merge"], products[: merged + 1, : merged + 1])
+    if not np.isfinite(products).all():
+        raise ValueError(f"{row.name}: the merge overflows {grid.dtype}: write it in bfloat16")
     if chosen.scale != 1:
         delta.mul_(chosen.scale)
-        products[-1] *= chosen.scale
-        products[:, -1] *= chosen.scale
-    return row, delta, record(row.name, delta, products, position) | notes
+        products[merged] *= chosen.scale
+        products[:, merged] *= chosen.scale
+    return row, delta, record(row.name, delta, products, merged, position) | notes
 
 
-def _check_finite(name: str, labels: Sequence[str], products: np.ndarray) -> None:
+def _written(base: Tensor | Lazy, grid: Grid, scale: float, delta: Tensor, at: Block) -> Tensor:
+    """What base + scale * delta on the grid differs by from the base."""
+    block = base[at.rows]
+    if scale != 1:
+        delta = delta * scale
+    return grid(block + delta).float() - block
+
+
+def _check_finite(row: Row, labels: Sequence[str], products: np.ndarray) -> None:
     for label, square in zip(labels, products.diagonal(), strict=True):
         if not np.isfinite(square):
-            raise ValueError(f"{name}: {label} holds NaN or infinite values")
+            finite = row.base is None or bool(row.base[...].isfinite().all())
+            blamed = label if finite else "the base"
+            raise ValueError(f"{row.name}: {blamed} holds NaN or infinite values")
 
 
 # Another scale -----------------------------------------------------------------------------------
@@ -149,12 +182,13 @@ def rounded(
         full = tensor.detach().float()
         if name in delta:  # the model may live on a GPU and the merge have been streamed on the CPU
             full = full.to(delta[name].device)
-        grid = full.to(dtype).float()
-        result = grid
+        on_grid = Grid(dtype)(full).float()
+        change = on_grid - full
         if name in delta:
-            result = (grid + delta[name]).to(dtype).float()
-            steps[name] = result - grid
-        if not torch.equal(result, full):
-            changes[name] = result - full
+            result = Grid(dtype)(on_grid + delta[name]).float()
+            steps[name] = result - on_grid
+            change = result - full
+        if change.any():
+            changes[name] = change
     products = sum(gram_matrix([*row.taus, steps[row.name]]) for row in _passes(rows)())
     return changes, own_doses(products[-1, :-1], products.diagonal()[:-1])

@@ -8,9 +8,11 @@ folder is written under another name and renamed when it is complete.
 import glob
 import json
 import os
+import platform
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -22,13 +24,22 @@ from tqdm import tqdm
 
 from helpers.merge import engine
 from helpers.merge.blocks import BLOCK, row_blocks
-from helpers.merge.card import model_card
+from helpers.merge.card import model_card, name_of
+from helpers.merge.fit import check
 from helpers.merge.methods import METHODS, MergePlan, plan
 from helpers.merge.recipe import DTYPES, Recipe
 from helpers.merge.report import Report, summary
-from helpers.merge.vectors import Row, Source, check, open_base, open_specialist, views
-from helpers.merge.weights import PICKLES, read_json
+from helpers.merge.rounding import Grid, grid
+from helpers.merge.surroundings import (
+    TOKENIZER,
+    belonging,
+    copy_surroundings,
+    losses,
+    objections,
+)
+from helpers.merge.vectors import Row, Source, open_base, open_specialist, views
 
+OWNER = ".owner.json"  # in a folder that is being written
 CODES = {  # safetensors' names
     torch.float64: "F64",
     torch.float32: "F32",
@@ -39,6 +50,10 @@ CODES = {  # safetensors' names
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.complex64: "C64",
     torch.bool: "BOOL",
 }
 GB = 10**9
@@ -51,13 +66,15 @@ def merge_to_folder(
     shard_size: int = 5 * GB,
     device: str = "cpu",
     folder_of: Callable[[str], Path] = Path,
+    force: bool = False,
 ) -> Report:
     """Carry a recipe out into the folder `out`; prints its cost first and shows progress.
 
     folder_of: gives the folder of a base or a model by the name that the recipe states. Everything
-    that can be refused is refused (ValueError) before a tensor is read.
+    that can be refused is refused (ValueError) before a tensor is read; with `force` a merge that
+    means nothing (`surroundings.objections`) is not.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists: name another folder, or remove it")
     labels = [str(i) for i in range(1, len(recipe.models) + 1)]
     chosen = plan(
@@ -71,21 +88,28 @@ def merge_to_folder(
     engine.check_match(recipe.match)
     _check_device(device)
     base_folder = folder_of(recipe.base)
+    folders = [folder_of(model) for model in recipe.models]
+    tokenizer = _tokenizer_folder(recipe, base_folder, folders)
     base = open_base(base_folder)
-    models = zip(recipe.models, labels, strict=True)
-    specialists = [open_specialist(folder_of(model), label) for model, label in models]
+    specialists = [open_specialist(*pair) for pair in zip(folders, labels, strict=True)]
+    check(base, specialists, recipe.heads)
+    models = list(zip(map(name_of, recipe.models), folders, specialists, strict=True))
+    _check_meaning(objections(base, base_folder, models, recipe.heads), force)
     like = layout(base, DTYPES.get(recipe.dtype))
-    check(base, specialists)
     _print_cost(recipe, like, out)
-    rows = views(base, specialists, device)
+    _print_notes(base, losses(base_folder, tokenizer, models))
+    rows = views(base, specialists, device, recipe.heads)
+    if not rows:
+        raise ValueError("no model differs from the base: there is nothing to merge")
     with _complete_or_absent(out) as part:
         if recipe.match:
             chosen = engine.matched(rows, chosen, recipe.match)
-        _copy_surroundings(base_folder, part, recipe.dtype)
-        report = _write_merge(part, base, rows, chosen, like, shard_size)
+        copy_surroundings(base_folder, tokenizer, part, recipe.dtype)
+        report = _write_merge(part, base, rows, chosen, like, shard_size, recipe.round)
         text = json.dumps(report.as_dict())
-        (part / "merge_report.json").write_text(text + "\n")
-        (part / "README.md").write_text(model_card(recipe, report, out.name))
+        (part / "merge_report.json").write_text(text + "\n", encoding="utf-8")
+        card = model_card(recipe, report, out.name)
+        (part / "README.md").write_text(card, encoding="utf-8")
     return report
 
 
@@ -97,42 +121,78 @@ def _check_device(device: str) -> None:
         raise ValueError(f"torch finds no device {device} on this machine: use cpu")
 
 
+def _check_meaning(reasons: Iterable[str], force: bool) -> None:
+    for reason in reasons:
+        if not force:
+            raise ValueError(f"{reason} (--force merges all the same)")
+        print(f"forced: {reason}")
+
+
+def _tokenizer_folder(recipe: Recipe, base: Path, folders: Sequence[Path]) -> Path:
+    """Whose tokenizer and chat template the merge takes."""
+    if recipe.tokenizer == "base":
+        return base
+    for model, folder in zip(recipe.models, folders, strict=True):
+        if recipe.tokenizer in (model, name_of(model)):
+            if not belonging(folder, TOKENIZER):
+                raise ValueError(f"{model} has no tokenizer that the merge could take")
+            return folder
+    raise ValueError(f"--tokenizer {recipe.tokenizer} is neither base nor one of the models")
+
+
+def _print_notes(base: Source, notes: Iterable[str]) -> None:
+    if base.renamed:
+        print(f"note: {base.renamed} tensors are named as {base.anatomy.architecture} loads them")
+    if base.recomputed:
+        print(f"note: {len(base.recomputed)} buffers that loading computes anew stay as they are")
+    for note in notes:
+        print(f"note: {note}")
+
+
 @contextmanager
 def _complete_or_absent(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into, renamed to `out` at the end or removed on failure.
 
     What killed merges into `out` have left is removed first.
     """
-    prefix = f".{out.name}.part-"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name[:40]}.part-"
     for left in out.parent.glob(f"{glob.escape(prefix)}*"):
-        process = left.name.removeprefix(prefix)
-        running = process != str(os.getpid()) and psutil.pid_exists(int(process))
-        if not running:
+        if _is_dead(left):
             shutil.rmtree(left)
-    part = out.parent / f"{prefix}{os.getpid()}"
-    part.mkdir(parents=True)
+    part = out.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
+    part.mkdir()
+    (part / OWNER).write_text(json.dumps(_owner(os.getpid())))
     try:
         yield part
-        part.rename(out)
+        (part / OWNER).unlink()
+        _rename(part, out)
     except BaseException:
         shutil.rmtree(part)
         raise
 
 
-def _copy_surroundings(base: Path, out: Path, dtype: str | None) -> None:
-    """Config, tokenizer and licence of the base: no weights, no code, no seals of the base."""
-    for file in sorted(base.iterdir()):
-        weights = file.suffix in (".safetensors", ".gguf", *PICKLES)
-        about = file.name.endswith(".index.json") or file.name in ("base.json", "seals.json")
-        code_or_card = file.suffix in (".py", ".md") or file.name.startswith(".")
-        if file.is_file() and not (weights or about or code_or_card):
-            shutil.copyfile(file, out / file.name)
-    if dtype is not None:
-        file = out / "config.json"
-        config = read_json(file)
-        config.pop("torch_dtype", None)  # its name before transformers 5
-        config["dtype"] = dtype
-        file.write_text(json.dumps(config, indent=2) + "\n")
+def _rename(part: Path, out: Path) -> None:
+    try:
+        part.rename(out)
+    except OSError as error:
+        raise ValueError(f"{out} was made by another process meanwhile: {error}") from error
+
+
+def _owner(pid: int) -> dict[str, Any]:
+    """What tells a process from any other, on this machine and others."""
+    return {"host": platform.node(), "pid": pid, "started": psutil.Process(pid).create_time()}
+
+
+def _is_dead(part: Path) -> bool:
+    """Whether a folder was left by a merge on this machine that is no longer running."""
+    try:
+        owner = json.loads((part / OWNER).read_text())
+        return owner["host"] == platform.node() and owner != _owner(owner["pid"])
+    except psutil.NoSuchProcess:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):  # not a merge's, or another host's
+        return False
 
 
 # What it will take -------------------------------------------------------------------------------
@@ -184,10 +244,17 @@ def _write_merge(
     chosen: MergePlan,
     like: Layout,
     shard_size: int,
+    rounding: str,
 ) -> Report:
+    def grid_of(name: str) -> Grid:
+        return grid(like[name][0], name, rounding, chosen.seed)
+
+    def coarse(name: str) -> Grid | None:
+        return grid_of(name) if like[name][0].itemsize < 4 else None
+
     changed = {row.name for row in rows}
     records = []
-    stream = engine.merge_tensors(rows, chosen)
+    stream = engine.merge_tensors(rows, chosen, coarse)
     entries = sum(shape.numel() for _, shape in like.values())
     with tqdm(total=entries, desc=chosen.method, unit="", unit_scale=True, disable=None) as bar:
 
@@ -199,7 +266,7 @@ def _write_merge(
             records.append(numbers)
             return delta
 
-        write_tensors(out, base, delta_of, like, shard_size)
+        write_tensors(out, base, delta_of, like, shard_size, grid_of)
     return summary(chosen, records)
 
 
@@ -209,6 +276,7 @@ def write_tensors(
     delta_of: Callable[[str], Tensor | None],
     like: Layout,
     limit: int,
+    grid_of: Callable[[str], Grid],
 ) -> None:
     """base + delta as safetensors in `out`, in shards of `limit` bytes.
 
@@ -224,7 +292,7 @@ def write_tensors(
         with (out / place).open("wb") as file:
             file.write(_header({name: like[name] for name in names}))
             for name in names:
-                _write_tensor(file, base.tensors[name], delta_of(name), like[name][0])
+                _write_tensor(file, name, base.tensors[name], delta_of(name), grid_of(name))
     if len(parts) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         text = json.dumps(index, indent=2)
@@ -260,11 +328,24 @@ def _header(like: Layout) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(file: IO[bytes], stored: Tensor, delta: Tensor | None, dtype: torch.dtype):
-    """stored + delta, added in fp32 and cast once, a block of rows at a time."""
+def _write_tensor(
+    file: IO[bytes], name: str, stored: Tensor, delta: Tensor | None, grid: Grid
+) -> None:
+    """stored + delta, added in fp32 and rounded once, a block of rows at a time."""
     for rows, _ in row_blocks(stored.shape):
         block = stored[rows]
         if delta is not None:
-            block = block.float() + delta[rows].cpu()
-        entries = block.to(dtype).contiguous().reshape(-1)
+            block = grid(block.float() + delta[rows].cpu())
+        elif block.is_floating_point():
+            cast = block.to(grid.dtype)
+            if not cast.isfinite().all():
+                raise ValueError(_not_finite(name, block, grid.dtype))
+            block = cast
+        entries = block.contiguous().reshape(-1)
         file.write(entries.view(torch.uint8).numpy())
+
+
+def _not_finite(name: str, block: Tensor, dtype: torch.dtype) -> str:
+    if block.isfinite().all():
+        return f"{name}: the base overflows {dtype}: write it in bfloat16 or float32"
+    return f"{name}: the base holds NaN or infinite values"

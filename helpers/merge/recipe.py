@@ -29,6 +29,9 @@ class Recipe(NamedTuple):
     match: str | None = None
     seed: int = 0
     dtype: str | None = None  # of the output; None: as the base is stored
+    round: str = "nearest"  # to that dtype, or "stochastic"
+    heads: str = "merge"  # or "base": what lies outside the body stays as the base has it
+    tokenizer: str = "base"  # or the model whose tokenizer and chat template are taken
 
 
 # mergekit's configurations -----------------------------------------------------------------------

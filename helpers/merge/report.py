@@ -29,6 +29,10 @@ class Report:
     a_i: the coefficient that the rule gives tau_i, or for rules that are no weighted sum pinv(G) b;
     rho2 = a'Ga / ||delta||^2, the share of delta in the span of the task vectors. own c_i = b_i /
     G_ii: how far the merge goes along tau_i, whoever moved it there (None if tau_i = 0).
+
+    Where the merge was rounded to a file's grid, own is the dose in the file and asked the one
+    before rounding; left <written, delta> / ||delta||^2, the share of the change that the file has
+    along itself, and cos_written the cosine of the two.
     """
 
     plan: MergePlan
@@ -88,8 +92,35 @@ class Report:
         return (inverse @ self.dots).tolist()
 
     @property
-    def own(self) -> list[float | None]:
+    def asked(self) -> list[float | None]:
         return own_doses(self.dots, self.gram.diagonal())
+
+    @property
+    def own(self) -> list[float | None]:
+        if not self.is_rounded:
+            return self.asked
+        dots = self.dots.copy()
+        for record in self.per_tensor:
+            if "written" in record:
+                dots += np.array(record["written"]["dots"]) - record["dots"]
+        return own_doses(dots, self.gram.diagonal())
+
+    @property
+    def is_rounded(self) -> bool:
+        return any("written" in record for record in self.per_tensor)
+
+    def _written(self, key: str) -> float:
+        """A sum over tensors; of those that no grid changes, of the delta itself."""
+        return sum(t.get("written", {}).get(key, t["norm2"]) for t in self.per_tensor)
+
+    @property
+    def left(self) -> float:
+        return _ratio(self._written("along"), self.norm**2)
+
+    @property
+    def cos_written(self) -> float:
+        norm = float(np.sqrt(self._written("norm2")))
+        return _ratio(self._written("along"), self.norm * norm)
 
     @property
     def rho2(self) -> float:
@@ -110,6 +141,7 @@ class Report:
     def as_row(self) -> dict[str, Any]:
         """The totals, flat: one row of a table of merges."""
         own = [c for c in self.own if c is not None]
+        rounded = {"left": self.left, "cos_written": self.cos_written}
         steps = {f"{key}_steps": count for key, count in self.slerp.items()}
         return {
             "method": self.plan.method,
@@ -123,12 +155,15 @@ class Report:
             "ingredient_mean": float(np.mean(self.ingredient)),
             "own_mean": float(np.mean(own)) if own else None,
             "rho2": self.rho2,
+            **(rounded if self.is_rounded else {}),
         }
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, JSON-able."""
         data = {"per_tensor": self.per_tensor, "sketch": self.sketch}
         totals = {"ingredient": self.ingredient, "own": self.own, "norms": self.norms}
+        if self.is_rounded:
+            totals["asked"] = self.asked
         return self.plan.choices() | data | self.as_row() | totals
 
 
@@ -149,20 +184,28 @@ def summary(plan: MergePlan, records: Iterable[dict[str, Any]]) -> Report:
     return Report(MergePlan(**plan.choices()), records, sketch.tolist())
 
 
-def record(name: str, delta: Tensor, products: np.ndarray, position: int) -> dict[str, Any]:
+def record(name: str, delta: Tensor, products: np.ndarray, n: int, position: int) -> dict[str, Any]:
     """The numbers of one tensor that every total of the report is made of.
 
-    products: inner products of [*taus, delta]; position: of the tensor in the merge.
+    products: inner products of the n task vectors, the delta and, where it was measured, of what is
+    written; position: of the tensor in the merge.
     """
-    return {
+    numbers = {
         "name": name,
         "numel": delta.numel(),
-        "gram": products[:-1, :-1].tolist(),
-        "dots": products[-1, :-1].tolist(),
-        "norm2": float(products[-1, -1]),
+        "gram": products[:n, :n].tolist(),
+        "dots": products[n, :n].tolist(),
+        "norm2": float(products[n, n]),
         "nonzero": _nonzero(delta),
         "sketch": np.roll(_sketch(delta), position),
     }
+    if len(products) > n + 1:
+        numbers["written"] = {
+            "dots": products[n + 1, :n].tolist(),
+            "along": float(products[n + 1, n]),
+            "norm2": float(products[n + 1, n + 1]),
+        }
+    return numbers
 
 
 def _nonzero(delta: Tensor) -> int:

@@ -8,30 +8,32 @@ for: files stay memory-mapped, adapters stay factors, and a `Lazy` tensor reads 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from helpers.merge.adapters import is_adapter, read_adapter
+from helpers.merge.adapters import Adapter, is_adapter, read_adapter
+from helpers.merge.anatomy import Anatomy, anatomy, as_loaded, config_of
 from helpers.merge.blocks import Factors, Lazy, zero
-from helpers.merge.weights import (
-    FLOATS,
-    read_folder,
-    recorded_digest,
-    without_aliases,
-    without_tied_head,
-)
+from helpers.merge.fit import changed_names, check
+from helpers.merge.weights import read_folder, recorded_digest, without_aliases
 
 
 class Source(NamedTuple):
-    """A base or a specialist: its tensors as stored, or an adapter's factors, by base name."""
+    """A base or a specialist: its tensors as loaded, or an adapter's factors, by base name."""
 
     label: str
     tensors: Mapping[str, Tensor]
     factors: Mapping[str, Factors]
     base_digest: str | None = None  # parameter digest of the base it belongs to, if it is recorded
+    adapter: Adapter | None = None
+    anatomy: Anatomy | None = None
+    recomputed: frozenset[str] = frozenset()  # tensors in the file that loading leaves aside
+    renamed: int = 0  # tensors whose names in the file are others
+    quantised: str | None = None  # by which method
 
 
 class Row(NamedTuple):
@@ -45,7 +47,8 @@ class Row(NamedTuple):
 def open_base(source: Path | str | Mapping[str, Tensor], label: str = "base") -> Source:
     """The base model from a safetensors folder or a state dict; nothing is read yet.
 
-    Tied tensors appear once, under their first name. Raises ValueError for pickles and adapters.
+    Tensors have the names that the model's class loads them under, tied ones appear once. Raises
+    ValueError for pickles and adapters.
     """
     if isinstance(source, Mapping):
         return Source(label, without_aliases(source), {})
@@ -53,8 +56,19 @@ def open_base(source: Path | str | Mapping[str, Tensor], label: str = "base") ->
     if is_adapter(folder):
         raise ValueError(f"{folder} is an adapter: give the model that it was trained on")
     sealed = (folder / "seals.json").is_file()  # elsewhere base.json tells of another model
-    digest = recorded_digest(folder) if sealed else None
-    return Source(label, without_tied_head(folder, read_folder(folder)), {}, digest)
+    body = anatomy(folder)
+    loaded = as_loaded(folder, read_folder(folder), body)
+    quantised = config_of(folder).get("quantization_config")
+    return Source(
+        label,
+        loaded.tensors,
+        {},
+        recorded_digest(folder) if sealed else None,
+        anatomy=body,
+        recomputed=loaded.recomputed,
+        renamed=loaded.renamed,
+        quantised=str(quantised.get("quant_method")) if isinstance(quantised, dict) else None,
+    )
 
 
 def open_specialist(source: Path | str | Mapping[str, Tensor], label: str | None = None) -> Source:
@@ -70,103 +84,29 @@ def open_specialist(source: Path | str | Mapping[str, Tensor], label: str | None
     digest = recorded_digest(folder)
     if not is_adapter(folder):
         return open_base(folder, label)._replace(base_digest=digest)
-    factors, copies = read_adapter(folder, label)
-    return Source(label, copies, factors, digest)
-
-
-# Do they fit? ------------------------------------------------------------------------------------
-
-
-def check(base: Source, specialists: Sequence[Source]) -> None:
-    """Raise ValueError naming the first tensor or specialist that does not fit the base.
-
-    Names, shapes and kinds must agree; what is not floating-point must be equal; labels must
-    differ.
-    """
-    labels = [s.label for s in specialists]
-    if len(set(labels)) != len(labels):
-        raise ValueError(f"specialists must have different labels, not {labels}")
-    for name, tensor in base.tensors.items():
-        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
-            raise ValueError(f"the base stores {name} as {tensor.dtype}: convert it to bfloat16")
-    _check_bases(base, specialists)
-    for specialist in specialists:
-        who = f"specialist {specialist.label}"
-        fits = _check_adapter if specialist.factors else _check_checkpoint
-        fits(who, base.tensors, specialist)
-
-
-def _check_bases(base: Source, specialists: Sequence[Source]) -> None:
-    """The bases that are recorded must be one."""
-    recorded = [source for source in (base, *specialists) if source.base_digest]
-    for other in recorded[1:]:
-        if other.base_digest != recorded[0].base_digest:
-            than = "this one" if recorded[0] is base else recorded[0].label
-            raise ValueError(
-                f"specialist {other.label} was trained from another base than {than}: their "
-                "recorded digests differ"
-            )
-
-
-def _check_adapter(who: str, base: Mapping[str, Tensor], adapter: Source) -> None:
-    for name, (_, B, A) in adapter.factors.items():
-        if name not in base:
-            raise ValueError(f"{who} adapts {name}: the base lacks it, or ties it to another")
-        shape = (B.shape[0], A.shape[1])
-        if base[name].shape != shape:
-            raise ValueError(f"{who}: {name} is {shape}, in the base {tuple(base[name].shape)}")
-    for name, copy in adapter.tensors.items():
-        if name not in base or not torch.equal(base[name].float(), copy.float()):
-            raise ValueError(f"{who} holds its own {name}, which differs from the base's")
-
-
-def _check_checkpoint(who: str, base: Mapping[str, Tensor], checkpoint: Source) -> None:
-    for name in sorted(base.keys() ^ checkpoint.tensors.keys()):
-        lacking = who if name in base else "the base"
-        raise ValueError(f"{who} and the base must hold the same tensors: {lacking} lacks {name}")
-    for name, original in base.items():
-        tensor = checkpoint.tensors[name]
-        if original.shape != tensor.shape:
-            here, there = tuple(tensor.shape), tuple(original.shape)
-            raise ValueError(f"{who}: {name} is {here}, in the base {there}")
-        if original.is_floating_point():
-            if tensor.dtype not in FLOATS:
-                raise ValueError(f"{who}: {name} is {tensor.dtype}, in the base {original.dtype}")
-        elif original.dtype != tensor.dtype or not _equal(original, tensor):
-            raise ValueError(f"{who}: {name} is not floating-point and differs from the base's")
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values, on whatever device and in whatever float type."""
-    if a.dtype != b.dtype:
-        a, b = a.double(), b.double()
-    return torch.equal(a, b.to(a.device))
-
-
-def changed_names(base: Source, specialists: Sequence[Source]) -> list[str]:
-    """Names, sorted, of the tensors that at least one specialist changed; no other takes part."""
-
-    def changed(name: str, specialist: Source) -> bool:
-        if name in specialist.factors:
-            return True
-        if name not in specialist.tensors:
-            return False
-        return not _equal(base.tensors[name], specialist.tensors[name])
-
-    return [name for name in sorted(base.tensors) if any(changed(name, s) for s in specialists)]
+    adapter = read_adapter(folder, label)
+    return Source(label, adapter.saved, adapter.factors, digest, adapter)
 
 
 # The stream --------------------------------------------------------------------------------------
 
 
-def views(base: Source, specialists: Sequence[Source], device: str = "cpu") -> list[Row]:
-    """The changed tensors as rows that hold no data yet, sorted by name: pass over them at will."""
-    check(base, specialists)
+def views(
+    base: Source, specialists: Sequence[Source], device: str = "cpu", heads: str = "merge"
+) -> list[Row]:
+    """The changed tensors as rows that hold no data yet, sorted by name: pass over them at will.
+
+    Checked first (`fit.check`, which says what `heads` means).
+    """
+    fitted = check(base, specialists, heads)
     read = _reader(base, device)
-    return [
-        _lazy_row(name, base.tensors[name].shape, read, specialists, device)
-        for name in changed_names(base, specialists)
-    ]
+    rows = []
+    for name in changed_names(base, fitted):
+        shape = base.tensors[name].shape
+        origin = Lazy(shape, device, partial(read, name))
+        taus = [_task_vector(name, origin, specialist) for specialist in fitted]
+        rows.append(Row(name, origin, taus))
+    return rows
 
 
 def stream(base: Source, specialists: Sequence[Source], device: str = "cpu") -> Iterator[Row]:
@@ -175,33 +115,63 @@ def stream(base: Source, specialists: Sequence[Source], device: str = "cpu") -> 
         yield Row(row.name, row.base[...], [tau[...] for tau in row.taus])
 
 
-def _lazy_row(
-    name: str,
-    shape: torch.Size,
-    read_base: Callable[[str, Any], Tensor],
-    specialists: Sequence[Source],
-    device: str,
-) -> Row:
-    def origin(rows) -> Tensor:
-        return read_base(name, rows)
+def _task_vector(name: str, origin: Lazy, specialist: Source) -> Lazy:
+    """What a specialist changed in one tensor of the base."""
+    shape, device = origin.shape, origin.device
+    factors = specialist.factors.get(name)
+    saved = specialist.tensors.get(name)
+    if _has_extras(name, specialist):
+        return _whole_change(name, origin, specialist)
+    if factors is not None and saved is None:
+        scaling = factors.scaling
+        B = factors.B.to(device)
+        A = factors.A.to(device)
+        low_rank = Factors(scaling, B, A)
+        return Lazy(shape, device, lambda rows: (B[rows] @ A).mul_(scaling), low_rank)
+    if saved is None:
+        return zero(shape, device)
 
-    def tau(specialist: Source) -> Lazy:
-        if name in specialist.factors:
-            scaling, B, A = specialist.factors[name]
-            B = B.to(device)
-            A = A.to(device)
-            factors = Factors(scaling, B, A)
-            return Lazy(shape, device, lambda rows: (B[rows] @ A).mul_(scaling), factors)
-        if name not in specialist.tensors:
-            return zero(shape, device)
-        tuned = specialist.tensors[name]
+    def difference(rows) -> Tensor:
+        tuned = saved[rows].to(device, torch.float32)
+        if factors is not None:
+            tuned = tuned + (factors.B[rows] @ factors.A).mul_(factors.scaling).to(device)
+        return tuned - origin[rows]
 
-        def difference(rows) -> Tensor:
-            return tuned[rows].to(device, torch.float32) - origin(rows)
+    return Lazy(shape, device, difference)
 
-        return Lazy(shape, device, difference)
 
-    return Row(name, Lazy(shape, device, origin), [tau(specialist) for specialist in specialists])
+def _has_extras(name: str, specialist: Source) -> bool:
+    adapter = specialist.adapter
+    if adapter is None:
+        return False
+    return any(name in part for part in (adapter.magnitudes, adapter.tokens, adapter.biases))
+
+
+def _whole_change(name: str, origin: Lazy, specialist: Source) -> Lazy:
+    """The change of a tensor with a magnitude (DoRA: m (W + s B A) / ||W + s B A|| by rows; Liu et
+    al. 2024, eq. 5), with trained token rows or with an added bias, as PEFT merges them.
+    """
+    shape, device, adapter = origin.shape, origin.device, specialist.adapter
+    plain = specialist._replace(adapter=None)
+    change = _task_vector(name, origin, plain)
+    magnitude = adapter.magnitudes.get(name)
+    bias = adapter.biases.get(name)
+    numbers, values = adapter.tokens.get(name, (torch.tensor([]), None))
+
+    def read(rows) -> Tensor:
+        tuned = origin[rows] + change[rows]
+        if magnitude is not None:
+            factor = magnitude[rows].to(device) / torch.linalg.vector_norm(tuned, dim=1)
+            tuned = tuned * factor[:, None]
+        if bias is not None:
+            tuned = tuned + bias[rows].to(device)
+        if values is not None:
+            here = torch.arange(shape[0])[rows]
+            at, token = (here[:, None] == numbers).nonzero(as_tuple=True)
+            tuned[at.to(device)] = values[token].to(device)
+        return tuned - origin[rows]
+
+    return Lazy(shape, device, read)
 
 
 def _reader(base: Source, device: str) -> Callable[[str, Any], Tensor]:

@@ -1,7 +1,7 @@
-"""Which tensors does a model consist of? Those of its safetensors files, each once, by name."""
+"""Which files hold a model's weights? Safetensors, as transformers finds them, never pickles."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+INDEX = "model.safetensors.index.json"
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -18,28 +19,56 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
     Raises ValueError, with the reason, if the folder has no complete set of safetensors.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return read_file(_single_file(folder))
-    places = read_json(index)["weight_map"]
+    file = _weights_file(folder)
+    if not file.name.endswith(".index.json"):
+        return read_file(file)
+    places = _places(file)
     tensors = {}
-    for file in sorted({folder / name for name in places.values()}):
-        if not file.is_file():
-            raise ValueError(f"{folder} lists {file.name} in its index, but it is not there")
-        tensors |= read_file(file)
-    for name in tensors.keys() ^ places.keys():
+    for shard in sorted(set(places.values())):
+        if not (folder / shard).is_file():
+            raise ValueError(f"{folder} lists {shard} in its index, but it is not there")
+        for name, tensor in read_file(folder / shard).items():
+            if places.get(name) != shard:
+                raise ValueError(f"{folder}: the index and {shard} disagree about {name}")
+            tensors[name] = tensor
+    for name in places.keys() - tensors.keys():
         raise ValueError(f"{folder}: the index and the files disagree about {name}")
     return tensors
 
 
-def _single_file(folder: Path) -> Path:
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return single
+def _weights_file(folder: Path) -> Path:
+    """The file or the index that transformers would load; the only safetensors file if it is
+    neither.
+    """
+    config = folder / "config.json"
+    if config.is_file():
+        stated = read_json(config, dict).get("transformers_weights")
+        if stated is not None:
+            return _inside(config, stated)
+    for name in ("model.safetensors", INDEX):
+        if (folder / name).is_file():
+            return folder / name
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        raise ValueError(f"{folder} {no_weights(folder, files)}")
+        raise ValueError(f"{folder} {no_weights(folder)}")
     return files[0]
+
+
+def _places(index: Path) -> dict[str, str]:
+    """The shard of each tensor, from an index."""
+    places = read_json(index, dict).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} has no weight_map of tensors and files: copy it again")
+    for place in places.values():
+        _inside(index, place)
+    return places
+
+
+def _inside(stating: Path, name: Any) -> Path:
+    """The file beside `stating` that it names; ValueError if the name leads elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(f"{stating} names {name!r}, which is no file beside it")
+    return stating.parent / name
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
@@ -47,25 +76,34 @@ def read_file(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is damaged or cut short: copy it again ({error})") from error
 
 
-def no_weights(folder: Path, files: Sequence[Path] = ()) -> str:
+def no_weights(folder: Path) -> str:
     """Why a folder cannot be read."""
-    if files:
-        return f"holds {len(files)} safetensors files and no model.safetensors.index.json"
-    pickles = [p.name for p in sorted(folder.glob("*")) if p.suffix in PICKLES]
-    if pickles:
-        return (
-            f"holds {pickles[0]}, a pickle, which can run code when opened: save it as safetensors"
-        )
+    files = sorted(folder.glob("*")) if folder.is_dir() else []
+    tensors = [file for file in files if file.suffix == ".safetensors"]
+    if tensors:
+        return f"holds {len(tensors)} safetensors files and no {INDEX}"
+    for file in files:
+        if file.suffix in PICKLES:
+            return (
+                f"holds {file.name}, a pickle, which can run code when opened: "
+                "save it as safetensors"
+            )
     return "is not a folder with safetensors weights"
 
 
-def read_json(file: Path) -> Any:
-    """What a JSON file holds."""
-    return json.loads(file.read_text(encoding="utf-8"))
+def read_json(file: Path, kind: type = dict) -> Any:
+    """What a JSON file holds; ValueError, naming it, if that is no JSON or of another kind."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{file} must hold a JSON {kind.__name__}, not {type(content).__name__}")
+    return content
 
 
 def recorded_digest(folder: Path) -> str | None:
@@ -84,15 +122,3 @@ def without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             kept[name] = tensor.detach()
         seen.add(place)
     return kept
-
-
-def without_tied_head(folder: Path, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Drop the copy of a tied output embedding that some tools write beside the input embedding."""
-    config = folder / "config.json"
-    tied = config.is_file() and read_json(config).get("tie_word_embeddings", False)
-    inputs = [name for name in tensors if name.endswith("embed_tokens.weight")]
-    if not (tied and "lm_head.weight" in tensors and inputs):
-        return tensors
-    if not torch.equal(tensors["lm_head.weight"], tensors[inputs[0]]):
-        raise ValueError(f"{folder}: lm_head.weight is tied to {inputs[0]}, but differs from it")
-    return {name: tensors[name] for name in tensors if name != "lm_head.weight"}

@@ -39,11 +39,11 @@ def merge(base, models, out, *more):
 
 
 @pytest.fixture(scope="module")
-def full_models(tmp_path_factory):
+def full_models(tiny_base, tmp_path_factory):
     """Two full fine-tunes: one file, and shards."""
     root = tmp_path_factory.mktemp("full")
     sizes = {1: "5GB", 2: "20KB"}
-    return [tiny.save_base(root / f"full{s}", s, max_shard_size=size) for s, size in sizes.items()]
+    return [tiny.save_tuned(root / f"full{s}", tiny_base, s, size) for s, size in sizes.items()]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path, method)
         (tmp_path / model).mkdir()
         tensors = {f"w{i}": torch.randn(shape, generator=generator) for i in range(8)}
         save_file(tensors, tmp_path / model / "model.safetensors")
-    command = ["--method", method, "--base", "base", "--models", "one", "two", "three"]
+    command = ["--method", method, "--base", "base", "--models", "one", "two", "three", "--force"]
     run = [sys.executable, "-c", MEASURE, *command, "--out", "out"]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert folder.working_memory(method, [shape]) < 20e6 < 64e6  # a model has 64 MB

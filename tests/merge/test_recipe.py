@@ -85,7 +85,7 @@ def test_a_mergekit_model_with_an_adapter_is_the_adapter(tmp_path):
 
 
 def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, tmp_path):
-    tuned = tiny.save_base(tmp_path / "tuned", seed=1)
+    tuned = tiny.save_tuned(tmp_path / "tuned", tiny_base, 1)
     text = f"""
         merge_method: slerp
         base_model: {tiny_base}

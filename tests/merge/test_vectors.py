@@ -55,6 +55,56 @@ def test_an_adapter_is_what_peft_merges(tmp_path, options):
     assert "model.norm.weight" not in ours and "model.layers.0.self_attn.q_proj.weight" in ours
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["q_proj"]},
+        {"bias": "all"},
+        {"lora_bias": True, "target_modules": ["q_proj"]},
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True, "bias": "lora_only"},
+        {"trainable_token_indices": [1, 200], "target_modules": ["q_proj"]},
+        {"trainable_token_indices": {"embed_tokens": [0, 256]}, "target_modules": ["v_proj"]},
+    ],
+    ids=["modules", "bias", "lora bias", "dora", "all of it", "tokens", "tokens by module"],
+)
+def test_adapters_that_hold_more_than_factors_are_what_peft_merges(tmp_path, monkeypatch, options):
+    monkeypatch.setitem(blocks.BLOCK, "cpu", 64)  # a few rows at a time
+    shape = {"tie_word_embeddings": False, "attention_bias": True}
+    base = tiny.save_base(tmp_path / "base", **shape)
+    adapter = tiny.save_adapter(tmp_path / "adapter", base, 1, everything=True, **options)
+    merged, plain = merged_by_peft(base, adapter), llama(base).state_dict()
+    rows = vectors.views(vectors.open_base(base), [vectors.open_specialist(adapter)])
+    changed = {row.name: blocks.in_blocks(lambda parts, _: parts[0], row.taus) for row in rows}
+    for name, tensor in plain.items():
+        tuned = tensor + changed.get(name, 0)
+        torch.testing.assert_close(tuned, merged[name], rtol=0, atol=1e-6)
+        assert name in changed or torch.equal(tensor, merged[name]), name
+
+
+def test_the_layers_class_decides_how_factors_are_stored(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=16, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["attn.c_proj"], fan_in_fan_out=True)
+    tuned = get_peft_model(model, config)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape)
+    tuned.save_pretrained(tmp_path / "a")
+    kinds = edited(tmp_path / "a", tmp_path / "silent", fan_in_fan_out=False)
+    name = "transformer.h.0.attn.c_proj.weight"  # square: its shape says nothing
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    merged = PeftModel.from_pretrained(base, tmp_path / "a").merge_and_unload().state_dict()[name]
+    before = load_file(tmp_path / "base" / "model.safetensors")[name]
+    for folder in (tmp_path / "a", kinds):
+        change = taus(vectors.open_base(tmp_path / "base"), vectors.open_specialist(folder))
+        torch.testing.assert_close(before + change[name], merged)
+
+
 def test_an_embedding_adapter_is_what_peft_merges(tmp_path):
     base = tiny.save_base(tmp_path / "base", tie_word_embeddings=False)
     adapter = tiny.save_adapter(tmp_path / "a", base, 1, target_modules=["embed_tokens"])
@@ -143,10 +193,11 @@ def edited(folder, target, **changes):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"bias": "all"}, "biases"),
-        ({"lora_bias": True}, "biases"),
-        ({"modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"use_dora": True}, "does not hold a magnitude"),
+        ({"target_parameters": ["mlp.down_proj.weight"]}, "no layer's weight"),
+        ({"r": "8"}, "r must be a number"),
+        ({"lora_alpha": None}, "lora_alpha must be a number"),
+        ({"alpha_pattern": ["x"]}, "alpha_pattern must give"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
         ({"peft_type": "IA3"}, "only LORA"),
         ({"r": 3}, "not of rank 3"),
@@ -155,12 +206,6 @@ def edited(folder, target, **changes):
 def test_adapters_that_are_not_b_times_a_are_refused(tiny_adapters, tmp_path, change, reason):
     with pytest.raises(ValueError, match=reason):
         vectors.open_specialist(edited(tiny_adapters[0], tmp_path / "a", **change))
-
-
-def test_a_dora_adapter_is_refused_even_if_its_config_is_silent(tiny_base, tmp_path):
-    adapter = tiny.save_adapter(tmp_path / "dora", tiny_base, 1, use_dora=True)
-    with pytest.raises(ValueError, match="magnitude"):
-        vectors.open_specialist(edited(adapter, tmp_path / "silent", use_dora=False))
 
 
 def test_pickles_are_refused_unopened(tmp_path, tiny_adapters):
@@ -252,7 +297,7 @@ def test_an_adapter_of_a_tied_head_is_refused(tmp_path):
     untied = tiny.save_base(tmp_path / "untied", tie_word_embeddings=False)
     adapter = tiny.save_adapter(tmp_path / "a", untied, 1, target_modules=["q_proj", "lm_head"])
     tied = vectors.open_base(tiny.save_base(tmp_path / "tied"))
-    with pytest.raises(ValueError, match="adapts lm_head.weight: the base lacks it"):
+    with pytest.raises(ValueError, match="adapts lm_head.weight, which the base ties"):
         vectors.check(tied, [vectors.open_specialist(adapter)])
 
 

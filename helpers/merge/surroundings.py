@@ -1,0 +1,230 @@
+"""What belongs to a model beside its weights, and do the specialists' agree with the base's?
+
+What makes a merge meaningless is refused unless it is forced: another vocabulary, another function
+of the same weights, a model that no fine-tuning led to. What the merge loses is said.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from helpers.merge.anatomy import config_of
+from helpers.merge.vectors import Source
+from helpers.merge.weights import read_json
+
+TOKENIZER = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+BELONGS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "modules.json",
+    "*sentence*_config.json",
+    "config_sentence_transformers.json",
+    "[0-9]_*/config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
+)
+# Of a configuration, what does not change the function of the weights, or is compared apart.
+HARMLESS = re.compile(
+    r"_.*|architectures|auto_map|(torch_)?dtype|transformers_(version|weights)|use_cache"
+    r"|tie_word_embeddings|vocab_size|max_position_embeddings|initializer_\w+|quantization_config"
+    r"|\w+_token_id|id2label|label2id|num_labels|problem_type|finetuning_task|output_\w+|return_\w+"
+    r"|\w*dropout\w*|pretraining_tp|task_specific_params|unsloth\w*"
+)
+RELATED = 0.5  # cosine to the base's weights below which a model was not fine-tuned from it
+SAMPLED = 16  # rows of a tensor, by which that is told
+QUANTISED = re.compile(r"(4|8)-?bit|bnb|gptq|awq|int[48]|fp8", re.IGNORECASE)
+
+
+# Copying -----------------------------------------------------------------------------------------
+
+
+def belonging(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """A folder's files that match, relative to it, sorted; of folders in it one level."""
+    files = [file.relative_to(folder) for file in (*folder.glob("*"), *folder.glob("*/*"))]
+    return sorted(
+        file
+        for file in files
+        if (folder / file).is_file() and any(fnmatch(file.as_posix(), x) for x in patterns)
+    )
+
+
+def copy_surroundings(base: Path, tokenizer: Path, out: Path, dtype: str | None) -> None:
+    """Config, licence and the like of the base, and a model's tokenizer: only what belongs."""
+    copies = [(base, file) for file in belonging(base, BELONGS)]
+    copies += [(tokenizer, file) for file in belonging(tokenizer, TOKENIZER)]
+    for folder, file in copies:
+        (out / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / file, out / file)
+    changes: dict[str, Any] = {}
+    if dtype is not None:
+        changes["dtype"] = dtype
+    stale = ["auto_map", "quantization_config", "transformers_weights"]
+    _edit(out / "config.json", changes, [*stale, "torch_dtype"] if dtype else stale)
+
+
+def _edit(file: Path, changes: dict[str, Any], without: Sequence[str]) -> None:
+    """Change a JSON file; where there is nothing to change, its bytes stay."""
+    if not file.is_file():
+        return
+    config = read_json(file)
+    if not changes and not config.keys() & set(without):
+        return
+    kept = {key: value for key, value in config.items() if key not in without}
+    file.write_text(json.dumps(kept | changes, indent=2) + "\n", encoding="utf-8")
+
+
+# Comparing ---------------------------------------------------------------------------------------
+
+
+Models = Sequence[tuple[str, Path, Source]]  # name, folder and weights of each
+
+
+def objections(base: Source, base_folder: Path, models: Models, heads: str) -> Iterator[str]:
+    """Why a merge with these models would mean nothing: one sentence for each reason."""
+    for name, folder, source in models:
+        yield from _other_vocabulary(name, base_folder, folder)
+        if source.adapter is None:
+            yield from _other_function(name, config_of(base_folder), config_of(folder))
+            yield from _unrelated(name, base, source)
+    if heads == "merge":
+        yield from _other_labels(models)
+
+
+def _other_vocabulary(name: str, base: Path, folder: Path) -> Iterator[str]:
+    tokens = _vocabulary(base)
+    others = _vocabulary(folder)
+    for number in sorted(tokens.keys() & others.keys()):
+        if tokens[number] != others[number]:
+            yield (
+                f"{name} has another vocabulary than the base (token {number} is "
+                f"{others[number]!r}, not {tokens[number]!r}): they do not read the same input"
+            )
+            return
+
+
+def _vocabulary(folder: Path) -> dict[int, str]:
+    """Token by number; empty where no tokenizer lies beside the weights, as with most adapters."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return {}
+    from tokenizers import Tokenizer
+
+    try:
+        vocabulary = Tokenizer.from_file(str(file)).get_vocab()
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file} is no tokenizer: {error}") from error
+    return {number: token for token, number in vocabulary.items()}
+
+
+def _other_function(name: str, base: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
+    if not base or not other:
+        return
+    for key in sorted(base.keys() & other.keys()):
+        if base[key] != other[key] and not HARMLESS.fullmatch(key):
+            yield (
+                f"{name} computes something else with the same weights: {key} of its config is "
+                f"{other[key]!r}, the base's {base[key]!r}"
+            )
+            return
+
+
+def _other_labels(models: Models) -> Iterator[str]:
+    """Heads of one size can be of two tasks."""
+    first = None
+    for name, folder, source in models:
+        config = config_of(folder)
+        if source.adapter is not None or "Classification" not in str(config.get("architectures")):
+            continue
+        labels = config.get("id2label")
+        if first is None:
+            first = name, labels
+        elif labels != first[1]:
+            yield (
+                f"{name} has the labels {labels}, {first[0]} {first[1]}: their heads mean other "
+                "things; --heads base leaves the base's"
+            )
+
+
+def _unrelated(name: str, base: Source, source: Source) -> Iterator[str]:
+    """By the cosine of a sample of rows of every matrix: near 1 after fine-tuning, else near 0."""
+    dot = norm = other = 0.0
+    for key in sorted(base.tensors.keys() & source.tensors.keys()):
+        origin, tuned = base.tensors[key], source.tensors[key]
+        if origin.ndim != 2 or origin.shape != tuned.shape or not origin.is_floating_point():
+            continue
+        step = max(1, len(origin) // SAMPLED)
+        rows = origin[::step].double()
+        tuned_rows = tuned[::step].to(rows)
+        dot += float((rows * tuned_rows).sum())
+        norm += float(rows.square().sum())
+        other += float(tuned_rows.square().sum())
+    if dot < RELATED * (norm * other) ** 0.5:
+        cosine = dot / (norm * other) ** 0.5
+        yield (
+            f"{name} is no fine-tuned version of the base: the cosine of their weights is "
+            f"{cosine:.2f}, after fine-tuning it is near 1"
+        )
+
+
+def losses(base: Path, tokenizer: Path, models: Models) -> Iterator[str]:
+    """What a merge leaves behind, or what is odd about its models: one sentence each."""
+    template = _template(tokenizer)
+    for name, folder, source in models:
+        if _template(folder) not in (None, template):
+            yield (
+                f"{name} has a chat template that is not the merge's: --tokenizer {name} takes its "
+                "tokenizer and template"
+            )
+        for file in ("generation_config.json", "config.json"):
+            ends = [_eos(place / file) for place in (base, folder)]
+            if ends[1] is not None and ends[0] != ends[1]:
+                yield f"{name} ends answers with token {ends[1]}, the merge with {ends[0]} ({file})"
+        if source.adapter is not None:
+            yield from _other_base(name, source.adapter.base, base)
+    if config_of(base).get("auto_map"):
+        yield "the base's own code is not copied, and auto_map is left out of the config"
+
+
+def _template(folder: Path) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    return read_json(config).get("chat_template") if config.is_file() else None
+
+
+def _eos(file: Path) -> Any:
+    return read_json(file).get("eos_token_id") if file.is_file() else None
+
+
+def _other_base(name: str, recorded: Any, base: Path) -> Iterator[str]:
+    if not isinstance(recorded, str) or not recorded:
+        return
+    if QUANTISED.search(recorded):
+        yield f"{name} was trained on {recorded}, rounded to few bits: on this base it may do less"
+    elif Path(recorded).name.lower() != base.resolve().name.lower():
+        yield f"{name} says that it was trained on {recorded}, not on {base.name}"
