@@ -7,6 +7,7 @@ need no lock. The first writer wins; what was damaged since is found by its dige
 """
 
 import errno
+import gzip
 import hashlib
 import json
 import math
@@ -295,10 +296,10 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def write_table(path: Path, frame: Any) -> None:
-    """Write a data frame as CSV, whole or not at all; `.csv.gz` is compressed without a date."""
-    packing = {"method": "gzip", "mtime": 1} if path.suffix == ".gz" else None
+    """Write a data frame as CSV, whole or not at all; equal tables give equal bytes."""
+    text = frame.to_csv(index=False, lineterminator="\n").encode()
     with atomic_write(path) as part:
-        frame.to_csv(part, index=False, compression=packing)
+        part.write_bytes(gzip.compress(text, mtime=1) if path.suffix == ".gz" else text)
 
 
 def write_arrays(path: Path, compressed: bool = True, **arrays: Any) -> None:

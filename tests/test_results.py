@@ -1,266 +1,243 @@
-"""Committed results: tables equal what their own records give, and are described, without text."""
+"""Committed tables: their numbers follow from the recorded answers, by other code than the study's.
 
-import json
+Nothing of helpers computes here but the reader of tables: scores, losses, parts, intervals and
+collapses are written out again.
+"""
+
 import re
 import tomllib
+from collections import defaultdict
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import run
-from helpers.run import findings
 from helpers.store import ROOT
-from helpers.study import losses as evaluate
+from helpers.study import schema
+from helpers.study.tables import Study
 
 RESULTS = ROOT / "data" / "results"
 STUDIES = sorted(path.parent.name for path in RESULTS.glob("*/losses.csv"))
-FOUND = [name for name in STUDIES if (RESULTS / name / "verdicts.csv").exists()]
-SHARED = "Columns that several tables share"
-ROWS = 120  # merges whose bootstrap is repeated; the other columns are compared in every row
+ROWS = 120  # merges whose bootstrap is repeated; all else is compared in every row
 
-each_study = pytest.mark.parametrize("study", STUDIES)
-each_found = pytest.mark.parametrize("study", FOUND)
+each_study = pytest.mark.parametrize("name", STUDIES)
 
 
-def table(study, name):
-    return pd.read_csv(RESULTS / study / name, dtype={"example": str}, keep_default_na=True)
+@pytest.fixture(scope="module")
+def studies():
+    return {name: Study(RESULTS / name) for name in STUDIES}
 
 
-def setting(study, name):
-    return run.all_profiles()[study][name]
+@pytest.fixture(scope="module")
+def answers(studies):
+    """By study: {(merge, task): correct, nll and invalid of its test examples}."""
+    found = {}
+    for name, study in studies.items():
+        groups = study.examples.groupby(["merge", "task"])
+        found[name] = {cell: rows[["correct", "nll", "invalid"]] for cell, rows in groups}
+    return found
+
+
+def visited(study):
+    """Losses whose merge was scored example by example, `visit` naming the merge that was."""
+    losses = study.joined("losses")
+    losses["visit"] = losses["same_as"].fillna(losses["merge"])
+    scored = set(study.examples["merge"])
+    return losses[losses["visit"].isin(scored)]
+
+
+def percent(score, specialist):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        loss = (np.asarray(score, float) / np.asarray(specialist, float) - 1) * 100
+    return np.where(np.asarray(specialist, float) > 1e-9, loss, np.nan)
+
+
+def bootstrap(pairs, seed, chance=0.0):
+    """Loss of the mean over tasks, and its 95 % interval, from (merged, specialist) scores."""
+    rng, drawn = np.random.default_rng(seed), []
+    for merged, own in pairs:
+        n = len(own)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=2000)
+        drawn.append(percent(counts @ merged / n - chance, counts @ own / n - chance))
+    values = [percent(m.mean() - chance, own.mean() - chance) for m, own in pairs]
+    ends = np.nanquantile(np.mean(drawn, axis=0), [0.025, 0.975])
+    return [np.mean(values), *ends]
 
 
 def sample(frame):
     return frame.iloc[:: -(-len(frame) // ROWS)]
 
 
-@pytest.fixture(scope="module")
-def answers():
-    """Per-example outcomes by study: (merge, task) -> rows in the order of the test split."""
-    read = {study: table(study, "examples.csv.gz") for study in STUDIES}
-    return {study: dict(list(rows.groupby(["merge", "task"]))) for study, rows in read.items()}
-
-
-def visited(row):
-    """The merge whose visit gave the row's scores: its own, or its twin's."""
-    twin = row.same_as if isinstance(row.same_as, str) else row.method
-    return row.merge.replace(f"|{row.method}", f"|{twin}", 1)
-
-
 # --- recomputed ----------------------------------------------------------------------------------
 
 
 @each_study
-def test_scores_are_the_means_of_the_recorded_answers(study, answers):
-    losses = table(study, "losses.csv")
-    outcome = ["correct", "nll", "invalid"]
-    means = {key: rows[outcome].mean() for key, rows in answers[study].items()}
-    found = pd.DataFrame([means[visited(row), row.task] for row in losses.itertuples()])
-    np.testing.assert_allclose(found["correct"], losses["score"])
-    np.testing.assert_allclose(found["nll"], losses["nll"], atol=1e-5)  # recorded to five decimals
-    np.testing.assert_allclose(found["invalid"], losses["invalid"])
-    own = pd.DataFrame([means[f"specialist:{task}", task] for task in losses["task"]])
+def test_scores_are_the_means_of_the_recorded_answers(name, studies, answers):
+    losses, of = visited(studies[name]), answers[name]
+    assert len(losses) > 0.95 * len(studies[name].losses)  # the others lie on one scale line
+    means = {cell: rows.mean() for cell, rows in of.items()}
+    rows = zip(losses["visit"], losses["task"], strict=True)
+    merged = pd.DataFrame([means[cell] for cell in rows])
+    np.testing.assert_allclose(merged["correct"], losses["score"])
+    np.testing.assert_allclose(merged["nll"], losses["nll"], atol=1e-5)  # kept to five decimals
+    np.testing.assert_allclose(merged["invalid"], losses["invalid"])
+    own = pd.DataFrame([means["specialist", task] for task in losses["task"]])
     np.testing.assert_allclose(own["correct"], losses["specialist"])
     np.testing.assert_allclose(own["nll"], losses["nll_specialist"], atol=1e-5)
 
 
 @each_study
-def test_losses_controls_and_parts_follow_from_scores_and_dose_curves(study):
-    losses = table(study, "losses.csv")
-    curves = dict(list(table(study, "doses.csv").groupby("task")))
-    lost = evaluate.merging_loss(losses["score"], losses["specialist"])
-    np.testing.assert_allclose(losses["loss"], lost)
-    lost = evaluate.merging_loss(losses["score"], losses["specialist"], losses["chance"])
-    np.testing.assert_allclose(losses["chance_corrected"], lost)
-    for control, dose in (("control_ingredient", "dose_ingredient"), ("control_own", "dose_own")):
+def test_losses_controls_and_parts_follow_from_scores_and_dose_curves(name, studies):
+    losses = studies[name].table("losses")
+    own, chance = losses["specialist"], losses["chance"]
+    above = percent(losses["score"] - chance, own - chance)
+    np.testing.assert_allclose(losses["loss"], percent(losses["score"], own))
+    np.testing.assert_allclose(losses["chance_corrected"], above)
+    curves = dict(list(studies[name].doses.sort_values("dose").groupby("task")))
+    for kind in ("ingredient", "own"):
         read = [
-            evaluate.read_dose(curves[x], at, "score")
-            for x, at in losses[["task", dose]].itertuples(index=False)
+            np.interp(dose, curves[task]["dose"], curves[task]["score"], np.nan, np.nan)
+            for task, dose in zip(losses["task"], losses[f"dose_{kind}"], strict=True)
         ]
-        np.testing.assert_allclose(losses[control], read)
-    at_a, at_c, solo = (
-        [evaluate.merging_loss(*row) for row in losses[[x, "specialist"]].itertuples(index=False)]
-        for x in ("control_ingredient", "control_own", "control_solo")
-    )
+        np.testing.assert_allclose(losses[f"control_{kind}"], read)
+    at_a, at_c = (percent(losses[f"control_{kind}"], own) for kind in ("ingredient", "own"))
+    solo = percent(losses["control_solo"], own)
     np.testing.assert_allclose(losses["dilution"], at_a)
-    np.testing.assert_allclose(losses["overlap"], np.subtract(at_c, at_a), atol=1e-9)
+    np.testing.assert_allclose(losses["overlap"], at_c - at_a, atol=1e-9)
     np.testing.assert_allclose(losses["interference"], losses["loss"] - at_c, atol=1e-9)
     np.testing.assert_allclose(losses["solo"], solo)
-    without = np.where(losses["solo"].isna(), np.fmin(at_a, at_c), solo)
+    without = np.where(np.isnan(solo), np.fmin(at_a, at_c), solo)
     assert (losses["floor"] == (without < -90)).all()
 
 
 @each_study
-def test_intervals_and_collapses_follow_from_the_recorded_answers(study, answers):
-    losses, groups = table(study, "losses.csv"), table(study, "groups.csv")
-    groups = groups if "arm" in groups else groups.assign(arm="default")
-    seed, of = setting(study, "SEED"), answers[study]
-    correct = {key: rows["correct"].to_numpy() for key, rows in of.items()}
+def test_intervals_and_collapses_follow_from_the_recorded_answers(name, studies, answers):
+    study, of = studies[name], answers[name]
+    (seed,) = study.merges["seed"].unique()
+    correct = {cell: rows["correct"].to_numpy() for cell, rows in of.items()}
+    losses = visited(study)
     for row in sample(losses).itertuples():
-        own = correct[f"specialist:{row.task}", row.task]
-        span = evaluate.interval([(correct[visited(row), row.task], own)], seed=seed)
-        np.testing.assert_allclose([row.loss_low, row.loss_high], span[1:3], err_msg=row.merge)
-    for row in sample(groups).itertuples():
-        name = f"{row.group}|{row.method}" + ("" if row.arm == "default" else f"|{row.arm}")
-        cells = [(correct[name, x], correct[f"specialist:{x}", x]) for x in row.group.split("+")]
-        span = evaluate.interval(cells, seed=seed)
-        np.testing.assert_allclose([row.loss, row.low, row.high], span[:3], err_msg=name)
-    flags = evaluate.collapsed(losses["loss"], losses["loss_high"])
-    assert (pd.array(losses["collapsed"], dtype="boolean") == flags).all()
-    flags = evaluate.collapsed(groups["loss"], groups["high"])
-    assert (pd.array(groups["collapsed"], dtype="boolean") == flags).all()
+        pair = [(correct[row.visit, row.task], correct["specialist", row.task])]
+        plain = bootstrap(pair, seed)
+        np.testing.assert_allclose([row.loss_low, row.loss_high], plain[1:], atol=1e-9)
+        if row.specialist > row.chance:
+            above = bootstrap(pair, seed, row.chance)
+            np.testing.assert_allclose([row.corrected_low, row.corrected_high], above[1:])
+    fell = (losses["loss"] < -30) & (losses["loss_high"] < -10)
+    assert (losses["collapsed"] == fell).all()
+    fell = (losses["chance_corrected"] < -30) & (losses["corrected_high"] < -10)
+    assert (losses["collapsed_corrected"].fillna(False) == fell).all()
+
+    merges = study.merges.assign(visit=study.merges["same_as"].fillna(study.merges["merge"]))
+    merges = merges[merges["visit"].isin(losses["visit"])]
+    for row in sample(merges).itertuples():
+        pairs = [(correct[row.visit, task], correct["specialist", task]) for task in row.tasks]
+        span = bootstrap(pairs, seed)
+        np.testing.assert_allclose([row.loss, row.loss_low, row.loss_high], span, atol=1e-9)
+    fell = (merges["loss"] < -30) & (merges["loss_high"] < -10)
+    assert (merges["collapsed"] == fell).all()
 
 
 @each_study
-def test_swaps_start_from_measured_groups_and_each_has_one_newcomer(study):
-    swaps = table(study, "swaps.csv")
-    if swaps.empty:
+def test_a_copy_is_of_an_earlier_merge_of_its_group_and_scores_alike(name, studies):
+    merges = studies[name].merges
+    place = {merge: i for i, merge in enumerate(merges["merge"])}
+    groups = dict(zip(merges["merge"], merges["tasks"], strict=True))
+    scores = studies[name].table("losses").set_index(["merge", "task"])["score"]
+    for row in merges.dropna(subset="same_as").itertuples():
+        assert place[row.same_as] < place[row.merge] and groups[row.same_as] == row.tasks
+        for task in row.tasks:
+            assert scores[row.merge, task] == scores[row.same_as, task]
+    assert merges["merge"].str.fullmatch("[0-9a-f]{16}").all()
+
+
+@each_study
+def test_swaps_start_from_measured_groups_and_each_has_one_newcomer(name, studies):
+    study = studies[name]
+    if not study.has("swaps"):
         pytest.skip("this study swaps nothing")
-    groups = table(study, "groups.csv").query("arm == 'default'")
-    measured = groups.set_index(["method", "group"])["loss"]
-    before = measured.reindex(pd.MultiIndex.from_frame(swaps[["method", "group"]])).to_numpy()
-    known = ~np.isnan(before)  # the others were merged for their swaps alone
-    assert known.any()
-    np.testing.assert_allclose(swaps["before"][known], before[known])
-    for (_, group), options in swaps.groupby(["method", "group"]):
-        members = set(group.split("+"))
+    swaps = study.table("swaps")
+    losses = study.in_arm(table="merges").set_index(["rule", "tasks"])["loss"]
+    starts = swaps.drop_duplicates(["rule", "tasks"])
+    measured = [losses.get((row.rule, row.tasks)) for row in starts.itertuples()]
+    assert any(loss is not None for loss in measured)  # others were merged for their swaps alone
+    for loss, before in zip(measured, starts["before"], strict=True):
+        assert loss is None or before == pytest.approx(loss)
+    for (_, tasks), options in swaps.groupby(["rule", "tasks"]):
         (enters,) = set(options["enters"])
-        assert list(options["leaves"]) == group.split("+") and enters not in members
+        assert list(options["leaves"]) == list(tasks) and enters not in tasks
         for row in options.itertuples():
-            assert set(row.swapped.split("+")) == members - {row.leaves} | {enters}
-
-
-@each_found
-def test_findings_follow_from_the_tables(study):
-    tables = findings.read(RESULTS / study)
-    losses = findings.outcomes(tables["losses"], tables["doses"], tables["examples"])
-    cells, known = findings.directed(losses), findings.metrics(tables)
-    seed, permutations = setting(study, "SEED"), setting(study, "PERMUTATIONS")
-
-    told = table(study, "summary.csv")
-    again = findings.summary(losses, draws=1)
-    columns = ["arm", "n", "method", "outcome", "value", "cells", "groups"]
-    pd.testing.assert_frame_equal(told[columns], again[columns])
-
-    loss = findings.matrix(cells, "loss", findings.distinct(losses))
-    declared = table(study, "statistics.csv").query("family == 'declared'").set_index("metric")
-    for metric in findings.PRIMARY:
-        row = findings.association(known[metric], loss, permutations, seed)
-        expected = declared.loc[metric, list(row)].astype(float).to_numpy()
-        np.testing.assert_allclose(list(row.values()), expected, rtol=1e-6, err_msg=metric)
-
-    effects = findings.effects(cells, "loss", "default", permutations, seed).set_index("effect")
-    shown = table(study, "effects.csv").query("outcome == 'loss' and arm == 'default'")
-    shown = shown.set_index("effect").loc[effects.index]
-    tests = ["F", "p", "omega2"]
-    pd.testing.assert_frame_equal(effects[tests], shown[tests], rtol=1e-6)
-    shares = [name for name in ("share", "share_low", "share_high") if name in effects]
-    pd.testing.assert_frame_equal(effects[shares], shown[shares], atol=0.002)
-
-
-@each_found
-def test_verdicts_follow_from_the_findings(study):
-    names = ("summary", "effects", "statistics", "contests")
-    found = findings.verdicts(
-        findings.read(RESULTS / study)["groups"], *(table(study, f"{name}.csv") for name in names)
-    )
-    written = table(study, "verdicts.csv").fillna("")
-    pd.testing.assert_frame_equal(written, found, check_dtype=False)
-
-
-def test_agreement_follows_from_the_studies():
-    if not FOUND:
-        pytest.skip("no study's findings are committed yet")
-    studies = {study: table(study, "statistics.csv") for study in FOUND}
-    written = pd.read_csv(RESULTS / "agreement.csv")
-    tasks = {study: set(table(study, "losses.csv")["task"]) for study in FOUND}
-    pd.testing.assert_frame_equal(written, findings.agreement(studies, tasks), check_dtype=False)
+            assert set(row.swapped) == set(tasks) - {row.leaves} | {enters}
 
 
 # --- described -----------------------------------------------------------------------------------
 
-
-def described():
-    """{file or heading: names of its columns}; names may be patterns."""
-    sections, heading = {}, None
-    for line in (RESULTS / "README.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("## "):
-            heading = line.removeprefix("## ")
-            sections[heading] = []
-        elif line.startswith("| ") and heading and not re.match(r"\| (column|array|field) ", line):
-            sections[heading] += [name.strip() for name in line.split("|")[1].split(",")]
-    return sections
+KNOWN = {table.file: name for name, table in schema.tables().items()}
 
 
-def columns_of(path):
-    if path.suffix == ".npz":
-        return np.load(path).files
-    if path.suffix == ".json":
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if path.name == "manifest.json":
-            return list(content)
-        return list(content[0] if isinstance(content, list) else next(iter(content.values())))
-    return list(pd.read_csv(path, nrows=0).columns)
+@each_study
+def test_every_table_is_as_the_schema_describes_it(name, studies):
+    for path in sorted((RESULTS / name).iterdir()):
+        assert path.name in KNOWN, f"{path.name} is in no schema"
+        if ".csv" in path.suffixes:
+            assert len(studies[name].table(KNOWN[path.name])), f"{path.name} is empty"
+        elif path.suffix == ".npz":
+            with np.load(path) as arrays:
+                assert set(arrays.files) == set(schema.of("geometry").columns)
 
 
-def committed():
-    """{section's name: all columns of the committed files of that name}."""
-    found = {}
-    for path in sorted(RESULTS.rglob("*")):
-        if path.is_file() and path.suffix != ".md":
-            name = "record_NN.json" if path.name.startswith("record_") else path.name
-            found.setdefault(name, set()).update(columns_of(path))
-    return found
+def test_the_page_of_the_tables_is_the_schema():
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == schema.page()
 
 
-def test_every_column_of_every_table_is_described():
-    known, missing = described(), []
-    for name, columns in committed().items():
-        names = [*known.get(name, []), *known[SHARED]]
-        missing += [
-            f"{name}: {column}"
-            for column in sorted(columns)
-            if not any(fnmatchcase(column, pattern) for pattern in names)
-        ]
-    assert not missing, "describe them in data/results/README.md"
+def test_every_description_is_of_a_column_that_some_study_may_hold():
+    found = defaultdict(set)
+    for path in RESULTS.rglob("*.csv*"):
+        names = schema.of(KNOWN[path.name]).columns
+        for column in pd.read_csv(path, nrows=0).columns:
+            found[path.name] |= {name for name in names if fnmatchcase(column, name)}
+    for file, patterns in found.items():
+        table = schema.of(KNOWN[file])
+        stale = set(table.columns) - patterns - set(table.optional)
+        assert not stale, f"{file} holds no {', '.join(sorted(stale))}"
 
 
-def test_every_description_is_of_a_column_that_is_there():
-    found = committed()
-    every = set().union(*found.values())
-    stale = [
-        f"{name}: {pattern}"
-        for name, patterns in described().items()
-        for pattern in patterns
-        if not any(
-            fnmatchcase(c, pattern) for c in (every if name == SHARED else found.get(name, ()))
-        )
-    ]
-    assert not stale, "take them out of data/results/README.md"
+@each_study
+def test_the_prompts_are_said_to_be_bare_where_they_were(name, studies):
+    assert studies[name].prompt in ("bare", "instructed")
+    assert set(studies[name].table("tasks")["family"].isna()) == {False}
 
 
 # --- no text -------------------------------------------------------------------------------------
 
-NAME = re.compile(r"[\w.:|+/@-]*( \w+)?")  # of a task, merge, layer ("block 3"): no sentence
-# words of ours: data/tasks.toml (held to it below), and helpers.findings, which reads no task
-PROSE = ["reason", "claim", "paper", "here", "verdict", "n", "overturned_by", "rival"]
+NAME = re.compile(r"[\w.:|/@=-]*( \w+)?")  # of a task, merge, layer ("block 3"): no sentence
+TEXTS = {"answers"}  # BIG-bench's own words stand here, and in no other table
 
 
 @each_study
-def test_no_table_holds_text_of_a_task(study):
+def test_no_other_table_holds_text_of_a_task(name, studies):
+    study: Study = studies[name]
     listed = tomllib.loads((ROOT / "data" / "tasks.toml").read_text(encoding="utf-8"))
     reasons = {entry["reason"] for entry in listed.values()}
-    assert set(table(study, "tasks.csv")["reason"].dropna()) <= reasons
-    ids = table(study, "examples.csv.gz")["example"]
-    assert ids.str.fullmatch(r"[0-9a-f]{12}").all()
-    for path in sorted((RESULTS / study).glob("*.csv*")):
-        words = pd.read_csv(path).select_dtypes(exclude=["number", "bool"])
-        for column in words.columns.difference(PROSE):
-            values = words[column].dropna().astype(str).unique()
-            assert all(map(NAME.fullmatch, values)), f"{path.name}: {column}"
-    for path in sorted((RESULTS / study).glob("*.npz")):
+    assert set(study.table("tasks")["reason"]) - {""} <= reasons
+    assert study.examples["example"].str.fullmatch(r"[0-9a-f]{12}").all()
+    for path in sorted((RESULTS / name).glob("*.csv*")):
+        table = KNOWN[path.name]
+        if table not in TEXTS:
+            names_only(path, study.table(table), schema.of(table))
+    for path in sorted((RESULTS / name).glob("*.npz")):
         with np.load(path) as arrays:
-            kinds = {name: arrays[name] for name in arrays.files if arrays[name].dtype.kind == "U"}
-        assert all(NAME.fullmatch(text) for values in kinds.values() for text in values.ravel())
+            kinds = [arrays[x] for x in arrays.files if arrays[x].dtype.kind == "U"]
+        assert all(NAME.fullmatch(text) for values in kinds for text in values.ravel())
+
+
+def names_only(path: Path, frame: pd.DataFrame, table: schema.Table) -> None:
+    """Assert that no column but our own texts holds a sentence."""
+    for column in frame:
+        kind = table.columns[table.pattern(column)].type
+        if kind in ("name", "list"):
+            values = frame[column].dropna()
+            names = values.explode() if kind == "list" else values
+            assert all(map(NAME.fullmatch, names.unique())), f"{path.name}: {column}"

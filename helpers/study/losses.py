@@ -16,6 +16,7 @@ COLLAPSE = -30.0  # a merging loss (%) below this …
 CERTAINLY = -10.0  # … whose 95 % interval ends below this is a collapse
 FLOOR = -90.0  # a control (%) below this leaves a partner nothing to harm
 DRAWS = 2000  # bootstrap resamples of an interval
+NOTHING = 1e-9  # a score above chance by no more than this is rounding
 SPECIALIST = "specialist"  # what examples.csv.gz calls the merge of one
 
 Cells = Mapping[tuple[str, str], pd.DataFrame]
@@ -45,7 +46,7 @@ def merging_loss(
     """
     left = np.asarray(merged, float) - chance
     own = np.asarray(specialist, float) - chance
-    defined = own > 0
+    defined = own > NOTHING
     ratio = left / np.where(defined, own, 1)
     loss = (ratio - 1) * 100
     return np.where(defined, loss, np.nan)[()]
@@ -89,7 +90,7 @@ def resamples(
 
 def percent(change: NDArray, own: NDArray) -> NDArray:
     """100 * change / own; nan where own is not positive."""
-    return 100 * change / np.where(own > 0, own, np.nan)
+    return 100 * change / np.where(own > NOTHING, own, np.nan)
 
 
 def limits(drawn: NDArray) -> NDArray:

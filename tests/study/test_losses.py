@@ -9,7 +9,7 @@ from scipy import stats as scipy_stats
 
 from helpers.study import failures, losses
 
-scores = st.floats(0, 1)
+scores = st.integers(0, 48).map(lambda right: right / 48)
 
 
 @pytest.fixture
