@@ -9,7 +9,7 @@ import statsmodels.formula.api as smf
 from scipy import stats as scipy_stats
 from statsmodels.stats.anova import anova_lm
 
-from helpers.stats import dyads as stats
+from helpers.stats import old as stats
 
 TASKS = list("abcdefgh")
 

@@ -1,0 +1,61 @@
+"""How sure? Pure functions on matrices of tasks, with NaN for pairs that nobody merged."""
+
+from helpers.stats.correlations import (
+    ESTIMANDS,
+    MARGIN,
+    correlation,
+    equivalence,
+    of_pairs,
+    of_tasks,
+    p_value,
+    pearson,
+)
+from helpers.stats.dyads import (
+    components,
+    decompose,
+    pair_effects,
+    same_family,
+    shares,
+    symmetric,
+    unrelated,
+)
+from helpers.stats.effects import (
+    Interval,
+    contrasts,
+    holm,
+    jackknife,
+    leave_out,
+    mean,
+    rule_shares,
+    same_means,
+    share,
+    stacked,
+)
+
+__all__ = [
+    "ESTIMANDS",
+    "MARGIN",
+    "Interval",
+    "components",
+    "contrasts",
+    "correlation",
+    "decompose",
+    "equivalence",
+    "holm",
+    "jackknife",
+    "leave_out",
+    "mean",
+    "of_pairs",
+    "of_tasks",
+    "p_value",
+    "pair_effects",
+    "pearson",
+    "rule_shares",
+    "same_family",
+    "same_means",
+    "share",
+    "shares",
+    "stacked",
+    "symmetric",
+    "unrelated",
+]

@@ -1,0 +1,199 @@
+"""Means, contrasts and shares, with intervals over tasks or over their families.
+
+Pairs share tasks, so what is left out is a task or a whole family, never a pair. Intervals are
+95 %. `units` labels each task by what is left out together: its own name, or its family.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from helpers.stats.dyads import as_shares, as_square, components, part
+
+Statistic = Callable[[NDArray], ArrayLike]  # of the places of the tasks that are kept
+
+
+class Interval(NamedTuple):
+    """An estimate, its 95 % interval over n units, and the two-sided p of the value 0."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    p: float = np.nan
+
+
+# --- leaving out ----------------------------------------------------------------------------------
+
+
+def leave_out(units: Sequence) -> dict[object, NDArray]:
+    """For each unit the places of the tasks that are left without it."""
+    labels = np.asarray(units)
+    names = dict.fromkeys(labels.tolist())
+    return {name: np.flatnonzero(labels != name) for name in names}
+
+
+def covariance(statistic: Statistic, units: Sequence) -> tuple[NDArray, NDArray]:
+    """A statistic of all tasks, (k,), and its jackknife covariance, (k, k).
+
+    Units of unequal size are weighted as by Busing, Meijer & van der Leeden (1999).
+    """
+    n = len(units)
+    kept = leave_out(units).values()
+    whole = np.atleast_1d(statistic(np.arange(n)))
+    without = np.stack([np.atleast_1d(statistic(places)) for places in kept])
+    left_out = np.array([n - len(places) for places in kept])
+    size = n / left_out[:, None]
+    pseudo = size * whole - (size - 1) * without
+    centre = (pseudo / size).sum(axis=0)
+    deviation = (pseudo - centre) / np.sqrt(size - 1)
+    return whole, deviation.T @ deviation / len(kept)
+
+
+def interval(
+    value: float,
+    error: float,
+    n: int,
+    fisher: bool = False,
+) -> Interval:
+    """value ± t(n - 1) standard errors; fisher: both are on Fisher's z of a correlation."""
+    back = np.tanh if fisher else np.positive
+    if not error > 0:
+        return Interval(float(back(value)), np.nan, np.nan, n)
+    reach = stats.t.ppf(0.975, n - 1) * error
+    p = 2 * stats.t.sf(abs(value) / error, n - 1)
+    ends = [value, value - reach, value + reach]
+    return Interval(*map(float, back(ends)), n, float(p))
+
+
+def jackknife(
+    statistic: Statistic,
+    units: Sequence,
+    fisher: bool = False,
+) -> Interval:
+    """Delete-one interval of a number; fisher: of a correlation.
+
+    Undefined below 3 units, and where the statistic is undefined without one of them.
+    """
+    g = len(set(units))
+    if g < 3:
+        value = statistic(np.arange(len(units)))
+        return Interval(float(value), np.nan, np.nan, g)
+    turn = np.arctanh if fisher else np.positive
+    with np.errstate(all="ignore"):
+        whole, spread = covariance(lambda kept: turn(statistic(kept)), units)
+        return interval(whole[0], np.sqrt(spread[0, 0]), g, fisher)
+
+
+def mean(matrix: ArrayLike, units: Sequence) -> Interval:
+    """Mean of the cells of a matrix of tasks."""
+    matrix = as_square(matrix)
+    return jackknife(lambda kept: np.nanmean(part(matrix, kept)), units)
+
+
+def share(
+    of: Callable[[NDArray], Mapping[str, float]],
+    matrix: NDArray,
+    name: str,
+    units: Sequence,
+) -> Interval:
+    """One entry of `dyads.shares` (of a matrix) or of `rule_shares` (of a stack), cut at 0 and 1;
+    the correlation victim_partner on Fisher's z.
+    """
+    fisher = name == "victim_partner"
+
+    def statistic(kept: NDArray) -> float:
+        rows = matrix[..., kept, :]
+        value = of(rows[..., kept])[name]
+        return np.clip(value, -0.999, 0.999) if fisher else value
+
+    found = jackknife(statistic, units, fisher)
+    if fisher:
+        return found
+    return found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0), p=np.nan)
+
+
+def holm(p: ArrayLike) -> NDArray:
+    """Holm's corrected p over those that are defined."""
+    p = np.asarray(p, float)
+    out = np.full(p.shape, np.nan)
+    defined = ~np.isnan(p)
+    if defined.any():
+        out[defined] = multipletests(p[defined], method="holm")[1]
+    return out
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+def stacked(matrices: Mapping[str, ArrayLike]) -> NDArray:
+    """(rules, n, n), NaN in all rules where it is in one."""
+    stack = np.stack([as_square(matrix) for matrix in matrices.values()])
+    missing = np.isnan(stack).any(axis=0)
+    return np.where(missing, np.nan, stack)
+
+
+def contrasts(matrices: Mapping[str, ArrayLike], units: Sequence) -> pd.DataFrame:
+    """Difference of the mean outcome of every two rules, over the cells that all have.
+
+    Columns first, second, value (first - second), low, high, n, p, p_holm.
+    """
+    stack = stacked(matrices)
+    rows = []
+    for (i, first), (j, second) in combinations(enumerate(matrices), 2):
+        found = mean(stack[i] - stack[j], units)
+        names = {"first": first, "second": second}
+        rows.append(names | found._asdict())
+    table = pd.DataFrame(rows)
+    return table.assign(p_holm=holm(table["p"]))
+
+
+def same_means(matrices: Mapping[str, ArrayLike], units: Sequence) -> float:
+    """p of equal means of all rules: Hotelling's T² with the jackknife covariance over units.
+
+    NaN where there are no more units than rules.
+    """
+    stack = stacked(matrices)
+    free = len(stack) - 1
+    g = len(set(units))
+    if g <= free + 1:
+        return np.nan
+
+    def steps(kept: NDArray) -> NDArray:
+        means = [np.nanmean(part(matrix, kept)) for matrix in stack]
+        return np.diff(means)
+
+    whole, spread = covariance(steps, units)
+    squared = whole @ np.linalg.pinv(spread) @ whole
+    f = squared * (g - free) / (free * (g - 1))
+    return float(stats.f.sf(f, free, g - free))
+
+
+def rule_shares(stack: NDArray) -> dict[str, float]:
+    """Shares of the cells' variance under several rules: rule, victim, partner, relation, rest.
+
+    stack: as `stacked` gives it. rest: what neither the rule nor the cell explains.
+    """
+    values = stack[:, ~np.isnan(stack[0])]
+    rules, cells = values.shape
+    of_rule = values.mean(axis=1)
+    of_cell = values.mean(axis=0)
+    left = values - of_rule[:, None] - of_cell + of_cell.mean()
+    rest = (left**2).sum() / ((rules - 1) * (cells - 1))
+    whole = components(stack.mean(axis=0))
+    relation = whole.symmetric + whole.antisymmetric
+    return as_shares(
+        {
+            "rule": of_rule.var(ddof=1) - rest / cells,
+            "victim": whole.victim,
+            "partner": whole.partner,
+            "relation": relation - rest / rules,
+            "rest": rest,
+        }
+    )
