@@ -13,7 +13,7 @@ import pandas as pd
 from helpers.stats import power
 from helpers.store import ROOT
 
-DESIGNS = ((14, None, 600), (48, 8, 300), (96, 8, 150))  # tasks, partners (None: all), studies
+DESIGNS = ((14, None, 300), (48, 8, 150), (96, 8, 80))  # tasks, partners (None: all), studies
 TRUTHS = (0.0, 0.3, 0.5)
 
 
