@@ -59,7 +59,13 @@ class Bench:
         }
         trained = {label: specialist_key(folder) for label, folder in self.specialists.items()}
         dtype = str(self.model.dtype)
-        return identity.Identity(self.base["digest"], dtype, self.encoder, tasks, trained)
+        return identity.Identity(
+            self.base["digest"],
+            dtype,
+            self.encoder,
+            tasks,
+            trained,
+        )
 
     def sources(self, labels: Iterable[str]) -> tuple[merge.Source, list[merge.Source]]:
         """The base and these specialists, open for streaming; of encoders without their heads."""
@@ -75,7 +81,11 @@ class Bench:
         body = {name: tensor for name, tensor in tensors if not _in_head(self.model, name)}
         return source._replace(tensors=body)
 
-    def rows(self, labels: Iterable[str], device: str | None = None) -> list[merge.Row]:
+    def rows(
+        self,
+        labels: Iterable[str],
+        device: str | None = None,
+    ) -> list[merge.Row]:
         """Their task vectors by tensor, to pass over at will; by default on the base's device."""
         base, trained = self.sources(labels)
         return merge.views(base, trained, device or self.model.device.type)
@@ -95,7 +105,11 @@ def specialist_key(folder: Path) -> str:
     return store.digest([weights, {name: config.get(name) for name in SCALING}])
 
 
-def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any, dict]:
+def load_base(
+    name: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> tuple[Any, Any, dict]:
     """(model, tokenizer, name and digest) of a base: a decoder, or an encoder below some head.
 
     Raises ValueError (AssetError) for a model that cannot be had, and for an encoder-decoder.
@@ -116,13 +130,19 @@ def load_base(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[A
 # --- an encoder's heads ----------------------------------------------------------------------
 
 
-def _in_head(model: torch.nn.Module, name: str) -> bool:
+def _in_head(
+    model: torch.nn.Module,
+    name: str,
+) -> bool:
     """Whether a parameter of a sequence classifier lies outside its body."""
     return not name.startswith(f"{model.base_model_prefix}.")
 
 
 @contextmanager
-def with_head(model: torch.nn.Module, specialist: Path) -> Iterator[list[str]]:
+def with_head(
+    model: torch.nn.Module,
+    specialist: Path,
+) -> Iterator[list[str]]:
     """`model` with the classification head of a specialist inside the `with`: yields its labels."""
     config = json.loads((specialist / "config.json").read_text(encoding="utf-8"))
     names = config["id2label"]
@@ -141,13 +161,28 @@ def with_head(model: torch.nn.Module, specialist: Path) -> Iterator[list[str]]:
 # --- specialists -----------------------------------------------------------------------------
 
 
-def train(bench: Bench, label: str, recipe: specialists.Recipe, quiet: bool = True) -> Path:
+def train(
+    bench: Bench,
+    label: str,
+    recipe: specialists.Recipe,
+    quiet: bool = True,
+) -> Path:
     """Folder of the specialist of a task of the bench, trained once (`specialists.train`)."""
     task = bench.tasks[label]
-    return specialists.train(bench.model, bench.tokenizer, bench.base, task, recipe, quiet)
+    return specialists.train(
+        bench.model,
+        bench.tokenizer,
+        bench.base,
+        task,
+        recipe,
+        quiet,
+    )
 
 
-def twins(bench: Bench, label: str) -> Bench:
+def twins(
+    bench: Bench,
+    label: str,
+) -> Bench:
     """A task's specialist beside one of the next seed: a merge of the two has equal aims.
 
     The labels of the new bench are `once` and `twice`, both of the task.
@@ -156,13 +191,21 @@ def twins(bench: Bench, label: str) -> Bench:
     recipe = specialists.recipe_of(first)
     second = train(bench, label, replace(recipe, seed=recipe.seed + 1))
     both = {"once": first, "twice": second}
-    return replace(bench, tasks=dict.fromkeys(both, bench.tasks[label]), specialists=both)
+    return replace(
+        bench,
+        tasks=dict.fromkeys(both, bench.tasks[label]),
+        specialists=both,
+    )
 
 
 # --- from one notebook to the next -----------------------------------------------------------
 
 
-def save_bench(bench: Bench, settings: Mapping[str, Any], file: Path) -> None:
+def save_bench(
+    bench: Bench,
+    settings: Mapping[str, Any],
+    file: Path,
+) -> None:
     """Write what `open_bench` needs: `settings` of `tasks.load_tasks`, names and store folders."""
     folders = bench.specialists.items()
     content = {
@@ -175,7 +218,12 @@ def save_bench(bench: Bench, settings: Mapping[str, Any], file: Path) -> None:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def open_bench(file: Path, model: Any, tokenizer: Any, base: dict) -> Bench:
+def open_bench(
+    file: Path,
+    model: Any,
+    tokenizer: Any,
+    base: dict,
+) -> Bench:
     """The bench that notebook 01 left, on a live base model.
 
     Raises ValueError if there is none, if it was made with another base, or if a specialist is no

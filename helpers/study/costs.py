@@ -9,7 +9,10 @@ import pandas as pd
 UNITS = ["cpu_seconds", "megabytes"]
 
 
-def work(row: Any, sizes: Mapping[str, int]) -> dict[str, float]:
+def work(
+    row: Any,
+    sizes: Mapping[str, int],
+) -> dict[str, float]:
     """How much of each step of `unit_costs` a visit (`plan.Row`) takes."""
     if row.kind == "specialist":
         steps = row.options["examples"] * row.options["epochs"]
@@ -24,7 +27,10 @@ def work(row: Any, sizes: Mapping[str, int]) -> dict[str, float]:
     }
 
 
-def unit_costs(folder: Path, parameters: Mapping[str, Any]) -> pd.DataFrame | None:
+def unit_costs(
+    folder: Path,
+    parameters: Mapping[str, Any],
+) -> pd.DataFrame | None:
     """CPU seconds and megabytes of one of each thing, from the tables of a study in `folder`.
 
     `parameters` are those that the study was made with. Index step: train (an example in a training

@@ -17,7 +17,10 @@ from helpers.study.plan import MATCHED, Row
 from helpers.study.readings import Delta
 
 
-def model(bench: Bench, row: Row) -> tuple[dict, Callable[[], Delta]]:
+def model(
+    bench: Bench,
+    row: Row,
+) -> tuple[dict, Callable[[], Delta]]:
     """The report of a row's model, and a maker of its delta, which is built at most once.
 
     The base's delta is empty; a dose has no report.
@@ -41,15 +44,33 @@ def model(bench: Bench, row: Row) -> tuple[dict, Callable[[], Delta]]:
     return json.loads((folder / "record.json").read_text(encoding="utf-8")), lambda: once()[0]
 
 
-def _dose(bench: Bench, row: Row) -> tuple[Delta, dict]:
+def specialist(
+    bench: Bench,
+    label: str,
+) -> Delta:
+    """The task vector of a task's specialist, by tensor."""
+    return merge.dose(bench.rows([label]), 0, 1.0)
+
+
+def _dose(
+    bench: Bench,
+    row: Row,
+) -> tuple[Delta, dict]:
     return merge.dose(bench.rows(row.tasks), 0, row.options["dose"]), {}
 
 
-def _merge(bench: Bench, row: Row) -> tuple[Delta, dict]:
+def _merge(
+    bench: Bench,
+    row: Row,
+) -> tuple[Delta, dict]:
     """On a grid the delta leads from the base in fp32 to the rounded result; the report is that of
     the merge before rounding, but for the own-direction doses, which are those left on the grid."""
     vector_rows = bench.rows(row.tasks)
-    delta, report = merge.merge(vector_rows, labels=row.tasks, **recipe(bench, row))
+    delta, report = merge.merge(
+        vector_rows,
+        labels=row.tasks,
+        **recipe(bench, row),
+    )
     about = report.as_dict()
     if row.arm == "bfloat16":
         tensors = bench.sources([])[0].tensors
@@ -58,7 +79,10 @@ def _merge(bench: Bench, row: Row) -> tuple[Delta, dict]:
     return delta, about
 
 
-def _solo(bench: Bench, row: Row) -> tuple[Delta, dict]:
+def _solo(
+    bench: Bench,
+    row: Row,
+) -> tuple[Delta, dict]:
     """The rule's merge of one task with partners that changed nothing."""
     n = row.options["n"]
     labels = [*row.tasks, *(f"unchanged {i}" for i in range(1, n))]
@@ -69,7 +93,10 @@ def _solo(bench: Bench, row: Row) -> tuple[Delta, dict]:
     return merge.merge(padded, labels=labels, **recipe(bench, row))[0], {}
 
 
-def recipe(bench: Bench, row: Row) -> dict[str, Any]:
+def recipe(
+    bench: Bench,
+    row: Row,
+) -> dict[str, Any]:
     """What `merge.merge` takes for a merge or solo: method, seed, options, and a scale to match."""
     options = {name: x for name, x in row.options.items() if name not in ("n", "group")}
     chosen = {"method": row.rule, "seed": row.seed} | options
@@ -82,7 +109,10 @@ def recipe(bench: Bench, row: Row) -> dict[str, Any]:
     return chosen
 
 
-def _matched(bench: Bench, row: Row) -> dict[str, Any]:
+def _matched(
+    bench: Bench,
+    row: Row,
+) -> dict[str, Any]:
     """The scale of an arm: that of the group's linear average; alone, the one that this gave."""
     if row.kind == "solo":
         group = tuple(row.options["group"])
@@ -95,7 +125,10 @@ def _matched(bench: Bench, row: Row) -> dict[str, Any]:
     return {"match": row.arm, "scale": scale}
 
 
-def chebyshev_weights(bench: Bench, group: Sequence[str]) -> list[float]:
+def chebyshev_weights(
+    bench: Bench,
+    group: Sequence[str],
+) -> list[float]:
     """Weights (sum 1) of the centre of the smallest ball around the specialists' states.
 
     Read on the probes of the group's own tasks, at the last layer. No label and no merge is needed;
@@ -103,7 +136,13 @@ def chebyshev_weights(bench: Bench, group: Sequence[str]) -> list[float]:
     """
     states = []
     for x in group:
-        row = Row("dose", (x,), "dose", options={"dose": 1.0}, probed=tuple(group))
+        row = Row(
+            "dose",
+            (x,),
+            "dose",
+            options={"dose": 1.0},
+            probed=tuple(group),
+        )
         readings.read_all(bench, row, model(bench, row)[1])
         read = [readings.states(bench, row, y)[:, -1] for y in group]
         states.append(torch.cat(read).double().numpy())

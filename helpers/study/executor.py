@@ -35,7 +35,10 @@ RETRIES = 2  # how often a cluster tries a visit again whose worker was lost
 
 
 @contextmanager
-def executor(workers: int = 1, cluster: str | None = None) -> Iterator[Executor | None]:
+def executor(
+    workers: int = 1,
+    cluster: str | None = None,
+) -> Iterator[Executor | None]:
     """What `visit.run` takes: None (this process), `workers` processes, or a Dask cluster.
 
     `cluster`: the address of a scheduler, its scheduler file, or "local:N", which starts N workers
@@ -91,20 +94,26 @@ def call_each(
     RuntimeError, in a sentence, where workers were killed or the cluster was lost.
     """
     silent = desc is None or not calls
-    bar = {"desc": desc, "total": len(calls), "mininterval": 5, "disable": silent}
+    bar = {
+        "desc": desc,
+        "total": len(calls),
+        "mininterval": 5,
+        "disable": silent,
+    }
     if pool is None or not calls:
         return [function(bench, *call) for call in tqdm(calls, **bar)]
     opened = _as_data(bench)
-    pending = {pool.submit(_call, opened, function, *call): i for i, call in enumerate(calls)}
     results = [None] * len(calls)
+    pending: dict[Any, int] = {}
     try:
+        for i, call in enumerate(calls):
+            pending[pool.submit(_call, opened, function, *call)] = i
         for done in tqdm(as_completed(pending), **bar):
             results[pending[done]] = done.result()
     except Exception as error:
         for future in pending:
             future.cancel()
-        lost = type(error).__module__.startswith("distributed")
-        if lost or isinstance(error, BrokenExecutor | CancelledError):
+        if _is_loss(error):
             raise RuntimeError(
                 "a worker was killed or the cluster was lost, perhaps for want of memory: run the "
                 "same command again, with fewer workers; what is finished is not done again"
@@ -113,17 +122,23 @@ def call_each(
     return results
 
 
+def _is_loss(error: Exception) -> bool:
+    """Whether the work failed for want of those who do it."""
+    of_dask = type(error).__module__.startswith("distributed")
+    return of_dask or isinstance(error, BrokenExecutor | CancelledError)
+
+
 # --- a bench as data, and opened again by a worker ----------------------------------------------
 
 
 def _as_data(bench: Bench) -> dict[str, Any]:
     """What a worker needs to open the same bench: names, and folders of the store."""
-    names = {name for entry in assets.CATALOGUE["models"].values() for name in [entry["name"]]}
-    embedded = bench.base["name"] in names
+    embedded = {entry["name"] for entry in assets.CATALOGUE["models"].values()}
+    name = bench.base["name"]
     folders = {label: _relative(folder) for label, folder in bench.specialists.items()}
     return {
         "store": str(store.store().absolute()),
-        "model": bench.base["name"] if embedded else bench.model.config.name_or_path,
+        "model": name if name in embedded else bench.model.config.name_or_path,
         "dtype": str(bench.model.dtype).removeprefix("torch."),
         "device": bench.model.device.type,
         "threads": torch.get_num_threads(),
@@ -174,7 +189,11 @@ def _opened(text: str) -> Bench:
 
 
 @cache
-def _base(model: str, dtype: str, device: str) -> tuple[Any, Any, dict]:
+def _base(
+    model: str,
+    dtype: str,
+    device: str,
+) -> tuple[Any, Any, dict]:
     return load_base(model, dtype, device)
 
 

@@ -10,7 +10,12 @@ import pandas as pd
 Group = tuple[str, ...]
 
 
-def draw(tasks: Sequence[str], size: int, count: int, seed: int = 0) -> list[Group]:
+def draw(
+    tasks: Sequence[str],
+    size: int,
+    count: int,
+    seed: int = 0,
+) -> list[Group]:
     """A seeded sample of `count` different groups of `size` tasks; all, if there are no more.
 
     A larger `count` adds groups to the same draw.
@@ -25,12 +30,24 @@ def draw(tasks: Sequence[str], size: int, count: int, seed: int = 0) -> list[Gro
     return [tuple(tasks[i] for i in group) for group in sorted(drawn)]
 
 
-def pairs(tasks: Sequence[str], most: int | None = None, seed: int = 0) -> list[Group]:
+def pairs(
+    tasks: Sequence[str],
+    most: int | None = None,
+    seed: int = 0,
+) -> list[Group]:
     """All pairs, or a sample of `most`."""
-    return draw(tasks, 2, math.comb(len(tasks), 2) if most is None else most, seed)
+    return draw(
+        tasks,
+        2,
+        math.comb(len(tasks), 2) if most is None else most,
+        seed,
+    )
 
 
-def relatives(tasks: Sequence[str], families: Mapping[str, str]) -> list[Group]:
+def relatives(
+    tasks: Sequence[str],
+    families: Mapping[str, str],
+) -> list[Group]:
     """Every pair of tasks of one family."""
     return [(a, b) for a, b in combinations(tasks, 2) if families[a] == families[b]]
 
@@ -68,14 +85,22 @@ def partners(
     return sorted(ordered, key=lambda pair: [place[x] for x in pair])
 
 
-def _fewest(tasks: Sequence[str], met: Mapping[str, set], rng: np.random.Generator) -> str:
+def _fewest(
+    tasks: Sequence[str],
+    met: Mapping[str, set],
+    rng: np.random.Generator,
+) -> str:
     """One of the tasks that have met the fewest others."""
     fewest = min(len(met[x]) for x in tasks)
     tied = [x for x in tasks if len(met[x]) == fewest]
     return tied[rng.integers(len(tied))]
 
 
-def swaps(tasks: Sequence[str], groups: Iterable[Sequence[str]], seed: int = 0) -> pd.DataFrame:
+def swaps(
+    tasks: Sequence[str],
+    groups: Iterable[Sequence[str]],
+    seed: int = 0,
+) -> pd.DataFrame:
     """For each group, one drawn newcomer in the place of each member.
 
     Columns tasks (the group), leaves, enters, swapped (the new group). Raises ValueError for a

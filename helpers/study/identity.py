@@ -37,13 +37,20 @@ class Identity(NamedTuple):
 Entry = tuple[str, int, dict]  # step, version and determinants, as `store.cached` takes them
 
 
-def model_entry(row: Row, identity: Identity) -> Entry:
+def model_entry(
+    row: Row,
+    identity: Identity,
+) -> Entry:
     """The entry of the model that a row visits: its report, under the model's key."""
     base = {"base": identity.base, "dtype": identity.dtype}
     if row.kind in ("base", "ability") or _is_base(row, identity):
         return "base", VERSION, base
     specialists = [[x, identity.specialists[x]] for x in row.tasks]
-    about = base | {"specialists": specialists, "rule": row.rule, "arm": row.arm}
+    about = base | {
+        "specialists": specialists,
+        "rule": row.rule,
+        "arm": row.arm,
+    }
     if row.kind == "dose":
         return "dose", VERSION, about | {"dose": row.options["dose"]}
     about |= {"seed": row.seed, "options": _options(row)}
@@ -55,7 +62,10 @@ def model_entry(row: Row, identity: Identity) -> Entry:
     return row.kind, VERSION, about
 
 
-def _is_base(row: Row, identity: Identity) -> bool:
+def _is_base(
+    row: Row,
+    identity: Identity,
+) -> bool:
     """Whether a dose of 0 is the base: an encoder still has the specialist's head."""
     return row.kind == "dose" and not row.options["dose"] and not identity.encoder
 
@@ -71,15 +81,26 @@ def _options(row: Row) -> dict:
     return options if row.rule == CHEBYSHEV else options | {"weights": plan.weights}
 
 
-def model_key(row: Row, identity: Identity) -> str:
+def model_key(
+    row: Row,
+    identity: Identity,
+) -> str:
     """The key of the model that a row visits, as the tables call it."""
     return store.key(*model_entry(row, identity))
 
 
-def score_entry(row: Row, label: str, identity: Identity) -> Entry:
+def score_entry(
+    row: Row,
+    label: str,
+    identity: Identity,
+) -> Entry:
     """The entry of the examples of one task under the model of a row."""
     task = identity.tasks[label]
-    what = {"model": model_key(row, identity), "task": task.name, "scores": scores.VERSION}
+    what = {
+        "model": model_key(row, identity),
+        "task": task.name,
+        "scores": scores.VERSION,
+    }
     what |= {"split": getattr(task, row.split), "shots": row.options.get("shots", 0)}
     probe = identity.encoder and row.kind in ("base", "ability")
     if what["shots"] or probe:
@@ -89,14 +110,25 @@ def score_entry(row: Row, label: str, identity: Identity) -> Entry:
     return "scores", VERSION, what
 
 
-def state_entry(row: Row, label: str, identity: Identity) -> Entry:
+def state_entry(
+    row: Row,
+    label: str,
+    identity: Identity,
+) -> Entry:
     """The entry of the states of a row's model on the probes of one task."""
     task = identity.tasks[label]
-    what = {"model": model_key(row, identity), "task": task.name, "probe": task.probe}
+    what = {
+        "model": model_key(row, identity),
+        "task": task.name,
+        "probe": task.probe,
+    }
     return "states", VERSION, what
 
 
-def entries(row: Row, identity: Identity) -> list[str]:
+def entries(
+    row: Row,
+    identity: Identity,
+) -> list[str]:
     """Where in the store a visit leaves what it found: folders, relative to the store."""
     kept = [score_entry(row, x, identity) for x in row.scored]
     kept += [state_entry(row, x, identity) for x in row.probed]

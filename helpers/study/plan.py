@@ -114,7 +114,11 @@ class Plan:
         """A keyed plan without these models: `plan.without(plan.join(study)["merge"])`."""
         return Plan(self.frame[~self.frame["key"].isin(set(keys))])
 
-    def cost(self, units: pd.DataFrame, sizes: Mapping[str, int]) -> pd.DataFrame:
+    def cost(
+        self,
+        units: pd.DataFrame,
+        sizes: Mapping[str, int],
+    ) -> pd.DataFrame:
         """Visits, CPU minutes and gigabytes in the store, by kind.
 
         `units` are those of `unit_costs`, `sizes` examples of each split. A bound: a task that
@@ -131,18 +135,40 @@ class Plan:
 # --- builders --------------------------------------------------------------------------------
 
 
-def base(tasks: Iterable[str], probed: Iterable[str] = (), split: str = "test") -> Plan:
+def base(
+    tasks: Iterable[str],
+    probed: Iterable[str] = (),
+    split: str = "test",
+) -> Plan:
     """The base as it is (an encoder's linear probe), and behind solved examples."""
     tasks = tuple(tasks)
-    bare = Row("base", (), "base", scored=tasks, probed=tuple(probed), split=split)
+    bare = Row(
+        "base",
+        (),
+        "base",
+        scored=tasks,
+        probed=tuple(probed),
+        split=split,
+    )
     return Plan.of([bare]) + abilities(tasks, split)
 
 
-def abilities(tasks: Iterable[str], split: str = "test") -> Plan:
+def abilities(
+    tasks: Iterable[str],
+    split: str = "test",
+) -> Plan:
     """What the base can do untaught, by task: behind SHOTS solved training examples."""
     about = {"shots": SHOTS}
     return Plan.of(
-        Row("ability", (x,), "base", options=about, scored=(x,), split=split) for x in tasks
+        Row(
+            "ability",
+            (x,),
+            "base",
+            options=about,
+            scored=(x,),
+            split=split,
+        )
+        for x in tasks
     )
 
 
@@ -190,7 +216,18 @@ def merges(
     for group in map(tuple, groups):
         for rule, options in rules.items():
             probed = group if probe else ()
-            rows.append(Row("merge", group, rule, "default", seed, options, group, probed))
+            rows.append(
+                Row(
+                    "merge",
+                    group,
+                    rule,
+                    "default",
+                    seed,
+                    options,
+                    group,
+                    probed,
+                )
+            )
         for rule, arm in arms:
             if rule in rules:
                 options = dict(rules[rule]) | in_arm(arm, len(group))
@@ -198,7 +235,10 @@ def merges(
     return Plan.of(rows)
 
 
-def in_arm(arm: str, n: int) -> dict[str, Any]:
+def in_arm(
+    arm: str,
+    n: int,
+) -> dict[str, Any]:
     """The options that an arm of a rule adds for n models; ValueError for an unknown arm.
 
     Another scale, so that rules differ in direction alone: "norm" (as long as the group's linear
@@ -211,11 +251,23 @@ def in_arm(arm: str, n: int) -> dict[str, Any]:
     return {"scale": float(n)} if arm == "sum" else {}
 
 
-def scale_line(group: Sequence[str], scales: Iterable[float], seed: int = 0) -> Plan:
+def scale_line(
+    group: Sequence[str],
+    scales: Iterable[float],
+    seed: int = 0,
+) -> Plan:
     """theta_0 + s * (sum of the task vectors) at each scale s: arms "scale=0.25", …"""
     group = tuple(group)
     return Plan.of(
-        Row("merge", group, "task_arithmetic", f"scale={s:g}", seed, {"scale": float(s)}, group)
+        Row(
+            "merge",
+            group,
+            "task_arithmetic",
+            f"scale={s:g}",
+            seed,
+            {"scale": float(s)},
+            group,
+        )
         for s in scales
     )
 
@@ -236,16 +288,6 @@ def solos(plan: Plan) -> Plan:
         for x in row.tasks:
             rows.append(Row("solo", (x,), row.rule, row.arm, row.seed, about, (x,)))
     return Plan.of(rows)
-
-
-def training(tasks: Iterable[str], examples: Mapping[str, int], epochs: int) -> Plan:
-    """Specialists and the screening of each on dev, for `cost`: `visit.train` makes them."""
-    tasks = tuple(tasks)
-    rows = []
-    for x in tasks:
-        about = {"examples": examples[x], "epochs": epochs}
-        rows.append(Row("specialist", (x,), "train", options=about))
-    return Plan.of(rows) + screening(tasks)
 
 
 def screening(tasks: Iterable[str]) -> Plan:

@@ -66,7 +66,10 @@ class Visit:
 
 
 def run(
-    bench: benches.Bench, plan: Plan, pool: Executor | None = None, desc: str = "visits"
+    bench: benches.Bench,
+    plan: Plan,
+    pool: Executor | None = None,
+    desc: str = "visits",
 ) -> list[Visit]:
     """Visit every row of a plan that the store does not hold; all its visits, in its order.
 
@@ -110,17 +113,29 @@ def check(plan: Plan) -> None:
             raise ValueError(f"{row.rule} drops nothing at random: it has no arm {row.arm!r}")
 
 
-def train_all(
-    bench: benches.Bench, recipes: Mapping[str, specialists.Recipe], pool: Executor | None = None
+def train(
+    bench: benches.Bench,
+    recipes: Mapping[str, specialists.Recipe],
+    pool: Executor | None = None,
 ) -> dict[str, Path]:
     """Folders of the specialists of these tasks, each trained once; here, or by the workers."""
     if pool is None:
         return {x: benches.train(bench, x, how, quiet=False) for x, how in recipes.items()}
-    made = call_each(bench, _train, list(recipes.items()), pool, "training")
+    made = call_each(
+        bench,
+        _train,
+        list(recipes.items()),
+        pool,
+        "training",
+    )
     return {x: store.store() / folder for x, folder in zip(recipes, made, strict=True)}
 
 
-def _train(bench: benches.Bench, label: str, recipe: specialists.Recipe) -> str:
+def _train(
+    bench: benches.Bench,
+    label: str,
+    recipe: specialists.Recipe,
+) -> str:
     folder = benches.train(bench, label, recipe)
     return folder.relative_to(store.store()).as_posix()
 
@@ -149,7 +164,10 @@ def costs(visits: Iterable[Visit]) -> pd.DataFrame:
 # --- the visits of one group ------------------------------------------------------------------
 
 
-def visit_group(bench: benches.Bench, rows: Sequence[Row]) -> dict[str, str | None]:
+def visit_group(
+    bench: benches.Bench,
+    rows: Sequence[Row],
+) -> dict[str, str | None]:
     """Leave in the store all that these rows of one group ask; {key: that of an equal earlier row}.
 
     Only what no earlier run has left is computed. The base is put back bit for bit.

@@ -39,7 +39,7 @@ def bench(untrained, tmp_path, monkeypatch):
 
 
 def trained(bench, pool=None) -> Bench:
-    return replace(bench, specialists=visit.train_all(bench, dict.fromkeys("abc", RECIPE), pool))
+    return replace(bench, specialists=visit.train(bench, dict.fromkeys("abc", RECIPE), pool))
 
 
 def table(visits) -> pd.DataFrame:
@@ -54,10 +54,16 @@ def serial(untrained, tmp_path_factory):
         return table(visit.run(trained(untrained), ASKED))
 
 
+def refuse(bench, label):
+    raise KeyError(f"nobody called {label}")
+
+
 def test_processes_leave_what_a_serial_run_leaves(bench, serial, monkeypatch):
     with executor(2) as pool:
         made = trained(bench, pool)
         found = visit.run(made, ASKED, pool)
+        with pytest.raises(KeyError, match="nobody called"):  # what a call raises is raised
+            call_each(bench, refuse, [("a",), ("b",)], pool)
     pd.testing.assert_frame_equal(table(found), serial, atol=1e-6)
 
     def fail(*args, **kwargs):
@@ -78,15 +84,6 @@ def test_threads_of_one_process_visit_one_at_a_time(bench, serial):
 def test_one_worker_is_this_process():
     with executor(1) as pool:
         assert pool is None
-
-
-def refuse(bench, label):
-    raise KeyError(f"nobody called {label}")
-
-
-def test_what_a_call_raises_is_raised(bench):
-    with pytest.raises(KeyError, match="nobody called"), executor(2) as pool:
-        call_each(bench, refuse, [("a",), ("b",)], pool)
 
 
 def die(bench, label):

@@ -5,11 +5,11 @@ import sys
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.merge import METHODS
-from helpers.study import costs, groups, plan
+from helpers.study import costs, design, groups, plan
 
 LABELS = list("abcdefg")
 
@@ -22,6 +22,7 @@ def test_a_sample_of_groups_is_seeded_and_grows():
     assert few != groups.draw(LABELS, 4, 5, seed=4)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), st.integers(1, 8), st.integers(20, 40))
 def test_each_task_has_k_partners_that_are_no_relatives(seed, k, n):
     tasks = [f"t{i}" for i in range(n)]
@@ -115,7 +116,7 @@ SIZES = {"test": 10, "dev": 20, "probe": 4}
 
 
 def test_a_cost_is_what_a_hand_counts():
-    asked = plan.training("ab", {"a": 100, "b": 50}, epochs=2) + plan.doses("ab", [0.5])
+    asked = design.training("ab", {"a": 100, "b": 50}, epochs=2) + plan.doses("ab", [0.5])
     merged = plan.merges(["abc"], ["ties"])
     cost = (asked + merged + plan.solos(merged)).cost(UNITS, SIZES)
     assert cost["visits"].to_dict() == {
@@ -135,6 +136,7 @@ def test_a_cost_is_what_a_hand_counts():
     assert cost.loc["merge", "gigabytes"] == pytest.approx(12 / 1024)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 6), st.integers(2, 6))
 def test_more_tasks_cost_more(n, m):
     few, more = (LABELS[: min(n, m)], LABELS[: max(n, m)])
@@ -160,3 +162,30 @@ def test_units_are_read_from_the_tables_of_a_study(tmp_path):
 def test_a_plan_needs_no_torch():
     code = "import sys; from helpers.study import plan, groups; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_study_is_planned_from_the_parameters_of_a_profile():
+    given = {"RULES": ["linear", "ties"], "GROUP_RULES": ["chebyshev"], "ARMS": [["ties", "norm"]]}
+    given |= {"PAIRS": 4, "PARTNERS": 0, "RELATIVES": True, "GROUP_SIZES": [3, 9], "SEED": 1}
+    given |= {"GROUPS_PER_SIZE": 2, "SWAPS": 1, "SWAP_RULES": ["linear"], "GROUP_SEED": 0}
+    given |= {"DOSES": [0.0, 0.5, 1.0], "TASKS": LABELS, "TRAIN_EXAMPLES": 10, "EPOCHS": 1}
+    families = dict.fromkeys(LABELS, "f") | {x: "g" for x in "ab"}
+    drawn = design.drawn(LABELS, families, given)
+    assert ("a", "b") in drawn.pairs and len(drawn.larger) == 2
+    asked = design.visits(LABELS, drawn, given)
+    merged = asked.kinds("merge").frame
+    of_pairs = merged[merged["tasks"].map(len) == 2]
+    assert len(of_pairs) == 3 * len(drawn.pairs)
+    assert set(of_pairs["rule"]) == {"linear", "ties"} and set(merged["seed"]) == {1}
+    assert {*drawn.swaps["swapped"]} < set(merged["tasks"])
+    assert len(asked.kinds("dose")) == 21 and len(asked.kinds("base")) == 1
+    cost = design.whole(given).cost(UNITS, SIZES)
+    assert set(cost.index) == {"specialist", "ability", "dose", "base", "merge", "solo"}
+    with pytest.raises(ValueError, match="name linear among RULES"):
+        design.visits(LABELS, drawn, given | {"RULES": ["ties"]})
+    with pytest.raises(ValueError, match="ARMS names a rule that is not merged"):
+        design.visits(LABELS, drawn, given | {"ARMS": [["tsv", "norm"]]})
+    with pytest.raises(ValueError, match="there is no pair"):
+        design.drawn(LABELS[:1], families, given | {"SWAPS": 0})
+    partners = design.drawn(LABELS, families, given | {"PARTNERS": 1, "RELATIVES": False})
+    assert all(families[a] != families[b] for a, b in partners.pairs)

@@ -352,7 +352,7 @@ def encoders(tmp_path, monkeypatch):
     base = {"name": "tiny bert", "digest": "0"}
     bench = Bench(model, tiny.byte_tokenizer(), base, toys, {}, batch_size=4)
     recipe = specialists.Recipe(8, 6, 8, 0.01, rank=0)
-    folders = visit.train_all(bench, dict.fromkeys("ab", recipe))
+    folders = visit.train(bench, dict.fromkeys("ab", recipe))
     return replace(bench, specialists=folders)
 
 

@@ -1,0 +1,122 @@
+"""Which visits make a study? From the parameters of a profile to its groups and its plan."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from helpers.study import groups, plan
+from helpers.study.groups import Group
+from helpers.study.plan import Plan
+
+# The parameters that decide what is visited, as profiles and notebook 02 call them.
+PARAMETERS = (
+    "RULES",
+    "GROUP_RULES",
+    "ARMS",
+    "PAIRS",
+    "PARTNERS",
+    "RELATIVES",
+    "GROUP_SIZES",
+    "GROUPS_PER_SIZE",
+    "SWAPS",
+    "SWAP_RULES",
+    "GROUP_SEED",
+    "DOSES",
+    "SEED",
+)
+
+
+class Groups(NamedTuple):
+    """What is merged: pairs, larger groups, and swaps of members (`groups.swaps`)."""
+
+    pairs: list[Group]
+    larger: list[Group]
+    swaps: pd.DataFrame
+
+
+def drawn(
+    tasks: Sequence[str],
+    families: Mapping[str, str],
+    given: Mapping[str, Any],
+) -> Groups:
+    """The groups that the parameters `given` draw from these tasks.
+
+    PARTNERS: each task with as many drawn partners of other families, with RELATIVES all pairs of
+    one family too; else PAIRS pairs at most. Raises ValueError where that cannot be.
+    """
+    seed = given["GROUP_SEED"]
+    if given["PARTNERS"]:
+        pairs = groups.partners(tasks, given["PARTNERS"], families, seed)
+    else:
+        pairs = groups.pairs(tasks, given["PAIRS"], seed)
+    if given["RELATIVES"]:
+        pairs = list(dict.fromkeys([*pairs, *groups.relatives(tasks, families)]))
+    if not pairs:
+        raise ValueError("there is no pair to merge: name two tasks or more, and PAIRS or PARTNERS")
+    sizes = [size for size in given["GROUP_SIZES"] if 2 < size <= len(tasks)]
+    larger = []
+    for size in sizes:
+        larger += groups.draw(tasks, size, given["GROUPS_PER_SIZE"], seed)
+    whole = groups.draw(tasks, max([2, *sizes]), given["SWAPS"], seed)
+    return Groups(pairs, larger, groups.swaps(tasks, whole, seed))
+
+
+def visits(
+    tasks: Iterable[str],
+    chosen: Groups,
+    given: Mapping[str, Any],
+) -> Plan:
+    """Every visit of a study: base, doses, merges of pairs and groups, swaps, rules alone.
+
+    Raises ValueError for parameters that leave a study without what its losses are measured by.
+    """
+    tasks = list(tasks)
+    rules, arms, seed = given["RULES"], given["ARMS"], given["SEED"]
+    if "linear" not in rules or not {0.0, 1.0} <= set(given["DOSES"]):
+        raise ValueError("name linear among RULES, and 0 and 1 among DOSES: losses need these")
+    grouped = [*rules, *given["GROUP_RULES"]]
+    if not {rule for rule, _ in arms} <= set(grouped):
+        raise ValueError(f"ARMS names a rule that is not merged: {arms}")
+    asked = plan.base(tasks, probed=tasks)
+    asked += plan.doses(tasks, given["DOSES"]) + plan.doses(tasks, probed=tasks)
+    asked += plan.merges(chosen.pairs, rules, arms, seed)
+    asked += plan.merges(chosen.larger, grouped, arms, seed)
+    swapped = [*chosen.swaps["tasks"], *chosen.swaps["swapped"]]
+    asked += plan.merges(
+        swapped,
+        given["SWAP_RULES"],
+        seed=seed,
+        probe=False,
+    )
+    return asked + plan.solos(asked)
+
+
+def training(
+    tasks: Iterable[str],
+    examples: Mapping[str, int],
+    epochs: int,
+) -> Plan:
+    """Specialists and the screening of each on dev, for `Plan.cost`: `visit.train` makes them."""
+    tasks = tuple(tasks)
+    rows = []
+    for x in tasks:
+        about = {"examples": examples[x], "epochs": epochs}
+        rows.append(plan.Row("specialist", (x,), "train", options=about))
+    return Plan.of(rows) + plan.screening(tasks)
+
+
+def whole(parameters: Mapping[str, Any]) -> Plan:
+    """All visits and trainings of a profile's parameters, for `Plan.cost`: as if all tasks passed.
+
+    Each task counts as a family of its own.
+    """
+    tasks = parameters["TASKS"]
+    chosen = drawn(
+        tasks,
+        dict(zip(tasks, tasks, strict=True)),
+        parameters,
+    )
+    examples = dict.fromkeys(tasks, parameters["TRAIN_EXAMPLES"])
+    trained = training(tasks, examples, parameters["EPOCHS"])
+    return trained + visits(tasks, chosen, parameters)

@@ -1,0 +1,210 @@
+"""From visits to tables: what a study's frames are made of, before losses are taken of them."""
+
+from collections.abc import Iterable, Mapping
+
+import pandas as pd
+
+from helpers.study import schema, scores
+from helpers.study.losses import SPECIALIST
+from helpers.study.plan import WEIGHTED, Plan, Row, solos
+from helpers.study.tasks import Task
+from helpers.study.visit import Visit
+
+BASE = "base"  # what examples.csv.gz calls the base
+REPORTED = (
+    "effective_scale",
+    "cos_sum",
+    "kept",
+    "tie_mass",
+    "rho2",
+    "lerp_steps",
+    "slerp_steps",
+)
+READ = ["correct", "nll", "invalid"]
+
+
+def of_kind(visits: Iterable[Visit], *kinds: str) -> list[Visit]:
+    """The visits of these kinds, of test examples."""
+    return [x for x in visits if x.row.kind in kinds and x.row.split == "test"]
+
+
+def merges(visits: Iterable[Visit]) -> pd.DataFrame:
+    """One row for each merge: what it is, and what its report says."""
+    rows = []
+    for visit in of_kind(visits, "merge"):
+        row = visit.row
+        about = {
+            "merge": visit.key,
+            "tasks": row.tasks,
+            "n": len(row.tasks),
+            "rule": row.rule,
+        }
+        about |= {
+            "arm": row.arm,
+            "seed": row.seed,
+            "same_as": visit.same_as,
+        }
+        about |= {name: visit.report[name] for name in REPORTED}
+        rows.append(about)
+    return pd.DataFrame(rows)
+
+
+def doses(visits: Iterable[Visit]) -> pd.DataFrame:
+    """Dose-response of every specialist: task, dose, score, nll. Dose 0 is the base."""
+    rows = []
+    for visit in of_kind(visits, "dose"):
+        (task,) = visit.row.tasks
+        mean = _own(visit, task)[["correct", "nll"]].mean()
+        dose = visit.row.options["dose"]
+        rows.append(
+            {
+                "task": task,
+                "dose": dose,
+                "score": mean["correct"],
+                "nll": mean["nll"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _own(
+    visit: Visit,
+    task: str,
+) -> pd.DataFrame:
+    examples = visit.examples
+    return examples[examples["task"] == task]
+
+
+def specialists(visits: Iterable[Visit]) -> dict[str, Visit]:
+    """The visit of each task's specialist, by task."""
+    whole = (x for x in of_kind(visits, "dose") if x.row.options["dose"] == 1)
+    return {visit.row.tasks[0]: visit for visit in whole}
+
+
+def references(
+    visits: Iterable[Visit],
+    tasks: Mapping[str, Task],
+) -> pd.DataFrame:
+    """What each task's losses are measured against; one row per task, on its test examples.
+
+    specialist, nll_specialist: at dose 1; base: behind solved examples; nll_base: of the base from
+    bare prompts (of an encoder: of its linear probe); chance: score of the commonest answer.
+    """
+    visits = list(visits)
+    bare = pd.concat(x.examples for x in of_kind(visits, "base")).groupby("task")["nll"].mean()
+    able = pd.concat(x.examples for x in of_kind(visits, "ability")).groupby("task")
+    rows = []
+    for task, visit in specialists(visits).items():
+        own = _own(visit, task)[["correct", "nll"]].mean()
+        rows.append(
+            {
+                "task": task,
+                "specialist": own["correct"],
+                "base": able["correct"].mean()[task],
+                "chance": scores.constant_answer(tasks[task]),
+                "nll_specialist": own["nll"],
+                "nll_base": bare[task],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def screening(
+    visits: Iterable[Visit],
+    tasks: Mapping[str, Task],
+) -> pd.DataFrame:
+    """Dev scores by which a task is kept: of the commonest answer, the base and the specialist."""
+    dev = [x for x in visits if x.row.split == "dev"]
+    score = {(x.row.kind, *x.row.tasks): x.examples["correct"].mean() for x in dev}
+    rows = []
+    for kind, task in score:
+        if kind == "dose":
+            chance = scores.constant_answer(tasks[task], "dev")
+            base = score["ability", task]
+            rows.append((task, chance, base, score["dose", task]))
+    return pd.DataFrame(rows, columns=["task", "chance", "base", "specialist"])
+
+
+def cells(visits: Iterable[Visit]) -> pd.DataFrame:
+    """One row for each merge and task: what was read of it, its doses, and its rule alone.
+
+    merge, task, score, nll, invalid, dose_ingredient, dose_own; control_solo and nll_solo where the
+    rule is no weighted sum and no copy of one: `losses.loss_table` takes it from here.
+    """
+    visits = list(visits)
+    alone = {x.row.model: x for x in of_kind(visits, "solo")}
+    rows = []
+    for visit in of_kind(visits, "merge"):
+        means = visit.examples.groupby("task")[READ].mean()
+        for i, task in enumerate(visit.row.tasks):
+            row = {
+                "merge": visit.key,
+                "task": task,
+                "score": means.loc[task, "correct"],
+            }
+            row |= means.loc[task, ["nll", "invalid"]].to_dict()
+            row["dose_ingredient"] = visit.report["ingredient"][i]
+            row["dose_own"] = visit.report["own"][i]
+            row |= _control(visit, task, alone)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _control(
+    visit: Visit,
+    task: str,
+    alone: Mapping[str, Visit],
+) -> dict[str, float]:
+    """What the rule of a merge leaves of a task by itself."""
+    names = ["control_solo", "nll_solo"]
+    if visit.row.rule in WEIGHTED or visit.same_as:
+        return dict.fromkeys(names, float("nan"))
+    wanted = {row.tasks[0]: row for row in solos(Plan.of([visit.row]))}
+    mean = alone[wanted[task].model].examples[["correct", "nll"]].mean()
+    return dict(zip(names, mean, strict=True))
+
+
+def examples(visits: Iterable[Visit]) -> pd.DataFrame:
+    """One row for each test example under each distinct merge, each specialist and the base."""
+    visits = list(visits)
+    frames = []
+    for visit in of_kind(visits, "merge"):
+        if visit.same_as is None:
+            frames.append(visit.examples.assign(merge=visit.key))
+    for task, visit in specialists(visits).items():
+        frames.append(_own(visit, task).assign(merge=SPECIALIST))
+    frames += [x.examples.assign(merge=BASE) for x in of_kind(visits, "base")]
+    table = pd.concat(frames, ignore_index=True).rename(columns={"id": "example"})
+    known = schema.of("examples").columns
+    return table[[name for name in table if name in known]].round(5)
+
+
+def swap_losses(
+    drawn: pd.DataFrame,
+    merged: pd.DataFrame,
+    rules: Iterable[str],
+) -> pd.DataFrame:
+    """The mean loss of each group before and after every swap of `groups.swaps`, by rule.
+
+    `merged` has a row per merge: tasks, rule, arm, loss.
+    """
+    default = merged[merged["arm"] == "default"]
+    loss = default.set_index(["rule", "tasks"])["loss"].to_dict()
+    tables = []
+    for rule in rules:
+        table = drawn.assign(rule=rule, n=drawn["tasks"].map(len))
+        table["before"] = [loss[rule, group] for group in drawn["tasks"]]
+        table["after"] = [loss[rule, group] for group in drawn["swapped"]]
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def row_of(
+    visits: Iterable[Visit],
+    row: Row,
+) -> Visit:
+    """The visit of a row; ValueError where it was not visited."""
+    for visit in visits:
+        if visit.row.model == row.model:
+            return visit
+    raise ValueError(f"{row.rule} of {', '.join(row.tasks)} was not visited")

@@ -1,0 +1,139 @@
+"""Where do the models' states lie? What notebooks 03 and 04 read of a study's visits."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from helpers.merge import METHODS
+from helpers.states import bound, squared_distances
+from helpers.study.frames import BASE, of_kind, specialists
+from helpers.study.visit import Visit
+
+
+class Pool(NamedTuple):
+    """States of base and specialists on the probes of all tasks.
+
+    models: "base" and the tasks; owner (P,): the task of each probe; states (models, P, layers, d).
+    """
+
+    models: list[str]
+    owner: NDArray
+    states: NDArray
+
+    def of(
+        self,
+        models: Sequence[str],
+        probes: NDArray,
+    ) -> NDArray:
+        """States of these models on some of the probes, float64."""
+        places = [self.models.index(name) for name in models]
+        return np.float64(self.states[places][:, probes])
+
+
+def pooled(
+    visits: Iterable[Visit],
+    tasks: Sequence[str],
+) -> Pool:
+    """The states that base and specialists left on everyone's probes."""
+    visits = list(visits)
+    (base,) = of_kind(visits, "base")
+    own = specialists(visits)
+    read = [base.states, *(own[task].states for task in tasks)]
+    owner = np.repeat(list(tasks), [len(read[0][task]) for task in tasks])
+    rows = [torch.cat([states[task] for task in tasks]).numpy() for states in read]
+    return Pool([BASE, *tasks], owner, np.stack(rows))
+
+
+class Readout(NamedTuple):
+    """What a decoder's output layer (C, d) makes of its specialists' states: of each probe the
+    first answer's token, and how far a state may move until that changes."""
+
+    weight: NDArray
+    top: NDArray
+    rho: NDArray
+
+
+def readout(
+    pool: Pool,
+    weight: torch.Tensor,
+) -> Readout:
+    """The first answers of each probe's own specialist."""
+    matrix = weight.detach().double().cpu().numpy()
+    places = [pool.models.index(task) for task in pool.owner]
+    own = pool.states[places, np.arange(len(places)), -1]
+    return Readout(
+        matrix,
+        (own @ matrix.T).argmax(1),
+        bound.margin_radius(own, matrix),
+    )
+
+
+def arrays(
+    pool: Pool,
+    layers: Sequence[str],
+    answers: Readout | None,
+) -> dict[str, NDArray]:
+    """geometry.npz: squared distances of all models, by probe and by task and layer."""
+    d2 = squared_distances(np.float64(pool.states))
+    tasks = pool.models[1:]
+    by_task = [d2[:, :, pool.owner == task].mean(2) for task in tasks]
+    return {
+        "models": np.array(pool.models),
+        "owner": pool.owner,
+        "width": np.array(pool.states.shape[-1]),
+        "rho": answers.rho if answers else np.full(len(pool.owner), np.nan),
+        "d2x": np.float32(d2[..., -1]),
+        "d2_layers": np.float32(by_task),
+        "layers": np.array(layers),
+    }
+
+
+def distortion(
+    visits: Iterable[Visit],
+    pool: Pool,
+    answers: Readout | None = None,
+) -> pd.DataFrame:
+    """||H - h||^2 of base and members on the members' probes, of every distinct default merge."""
+    frames = []
+    for visit in of_kind(visits, "merge"):
+        if visit.same_as is None and visit.row.arm == "default" and visit.row.probed:
+            rows = pd.DataFrame(_readings(visit, pool, answers))
+            frames.append(rows.assign(merge=visit.key))
+    table = pd.concat(frames, ignore_index=True)
+    for name in ("flips", "certified"):  # of a decoder's own probes only
+        table[name] = table.get(name, np.nan)
+    return table.astype({"delta": "float32", "gap2": "float32"})  # eight digits are enough
+
+
+def _readings(
+    visit: Visit,
+    pool: Pool,
+    answers: Readout | None,
+) -> list[dict]:
+    members = visit.row.tasks
+    on = np.isin(pool.owner, members)
+    # the pool's order of probes
+    order = [task for task in pool.models if task in members]
+    states = visit.states
+    merged = torch.cat([states[task] for task in order]).double().numpy()
+    weighted = METHODS[visit.report["method"]].coefficients
+    weights = visit.report["ingredient"] if weighted else None
+    flipped = rho = None
+    if answers:
+        flipped = (merged[:, -1] @ answers.weight.T).argmax(1) != answers.top[on]
+        rho = answers.rho[on]
+    models = [BASE, *members]
+    near = pool.of(models, on)
+    return bound.readings(
+        models,
+        near,
+        merged,
+        pool.owner[on],
+        weights,
+        flipped,
+        rho,
+    )
