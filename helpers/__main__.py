@@ -8,7 +8,7 @@ from helpers import supported
 
 PASSED_ON = {
     "merge": "merge checkpoints or adapters",
-    "advise": "say before merging which will go together",
+    "advise": "say which models to merge, by trial merges on prompts without labels",
 }
 
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     from helpers.run import NotebookFailed
 
     try:
-        COMMANDS[arguments.command](arguments, rest)
+        code = COMMANDS[arguments.command](arguments, rest)
     except NotebookFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command takes up what is not finished", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _needed(arguments: argparse.Namespace) -> str:
@@ -143,10 +143,10 @@ def _fetched(model: str) -> Path:
     return assets.model_folder(model)
 
 
-def _advise(arguments: argparse.Namespace, rest: list[str]) -> None:
-    from helpers.advise import report
+def _advise(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from helpers import advise
 
-    report.main(rest)
+    return advise.main(rest)
 
 
 COMMANDS = {

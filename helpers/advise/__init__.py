@@ -1,0 +1,27 @@
+"""Which models to merge, measured: trial merges on prompts without labels, search, verdict, report.
+
+Read in this order: inputs, trial, search, choices, advice, report; predict explains only.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "Advice": "advice",
+    "Merge": "trial",
+    "advise": "advice",
+    "main": "report",
+    "open_panel": "inputs",
+    "page": "report",
+    "references": "trial",
+    "retention": "trial",
+    "text": "report",
+    "trial": "trial",
+    "write_page": "report",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name in _HOME:  # torch is imported only by what runs a model
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"helpers.advise has no {name!r}")

@@ -11,8 +11,9 @@ from helpers.merge.engine import MATCHES, dose, merge, merge_tensors, rounded
 from helpers.merge.folder import merge_to_folder
 from helpers.merge.methods import METHODS, MergePlan, check_method, options_of, plan
 from helpers.merge.recipe import DTYPES, MERGEKIT, Recipe, read_mergekit
-from helpers.merge.report import Report, delta_digest, same
+from helpers.merge.report import Report, delta_digest, same, summary
 from helpers.merge.spectral import singular_triplets
+from helpers.merge.surroundings import objections
 from helpers.merge.vectors import (
     Row,
     Source,
@@ -47,6 +48,7 @@ __all__ = [
     "merge",
     "merge_tensors",
     "merge_to_folder",
+    "objections",
     "open_base",
     "open_specialist",
     "options_of",
@@ -58,6 +60,7 @@ __all__ = [
     "same",
     "singular_triplets",
     "stream",
+    "summary",
     "views",
     "zero",
 ]
