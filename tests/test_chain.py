@@ -39,7 +39,7 @@ def test_a_second_run_does_nothing(results):
 def test_an_altered_parameter_recomputes_only_what_depends_on_it(results):
     """With fewer merge rules nothing is trained or visited anew; the notebook's tables follow."""
     steps = {path for path in store().glob("*/*") if path.is_dir()}
-    (row,) = rerun(results, only=["02"], METHODS=["linear", "ties"])
+    (row,) = rerun(results, only=["02"], RULES=["linear", "ties"])
     assert row["notebook"] == "02_merge" and row["status"] == "finished"
     assert row["parameters"]["PROFILE"] == "smoke"
     assert {path for path in store().glob("*/*") if path.is_dir()} == steps

@@ -67,9 +67,11 @@ def visits(
     chosen: Groups,
     given: Mapping[str, Any],
 ) -> Plan:
-    """Every visit of a study: base, doses, merges of pairs and groups, swaps, rules alone.
+    """Every visit of a study but `plan.solos`: base, doses, merges of pairs and groups, swaps.
 
-    Raises ValueError for parameters that leave a study without what its losses are measured by.
+    Specialists are scored on the tasks of their partners as well: what they say there tells whose
+    answer a merge gives. Raises ValueError for parameters that leave a study without what its
+    losses are measured by.
     """
     tasks = list(tasks)
     rules, arms, seed = given["RULES"], given["ARMS"], given["SEED"]
@@ -79,17 +81,22 @@ def visits(
     if not {rule for rule, _ in arms} <= set(grouped):
         raise ValueError(f"ARMS names a rule that is not merged: {arms}")
     asked = plan.base(tasks, probed=tasks)
-    asked += plan.doses(tasks, given["DOSES"]) + plan.doses(tasks, probed=tasks)
+    asked += plan.doses(tasks, given["DOSES"])
+    asked += plan.doses(tasks, probed=tasks, partners=_partners(chosen))
     asked += plan.merges(chosen.pairs, rules, arms, seed)
     asked += plan.merges(chosen.larger, grouped, arms, seed)
     swapped = [*chosen.swaps["tasks"], *chosen.swaps["swapped"]]
-    asked += plan.merges(
-        swapped,
-        given["SWAP_RULES"],
-        seed=seed,
-        probe=False,
-    )
-    return asked + plan.solos(asked)
+    return asked + plan.merges(swapped, given["SWAP_RULES"], seed=seed, probe=False)
+
+
+def _partners(chosen: Groups) -> dict[str, list[str]]:
+    """By task, those that it shares a pair or a group with."""
+    met: dict[str, list[str]] = {}
+    for group in [*chosen.pairs, *chosen.larger]:
+        for task in group:
+            others = (x for x in group if x != task)
+            met[task] = list(dict.fromkeys([*met.get(task, []), *others]))
+    return met
 
 
 def training(
@@ -119,4 +126,5 @@ def whole(parameters: Mapping[str, Any]) -> Plan:
     )
     examples = dict.fromkeys(tasks, parameters["TRAIN_EXAMPLES"])
     trained = training(tasks, examples, parameters["EPOCHS"])
-    return trained + visits(tasks, chosen, parameters)
+    asked = visits(tasks, chosen, parameters)
+    return trained + asked + plan.solos(asked)

@@ -46,7 +46,9 @@ def merges(visits: Iterable[Visit]) -> pd.DataFrame:
         }
         about |= {name: visit.report[name] for name in REPORTED}
         rows.append(about)
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    numbers = dict.fromkeys(REPORTED, float)  # None where a rule has no such number
+    return frame.astype(numbers)
 
 
 def doses(visits: Iterable[Visit]) -> pd.DataFrame:

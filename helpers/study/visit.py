@@ -113,6 +113,11 @@ def check(plan: Plan) -> None:
             raise ValueError(f"{row.rule} drops nothing at random: it has no arm {row.arm!r}")
 
 
+def distinct(visits: Iterable[Visit]) -> Plan:
+    """The rows of these visits without merges that equal an earlier one."""
+    return Plan.of(visit.row for visit in visits if visit.same_as is None)
+
+
 def train(
     bench: benches.Bench,
     recipes: Mapping[str, specialists.Recipe],

@@ -179,6 +179,8 @@ def test_a_study_is_planned_from_the_parameters_of_a_profile():
     assert set(of_pairs["rule"]) == {"linear", "ties"} and set(merged["seed"]) == {1}
     assert {*drawn.swaps["swapped"]} < set(merged["tasks"])
     assert len(asked.kinds("dose")) == 21 and len(asked.kinds("base")) == 1
+    whole = asked.select(lambda row: row.tasks == ("a",) and row.options == {"dose": 1.0})
+    assert {"a", "b"} <= set(next(iter(whole)).scored)
     cost = design.whole(given).cost(UNITS, SIZES)
     assert set(cost.index) == {"specialist", "ability", "dose", "base", "merge", "solo"}
     with pytest.raises(ValueError, match="name linear among RULES"):

@@ -1,0 +1,190 @@
+"""From visits to tables: what a loss is made of, and the files that other notebooks read."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers import store
+from helpers.study import design, frames, geometry, losses, plan, schema, scores, visit
+from helpers.study.bench import Bench
+
+GIVEN = {
+    "RULES": ["linear", "task_arithmetic", "ties"],
+    "GROUP_RULES": ["chebyshev"],
+    "ARMS": [["ties", "norm"], ["chebyshev", "sum"]],
+    "PAIRS": 3,
+    "PARTNERS": 0,
+    "RELATIVES": False,
+    "GROUP_SIZES": [3],
+    "GROUPS_PER_SIZE": 1,
+    "SWAPS": 0,
+    "SWAP_RULES": ["linear"],
+    "GROUP_SEED": 0,
+    "DOSES": [0.0, 0.5, 1.0, 1.5],
+    "SEED": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def study(tiny_base, tiny_adapters, tmp_path_factory):
+    """A tiny study: its bench and visits. A tiny model is never right: its NLL gives the score."""
+    score = scores.score
+
+    def graded(*about, **options):
+        return score(*about, **options).assign(correct=lambda frame: np.exp(-frame["nll"]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path_factory.mktemp("store")))
+        patch.setattr(scores, "score", graded)
+        model = AutoModelForCausalLM.from_pretrained(tiny_base)
+        toys = {name: tiny.toy(name, 6, ("0", "1")) for name in "abc"}
+        folders = dict(zip("abc", tiny_adapters, strict=True))
+        base = {"name": "tiny", "digest": "0"}
+        bench = Bench(model, tiny.byte_tokenizer(), base, toys, folders, batch_size=4)
+        families = dict(zip("abc", "abc", strict=True))
+        drawn = design.drawn("abc", families, GIVEN)
+        visits = visit.run(bench, design.visits("abc", drawn, GIVEN))
+        visits += visit.run(bench, plan.solos(visit.distinct(visits)))
+        yield bench, visits
+
+
+@pytest.fixture
+def table(study):
+    bench, visits = study
+    references = frames.references(visits, bench.tasks)
+    return losses.loss_table(frames.cells(visits), references, frames.doses(visits))
+
+
+def test_the_parts_of_a_loss_add_up_to_it(study, table):
+    _, visits = study
+    merges = frames.merges(visits).set_index("merge")
+    assert len(table) == 3 * 2 * 4 + 3 * 6
+    parts = table[["dilution", "overlap", "interference"]].sum(axis=1)
+    np.testing.assert_allclose(parts, table["loss"])
+    rule = table["merge"].map(merges["rule"])
+    of_pairs = table["merge"].map(merges["n"]) == 2
+    linear = table[(rule == "linear") & of_pairs]
+    assert (linear["dose_ingredient"] == 0.5).all()
+    assert table["control_solo"].notna().equals(rule == "ties")
+
+
+def test_alone_is_what_the_rule_leaves_without_a_partner(study, table):
+    _, visits = study
+    (solo,) = (
+        x
+        for x in visits
+        if x.row.kind == "solo" and x.row.tasks == ("a",) and x.row.options == {"n": 2}
+    )
+    merges = frames.merges(visits)
+    ties = merges[(merges["rule"] == "ties") & (merges["arm"] == "default") & (merges["n"] == 2)]
+    rows = table[table["merge"].isin(ties["merge"]) & (table["task"] == "a")]
+    assert len(rows) == 2
+    np.testing.assert_allclose(rows["nll_solo"], solo.examples["nll"].mean())
+
+
+def test_a_score_is_the_mean_of_its_examples(study, table):
+    bench, visits = study
+    cells = losses.by_cell(frames.merges(visits), frames.examples(visits))
+    for row in table.itertuples():
+        assert row.score == pytest.approx(cells[row.merge, row.task]["correct"].mean(), abs=1e-5)
+        own = cells[losses.SPECIALIST, row.task]["correct"].mean()
+        assert row.specialist == pytest.approx(own, abs=1e-5)
+    references = frames.references(visits, bench.tasks).set_index("task")
+    (base,) = frames.of_kind(visits, "base")
+    bare = base.examples.groupby("task")["nll"].mean()
+    assert references["nll_base"].to_dict() == pytest.approx(bare.to_dict())
+
+
+def test_the_tables_are_those_of_the_schema(study, table, tmp_path):
+    _, visits = study
+    merges, examples = frames.merges(visits), frames.examples(visits)
+    cells = losses.by_cell(merges, examples)
+    written = {"merges": losses.merge_losses(merges, cells)}
+    written |= {"losses": losses.with_intervals(table, cells), "doses": frames.doses(visits)}
+    written |= {"examples": examples, "costs": visit.costs(visits)}
+    states = geometry.pooled(visits, "abc")
+    written["distortion"] = geometry.distortion(visits, states)
+    for name, frame in written.items():
+        schema.write(tmp_path, name, frame)
+        assert len(schema.read(tmp_path, name)) == len(frame)
+
+
+class Committed:
+    """What `Plan.join` asks of a `tables.Study`."""
+
+    def __init__(self, losses):
+        self.losses = losses
+
+
+def test_committed_scores_are_a_join_and_a_sample_of_them_is_scored_again(
+    study, table, tmp_path, monkeypatch
+):
+    bench, _ = study
+    asked = plan.merges(["ab", "ac"], ["linear", "ties"]).keyed(bench.identity)
+    ties = plan.merges(["ac"], ["ties"]).keyed(bench.identity)
+    committed = Committed(table[~table["merge"].isin(ties.frame["key"])])
+    held = asked.join(committed)
+    assert len(held) == 3 * 2 and set(held["merge"]) < set(asked.frame["key"])
+    rest = asked.without(held["merge"])
+    assert list(rest.frame["key"]) == list(ties.frame["key"])
+    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path))  # a machine that has none of it
+    sample = asked.select(lambda row: row.tasks == ("a", "b") and row.rule == "ties")
+    again = frames.cells(visit.run(bench, sample + plan.solos(sample)))
+    both = again.merge(held, on=["merge", "task"], suffixes=("", "_committed"))
+    assert len(both) == 2
+    for name in ("nll", "dose_own", "nll_solo"):
+        np.testing.assert_allclose(both[name], both[f"{name}_committed"], rtol=1e-5)
+
+
+def test_a_swap_is_worth_what_the_swapped_group_loses():
+    drawn = pd.DataFrame(
+        {"tasks": [("a", "b")], "leaves": "a", "enters": "c", "swapped": [("b", "c")]}
+    )
+    merged = pd.DataFrame(
+        {"tasks": [("a", "b"), ("b", "c")] * 2, "rule": ["linear"] * 2 + ["ties"] * 2}
+    ).assign(arm="default", loss=[-1.0, -2.0, -3.0, -4.0])
+    found = frames.swap_losses(drawn, merged, ["linear", "ties"])
+    assert found[["rule", "before", "after"]].to_numpy().tolist() == [
+        ["linear", -1.0, -2.0],
+        ["ties", -3.0, -4.0],
+    ]
+    assert frames.swap_losses(drawn[:0], merged, ["linear"]).empty
+
+
+def test_distances_and_distortions_are_those_of_the_states(study):
+    bench, visits = study
+    states = geometry.pooled(visits, "abc")
+    assert states.models == ["base", "a", "b", "c"] and states.states.shape[1] == 18
+    weight = bench.model.get_output_embeddings().weight
+    answers = geometry.readout(states, weight)
+    arrays = geometry.arrays(states, ["0", "1", "2"], answers)
+    by_hand = ((states.states[1, :, -1] - states.states[2, :, -1]) ** 2).sum(-1)
+    np.testing.assert_allclose(arrays["d2x"][1, 2], by_hand, rtol=1e-4)
+    found = geometry.distortion(visits, states, answers)
+    (pair,) = (
+        x
+        for x in frames.of_kind(visits, "merge")
+        if x.row.tasks == ("a", "b") and x.row.rule == "task_arithmetic"
+    )
+    rows = found[(found["merge"] == pair.key) & (found["model"] == "a")]
+    (last,) = rows[(rows["probe_task"] == "a") & (rows["layer"] == 2)].to_dict("records")
+    own = frames.specialists(visits)["a"].states["a"][:, -1]
+    moved = (pair.states["a"][:, -1] - own).square().sum(1).mean()
+    assert last["delta"] == pytest.approx(float(moved), rel=1e-4)
+    logits = pair.states["a"][:, -1] @ weight.T, own @ weight.T
+    flips = (torch.stack(logits).argmax(2).diff(dim=0) != 0).float().mean()
+    assert last["flips"] == pytest.approx(float(flips))
+
+
+def test_screening_reads_dev(study, monkeypatch, tmp_path):
+    bench, _ = study
+    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path))
+    visits = visit.run(bench, plan.screening("abc"))
+    table = frames.screening(visits, bench.tasks).set_index("task")
+    assert list(table.index) == list("abc")
+    for x, task in bench.tasks.items():
+        assert table.loc[x, "chance"] == scores.constant_answer(task, "dev")
+    assert store.store() == tmp_path
