@@ -10,11 +10,14 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from helpers import store as records
@@ -119,22 +122,6 @@ def train_lora(
     """Fine-tune a LoRA adapter of a decoder and save it; the loss counts answer tokens only."""
     from peft import LoraConfig, get_peft_model  # 3 s: not paid by those who only read results
 
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    answers = [encode_answer(tokenizer, row["answers"][0]) for row in rows]
-
-    def loss_of(adapted, batch: list[int]) -> tuple[torch.Tensor, int]:
-        ids, mask = pad([prompts[i] + answers[i] for i in batch], tokenizer.pad_token_id)
-        # labels by position, never by id: the padding id is also that of the end token
-        labels, _ = pad([[IGNORED] * len(prompts[i]) + answers[i] for i in batch], IGNORED)
-        counted = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
-        ids, mask, labels, counted = (t.to(adapted.device) for t in (ids, mask, labels, counted))
-        # logits are wanted where some row has an answer: the vocabulary is a fifth of the work
-        logits = adapted(ids, attention_mask=mask, logits_to_keep=counted).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), labels[:, counted + 1].flatten(), ignore_index=IGNORED
-        )
-        return loss, int(mask.sum())
-
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
@@ -144,8 +131,7 @@ def train_lora(
     )
     adapted = get_peft_model(model, config)
     try:
-        lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
-        log = descend(adapted, loss_of, lengths, recipe, desc)
+        log = descend(adapted, answer_examples(tokenizer, rows), recipe, desc)
         # PEFT notes the path that the base was loaded from: a name travels, a cache path does not
         adapted.peft_config["default"].base_model_name_or_path = base["name"]
         # no embedding is adapted; asked to find out, PEFT would look the base up on the hub
@@ -154,6 +140,39 @@ def train_lora(
         adapted.unload()
         model.eval().requires_grad_(True)
     return log
+
+
+class Examples(NamedTuple):
+    """What `descend` needs of training examples, numbered from 0."""
+
+    lengths: list[int]  # tokens that the model reads
+    targets: list[int]  # how many predictions the loss counts
+    loss: Callable[[torch.nn.Module, list[int]], torch.Tensor]  # summed over those of some examples
+
+
+def answer_examples(tokenizer, rows) -> Examples:
+    """Prompts with their first answers; the answers' tokens are predicted, their end included."""
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    answers = [encode_answer(tokenizer, row["answers"][0]) for row in rows]
+    whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    # labels by position, never by id: the padding id is also that of the end token
+    hidden = [
+        [IGNORED] * len(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+    def loss(model, batch: list[int]) -> torch.Tensor:
+        ids, mask = pad([whole[i] for i in batch], tokenizer.pad_token_id)
+        labels, _ = pad([hidden[i] for i in batch], IGNORED)
+        # logits are wanted where some row has an answer: the vocabulary is a fifth of the work
+        counted = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+        wanted = labels[:, counted + 1].flatten().to(model.device)
+        ids, mask, counted = (tensor.to(model.device) for tensor in (ids, mask, counted))
+        logits = model(ids, attention_mask=mask, logits_to_keep=counted).logits
+        return cross_entropy(
+            logits.float().flatten(0, 1), wanted, ignore_index=IGNORED, reduction="sum"
+        )
+
+    return Examples([len(ids) for ids in whole], [len(ids) for ids in answers], loss)
 
 
 def train_full(
@@ -166,54 +185,80 @@ def train_full(
     config.id2label = dict(enumerate(labels))  # sets the number of outputs
     specialist = type(model)(config).to(model.device, model.dtype)
     specialist.base_model.load_state_dict(model.base_model.state_dict())
-    prompts = [encode_input(tokenizer, row["prompt"]) for row in rows]
-    targets = torch.tensor([labels.index(row["answers"][0]) for row in rows])
-
-    def loss_of(encoder, batch: list[int]) -> tuple[torch.Tensor, int]:
-        ids, mask = (t.to(encoder.device) for t in pad([prompts[i] for i in batch], 0))
-        logits = encoder(ids, attention_mask=mask).logits
-        loss = torch.nn.functional.cross_entropy(logits, targets[batch].to(encoder.device))
-        return loss, int(mask.sum())
-
-    log = descend(specialist, loss_of, [len(p) for p in prompts], recipe, desc)
+    log = descend(specialist, label_examples(tokenizer, rows, labels), recipe, desc)
     specialist.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return log
 
 
-def descend(model, loss_of, lengths: list[int], recipe: Recipe, desc: str | None) -> dict:
-    """AdamW over length-bucketed batches in a seeded order; what it cost and how the loss went."""
-    buckets = length_buckets(lengths, recipe.batch_size)
-    order = torch.Generator().manual_seed(recipe.seed)
-    plan = [
-        buckets[i]
-        for _ in range(recipe.epochs)
-        for i in torch.randperm(len(buckets), generator=order)
-    ]
+def label_examples(tokenizer, rows, labels: list[str]) -> Examples:
+    """Prompts with the number of their first answer among the labels, which a head predicts."""
+    prompts = [encode_input(tokenizer, row["prompt"]) for row in rows]
+    targets = torch.tensor([labels.index(row["answers"][0]) for row in rows])
+
+    def loss(model, batch: list[int]) -> torch.Tensor:
+        ids, mask = (tensor.to(model.device) for tensor in pad([prompts[i] for i in batch], 0))
+        logits = model(ids, attention_mask=mask).logits
+        return cross_entropy(logits, targets[batch].to(model.device), reduction="sum")
+
+    return Examples([len(ids) for ids in prompts], [1] * len(prompts), loss)
+
+
+def descend(model, examples: Examples, recipe: Recipe, desc: str | None) -> dict:
+    """AdamW over length-bucketed batches in a seeded order; what it cost and how the loss went.
+
+    A batch is read in parts of at most TOKENS tokens, whose gradients add up to the batch's.
+    """
+    plan = batches(examples.lengths, recipe)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(plan))
-    losses, tokens, start, cpu = [], 0, time.perf_counter(), time.process_time()
+    losses, start, cpu = [], time.perf_counter(), time.process_time()
     model.train()
     for batch in tqdm(plan, desc=desc, unit="step", mininterval=5, disable=desc is None):
-        loss, seen = loss_of(model, batch)
-        loss.backward()
+        count = sum(examples.targets[i] for i in batch)
+        losses.append(0.0)
+        for part in parts(batch, examples.lengths):
+            loss = examples.loss(model, part) / count
+            loss.backward()
+            losses[-1] += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         decay.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        tokens += seen
     model.eval()
     seconds = time.perf_counter() - start
     return {
         "loss": losses,
         "seconds": seconds,
         "cpu_seconds": time.process_time() - cpu,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": recipe.epochs * sum(examples.lengths) / seconds,
         "trained_parameters": sum(p.numel() for p in trained),
         "peak_memory_mb": peak_memory_mb(),
     }
+
+
+def batches(lengths: list[int], recipe: Recipe) -> list[list[int]]:
+    """The examples of each step: every epoch holds the same buckets in another seeded order."""
+    buckets = length_buckets(lengths, recipe.batch_size)
+    order = torch.Generator().manual_seed(recipe.seed)
+    orders = [torch.randperm(len(buckets), generator=order) for _ in range(recipe.epochs)]
+    return [buckets[i] for epoch in orders for i in epoch]
+
+
+TOKENS = 1024  # of a pass, padding included; 16 prompts of 300 tokens would take 10 GB
+
+
+def parts(batch: list[int], lengths: list[int]) -> Iterator[list[int]]:
+    """A batch in parts that hold at most TOKENS tokens when padded, or one example."""
+    part = []
+    for i in batch:
+        width = max(lengths[j] for j in (*part, i))
+        if part and width * (len(part) + 1) > TOKENS:
+            yield part
+            part = []
+        part.append(i)
+    yield part
 
 
 def peak_memory_mb() -> float:

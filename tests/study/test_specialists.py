@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -163,3 +165,23 @@ def test_a_training_that_computes_something_else_has_a_new_version(store, encode
     assert found["version"] == GOLDEN["specialist"]["version"]
     for kind in ("lora", "full"):
         assert found[kind] == pytest.approx(GOLDEN["specialist"][kind], rel=1e-3)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 60))
+def test_parts_of_a_batch_hold_every_example_once_within_the_budget(lengths, most):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(specialists, "TOKENS", most)
+        parts = list(specialists.parts(list(range(len(lengths))), lengths))
+    assert [i for part in parts for i in part] == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(lengths[i] for i in part) <= most
+
+
+def test_a_batch_read_in_parts_takes_the_same_step(store, tmp_path, monkeypatch):
+    recipe = Recipe(8, 2, 8, 0.01, 4)
+    whole = load_file(train(tiny.toy("a"), recipe) / "adapter_model.safetensors")
+    monkeypatch.setattr(specialists, "TOKENS", 30)  # one or two examples at a time
+    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "other"))
+    halves = load_file(train(tiny.toy("a"), recipe) / "adapter_model.safetensors")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(halves[name], tensor, rtol=1e-4, atol=1e-5)
