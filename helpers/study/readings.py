@@ -21,6 +21,8 @@ from helpers.study.tasks import SHOT_END, Task, few_shot, label_set
 
 Delta = Mapping[str, Tensor]
 
+EXAMPLES = "examples.parquet"  # an answer may hold any character, which CSV would not give back
+
 
 def read_all(
     bench: Bench,
@@ -76,14 +78,14 @@ def score(bench: Bench, row: Row, label: str) -> pd.DataFrame:
                 rows = task.splits[row.split]
                 about = bench.model, bench.tokenizer, rows, labels, bench.batch_size
                 frame = scores.classify(*about)
-        frame.to_csv(folder / "examples.csv", index=False)
+        frame.to_parquet(folder / EXAMPLES, index=False)
 
     entry = keys.score_entry(row, label, bench.identity)
     return read_examples(store.cached(*entry, compute, machine(bench)))
 
 
 def read_examples(folder: Path) -> pd.DataFrame:
-    return pd.read_csv(folder / "examples.csv", dtype={"id": str})
+    return pd.read_parquet(folder / EXAMPLES)
 
 
 def _answered(bench: Bench, row: Row, task: Task) -> pd.DataFrame:
@@ -92,7 +94,7 @@ def _answered(bench: Bench, row: Row, task: Task) -> pd.DataFrame:
     rows = few_shot(task, row.split, shots) if shots else task.splits[row.split]
     end = SHOT_END if shots else None
     about = bench.model, bench.tokenizer, rows, task.metric, bench.batch_size, end
-    return scores.score(*about)
+    return scores.score(*about, texts=row.split == "test" and not shots)
 
 
 def _probe_scores(bench: Bench, task: Task, split: str) -> pd.DataFrame:

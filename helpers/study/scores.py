@@ -1,9 +1,10 @@
-"""What is lost? Scores of a model on a task's examples, and the losses of a merge.
+"""How well does a model answer? One row per example.
 
 A decoder reads each prompt once; the cached keys and values then serve every candidate answer
 (accepted answers and options), teacher-forced. Greedy decoding gives an answer exactly when each
-of its tokens, the end token included, is the most likely one after those before it, so exact match
-needs no generation; only ROUGE-L does. An encoder answers with its head's most likely label.
+of its tokens, the end token included, is the most likely one after those before it. So most greedy
+texts are known without generating them: the right ones, the empty ones, and those that stop. An
+encoder answers with its head's most likely label.
 """
 
 from collections import Counter
@@ -14,12 +15,25 @@ import pandas as pd
 import torch
 
 from helpers.states.batch import encode_answer, encode_input, encode_prompt, length_buckets, pad
+from helpers.study.answers import (
+    Reading,
+    Stop,
+    closing,
+    generate,
+    greedy_texts,
+    is_forced,
+    read_prompts,
+    readings,
+)
+from helpers.study.kinds import failure_kind
+from helpers.study.probe import linear_probe as linear_probe
+from helpers.study.probe import logistic as logistic
 from helpers.study.tasks import Task
 
-VERSION = 1  # raised by hand whenever a score changes
+__all__ = ["classify", "constant_answer", "generate", "graded", "outcome", "rouge_l", "score"]
+VERSION = 2  # raised by hand whenever a score changes
 
 
-@torch.no_grad()
 def score(
     model,
     tokenizer,
@@ -27,111 +41,97 @@ def score(
     metric: str = "exact_match",
     batch_size: int = 16,
     end: str | None = None,
+    texts: bool = True,
 ) -> pd.DataFrame:
     """One row per example of `rows` (columns id, prompt, answers, options), in their order.
 
     correct: 1 if greedy decoding gives an accepted answer (or ROUGE-L F1 with its best reference);
     nll: mean negative log-likelihood per token of the first answer, in nats, its end included
     (the end token, or the text `end` for a base model that was only shown examples);
+    nll_answer: the same without the end;
+    forced: correct, had the end token been forbidden for the right answer's length: a control for
+    answers that stop too early. It tells a model how long an answer is at least, so it can only
+    help; undefined for ROUGE-L;
     option_correct: the most likely option (sum over its tokens) is accepted; undefined without;
-    invalid: greedy decoding gives none of the options; undefined without options.
+    invalid: greedy decoding gives none of the options; undefined without options;
+    answer: the greedy text; kind: of failure, as far as that text tells (`kinds.failure_kind`).
+    There are no such columns without `texts`.
     """
     rows = list(rows)
+    lengths = [len(encode_prompt(tokenizer, row["prompt"])) for row in rows]
+    out: list[dict] = [{}] * len(rows)
+    for batch in length_buckets(lengths, batch_size):
+        some = [rows[i] for i in batch]
+        scored = score_batch(model, tokenizer, some, metric, end, texts)
+        for i, scores in zip(batch, scored, strict=True):
+            out[i] = scores
+    return pd.DataFrame(out)
+
+
+def score_batch(model, tokenizer, rows, metric: str, end: str | None, texts: bool) -> list[dict]:
+    """`score` of a few rows at once."""
+    fill = tokenizer.pad_token_id
+    stop = closing(tokenizer, end)
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    out = [{}] * len(rows)
-    for batch in length_buckets([len(p) for p in prompts], batch_size):
-        # each different candidate once; an accepted answer is usually one of the options too
-        candidates = [
-            list(dict.fromkeys([*rows[i]["answers"], *rows[i]["options"]])) for i in batch
-        ]
-        logprobs, greedy, lengths = candidate_logprobs(
-            model,
-            [prompts[i] for i in batch],
-            [[encode_answer(tokenizer, text, end) for text in texts] for texts in candidates],
-            tokenizer.pad_token_id,
-        )
-        for i, texts, lp, hit, n in zip(batch, candidates, logprobs, greedy, lengths, strict=True):
-            out[i] = outcome(rows[i], texts, lp, hit, n)
-    frame = pd.DataFrame(out)
-    if metric == "rouge_l":
-        longest = max(len(encode_answer(tokenizer, a)) for row in rows for a in row["answers"])
-        texts = generate(model, tokenizer, [row["prompt"] for row in rows], longest + 8, batch_size)
-        frame["correct"] = [rouge_l(t, row["answers"]) for t, row in zip(texts, rows, strict=True)]
-    return frame
+    names = [candidates(row) for row in rows]
+    answers = [[encode_answer(tokenizer, name, end) for name in several] for several in names]
+    cached = read_prompts(model, prompts, fill)
+    read = readings(model, cached, answers, fill, stop)
+    scored = [
+        outcome(row, several, of, stop) for row, several, of in zip(rows, names, read, strict=True)
+    ]
+    if not texts and metric != "rouge_l":
+        return scored
+    said = greedy_texts(model, tokenizer, cached, read, stop)
+    return [
+        with_text(scores, row, text, metric)
+        for scores, row, text in zip(scored, rows, said, strict=True)
+    ]
 
 
-def outcome(
-    row: dict, texts: list[str], logprobs: np.ndarray, greedy: np.ndarray, lengths: np.ndarray
-) -> dict:
-    """The scores of one example from its candidates' log-probabilities and greedy flags."""
-    accepted = np.array([text in row["answers"] for text in texts])
-    options = np.array([text in row["options"] for text in texts])
-    best = np.where(options, logprobs, -np.inf).argmax()
+def candidates(row: dict) -> list[str]:
+    """Accepted answers and options, each once: an answer is usually one of the options too."""
+    return list(dict.fromkeys([*row["answers"], *row["options"]]))
+
+
+def outcome(row: dict, names: Sequence[str], read: Sequence[Reading], stop: Stop) -> dict:
+    """The scores of one example from the readings of its candidates, called `names`."""
+    accepted = np.array([name in row["answers"] for name in names])
+    options = np.array([name in row["options"] for name in names])
+    greedy = np.array([of.best.all() for of in read])
+    forced = np.array([is_forced(of, stop) for of in read])
+    logprob = np.array([of.logprob.sum() for of in read])
+    likely = np.where(options, logprob, -np.inf).argmax()
+    first = read[0].logprob.astype(float)
     return {
         "id": row["id"],
         "correct": float((greedy & accepted).any()),
-        "nll": -logprobs[0] / lengths[0],
-        "option_correct": float(accepted[best]) if options.any() else np.nan,
+        "nll": -first.mean(),
+        "nll_answer": -first[: -stop.length].mean(),
+        "forced": float((forced & accepted).any()),
+        "option_correct": float(accepted[likely]) if options.any() else np.nan,
         "invalid": float(not (greedy & options).any()) if options.any() else np.nan,
     }
 
 
-def candidate_logprobs(
-    model, prompts: list[list[int]], candidates: list[list[list[int]]], fill: int
-) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """For each prompt, over its candidates: log-probability (nats), greedy?, number of tokens."""
-    ids, mask = (t.to(model.device) for t in pad(prompts, fill))
-    last = mask.sum(1) - 1
-    positions, place = last.unique(return_inverse=True)  # logits are wanted at few positions only
-    first = model(ids, attention_mask=mask, use_cache=True, logits_to_keep=positions)
-    start = first.logits[torch.arange(len(prompts)), place]
-
-    owner = torch.tensor([i for i, texts in enumerate(candidates) for _ in texts])
-    target, real = (t.to(model.device) for t in pad([c for t in candidates for c in t], fill))
-    steps = torch.arange(target.shape[1] - 1, device=model.device)
-    first.past_key_values.batch_select_indices(owner.to(model.device))
-    rest = model(
-        target[:, :-1],
-        attention_mask=torch.cat([mask[owner], real[:, :-1]], 1),
-        position_ids=last[owner, None] + 1 + steps,
-        past_key_values=first.past_key_values,
-    )
-    logits = torch.cat([start[owner, None], rest.logits], 1).float()
-    chosen = logits.gather(2, target[..., None])[..., 0] - logits.logsumexp(2)
-    logprob = (chosen * real).sum(1)
-    greedy = ((logits.argmax(2) == target) | (real == 0)).all(1)
-    sizes = [len(texts) for texts in candidates]
-    return tuple(
-        [part.numpy() for part in t.cpu().split(sizes)] for t in (logprob, greedy, real.sum(1))
-    )
+def with_text(scored: dict, row: dict, text: str, metric: str) -> dict:
+    """An example's scores with its greedy text; the same text in other tokens is right too."""
+    kind = failure_kind(text, row["answers"], row["prompt"])
+    if metric == "rouge_l":
+        scored = scored | {"correct": rouge_l(text, row["answers"]), "forced": np.nan}
+    elif kind == "right":
+        scored = scored | {"correct": 1.0, "forced": 1.0}
+    return scored | {"kind": kind, "answer": text}
 
 
-@torch.no_grad()
-def generate(model, tokenizer, prompts: list[str], max_new_tokens: int, batch_size: int = 16):
-    """Greedy continuations up to the end token, stripped; prompts are padded on the left."""
-    texts = [""] * len(prompts)
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    for batch in length_buckets([len(e) for e in encoded], batch_size):
-        ids, mask = pad([encoded[i][::-1] for i in batch], tokenizer.pad_token_id)
-        out = model.generate(
-            ids.flip(1).to(model.device),
-            attention_mask=mask.flip(1).to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        new = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        for i, text in zip(batch, new, strict=True):
-            texts[i] = text.strip()
-    return texts
-
-
-def rouge_l(text: str, references: list[str]) -> float:
+def rouge_l(text: str, references: Sequence[str]) -> float:
     """ROUGE-L F1 with the best-matching reference, in [0, 1]."""
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"]).score_multi(references, text)["rougeL"].fmeasure
+
+
+# --- encoders, and chance --------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -143,7 +143,8 @@ def classify(model, tokenizer, rows, labels: Sequence[str], batch_size: int = 16
     parts = []
     for batch in batches:
         ids, mask = (t.to(model.device) for t in pad([encoded[i] for i in batch], 0))
-        parts.append(model(ids, attention_mask=mask).logits.float().log_softmax(1).cpu())
+        logits = model(ids, attention_mask=mask).logits.float()
+        parts.append(logits.log_softmax(1).cpu())
     order = torch.tensor([i for batch in batches for i in batch])
     return graded(rows, labels, torch.cat(parts)[order.argsort()])
 
@@ -163,49 +164,6 @@ def graded(rows, labels: Sequence[str], logprobs: torch.Tensor) -> pd.DataFrame:
             | {"option_correct": correct, "invalid": np.nan}
         )
     return pd.DataFrame(out)
-
-
-PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-
-
-def linear_probe(
-    known: torch.Tensor, targets: torch.Tensor, asked: torch.Tensor, classes: int
-) -> torch.Tensor:
-    """Log-probabilities (n_asked, classes) by multinomial logistic regression on frozen features.
-
-    `known` (n, d) with `targets` (n,) are its training examples, `asked` (n_asked, d) the others;
-    features are standardised. The L2 penalty is the one of PENALTIES with the least NLL on the last
-    fifth of the training examples when fitted to the others; then all are used.
-    """
-    n = len(known) - max(1, len(known) // 5)
-
-    def held_out(penalty: float) -> float:
-        logprobs = logistic(known[:n], targets[:n], known[n:], classes, penalty)
-        return float(torch.nn.functional.nll_loss(logprobs, targets[n:]))
-
-    return logistic(known, targets, asked, classes, min(PENALTIES, key=held_out))
-
-
-def logistic(
-    known: torch.Tensor, targets: torch.Tensor, asked: torch.Tensor, classes: int, penalty: float
-) -> torch.Tensor:
-    """Log-probabilities of the minimum of mean NLL + penalty * |W|^2 / 2, float64, by L-BFGS."""
-    centre, width = known.double().mean(0), known.double().std(0).clamp(min=1e-6)
-    known, asked = ((x.double() - centre) / width for x in (known, asked))
-    weight = torch.zeros(known.shape[1], classes, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    descent = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def objective() -> torch.Tensor:
-        descent.zero_grad()
-        nll = torch.nn.functional.cross_entropy(known @ weight + bias, targets)
-        loss = nll + penalty * weight.square().sum() / 2
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        descent.step(objective)
-    return (asked @ weight + bias).detach().log_softmax(1)
 
 
 def constant_answer(task: Task, split: str = "test") -> float:

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+from helpers.study import answers
 from helpers.study import scores as evaluate
 
 
@@ -81,17 +82,82 @@ def test_scores_do_not_depend_on_the_batch(talker):
     pd.testing.assert_frame_equal(one, many, atol=1e-5)
 
 
+def reading(logprobs, best, unended=None, ends=None):
+    """A candidate of as many tokens, its end the last."""
+    ends = ends or [False] * len(best)
+    arrays = (np.array(x) for x in (logprobs, best, unended or best, ends))
+    return answers.Reading(list(range(len(best))), *arrays)
+
+
+END = answers.Stop(256, 1)
+
+
 def test_any_accepted_answer_counts_and_options_are_told_from_it():
     row = {"id": "0", "answers": ["b", "c"], "options": ["a", "b"]}
-    texts, lengths = ["b", "c", "a"], np.array([2, 2, 1])
-    logprobs = np.array([-2.0, -9.0, -1.0])
-    by_c = evaluate.outcome(row, texts, logprobs, np.array([False, True, False]), lengths)
+    names, wrong = ["b", "c", "a"], [False, True]
+    b, c, a = reading([-0.5, -1.5], wrong), reading([-9.0, 0.0], wrong), reading([-1.0], [False])
+    right_c, right_a = c._replace(best=np.array([True] * 2)), a._replace(best=np.array([True]))
+    by_c = evaluate.outcome(row, names, [b, right_c, a], END)
     assert (by_c["correct"], by_c["option_correct"], by_c["invalid"]) == (1.0, 0.0, 1.0)
-    assert by_c["nll"] == 1.0
-    by_a = evaluate.outcome(row, texts, logprobs, np.array([False, False, True]), lengths)
+    assert (by_c["nll"], by_c["nll_answer"]) == (1.0, 0.5)
+    by_a = evaluate.outcome(row, names, [b, c, right_a], END)
     assert (by_a["correct"], by_a["invalid"]) == (0.0, 0.0)
-    free = evaluate.outcome(row | {"options": []}, texts, logprobs, np.zeros(3, bool), lengths)
+    free = evaluate.outcome(row | {"options": []}, names, [b, c, a], END)
     assert math.isnan(free["option_correct"]) and math.isnan(free["invalid"])
+
+
+def test_the_end_token_is_forbidden_within_the_right_answer_only():
+    stops = reading([0, 0, 0], [True, False, True], [True, True, True], [False, True, False])
+    assert answers.is_forced(stops, END) and answers.followed([stops], END) == [0]
+    empty = stops._replace(best=np.array([False, False, False]), ends=np.array([True] * 3))
+    assert answers.is_forced(empty._replace(best=np.array([False, False, True])), END)
+    assert not answers.is_forced(empty, END)  # it goes on where the right answer ends
+    assert answers.followed([empty], END) == []
+    elsewhere = reading([0, 0, 0], [True, False, True])
+    assert not answers.is_forced(elsewhere, END) and answers.followed([elsewhere], END) is None
+    assert answers.followed([elsewhere, stops], END) == [0]  # another candidate shows it
+
+
+def biased(model, tokenizer, towards):
+    """The model with the logit of the end token raised: it stops too early."""
+    head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
+    head.weight.data = model.get_output_embeddings().weight.data.clone()
+    head.bias.data.zero_()
+    head.bias.data[tokenizer.eos_token_id] = towards
+    model.set_output_embeddings(head)
+    return model
+
+
+def test_a_model_that_stops_too_early_is_right_when_the_end_is_forbidden():
+    tokenizer = tiny.byte_tokenizer()
+    prompts = [f"prompt number {i} {'x' * (i % 7)}" for i in range(12)]
+    # what the model says in two tokens if it may not end; then, as planted, it ends at once
+    model = biased(tiny.llama(5), tokenizer, -1e4)
+    said = greedy_texts(model, tokenizer, prompts, n=2)
+    silent = biased(tiny.llama(5), tokenizer, 1e4)
+    fill, rows = tokenizer.pad_token_id, range(12)
+    cached = answers.read_prompts(silent, [tokenizer(p)["input_ids"] for p in prompts], fill)
+    tokens = [[[*ids, tokenizer.eos_token_id]] for ids in said]
+    read = answers.readings(silent, cached, tokens, fill, END)
+    assert [answers.followed(read[i], END) for i in rows] == [[]] * 12
+    assert not any(read[i][0].best.all() for i in rows)
+    assert all(answers.is_forced(read[i][0], END) for i in rows)
+    wrong = [[[(ids[0] + 1) % 256, ids[1], tokenizer.eos_token_id]] for ids in said]
+    read = answers.readings(silent, cached, wrong, fill, END)
+    assert not any(answers.is_forced(read[i][0], END) for i in rows)
+
+
+def test_texts_are_those_of_greedy_decoding_whether_generated_or_read(talker):
+    model, tokenizer = talker
+    prompts = [f"say {i} {'y' * (i % 5)}" for i in range(10)]
+    said = evaluate.generate(model, tokenizer, prompts, 100)
+    asked = [text[:20] if i % 2 else "something else" for i, text in enumerate(said)]
+    rows = rows_of(prompts, [[text] for text in asked])
+    scores = evaluate.score(model, tokenizer, rows, batch_size=4)
+    for text, answer in zip(said, scores["answer"], strict=True):
+        assert text.startswith(answer) and answer
+    without = evaluate.score(model, tokenizer, rows, batch_size=4, texts=False)
+    pd.testing.assert_frame_equal(without, scores.drop(columns=["kind", "answer"]))
 
 
 def test_rouge_l_takes_the_best_reference():

@@ -72,7 +72,7 @@ def test_a_visit_sees_the_merged_model(bench):
 def test_one_merge_under_two_names_is_read_once(bench, monkeypatch):
     scored = []
     score = scores.score
-    monkeypatch.setattr(scores, "score", lambda *a: scored.append(1) or score(*a))
+    monkeypatch.setattr(scores, "score", lambda *a, **k: scored.append(1) or score(*a, **k))
     linear, halves, ties = merged(bench, ["ab"], RULES)
     assert halves.same_as == linear.key != halves.key
     assert linear.same_as is None and ties.same_as is None
@@ -103,7 +103,7 @@ def test_a_lost_or_damaged_visit_is_repeated_with_the_same_numbers(bench, tmp_pa
     frames = [one.examples for one in first]
     lost, cut = sorted((tmp_path / "scores").glob("[0-9a-f]*"))[:2]
     shutil.rmtree(lost)
-    (cut / "examples.csv").write_text("id,correct\n")
+    (cut / readings.EXAMPLES).write_text("id,correct\n")
     assert len(asked.keyed(bench.identity).left()) == 1  # what is damaged is found when it is read
     with pytest.warns(UserWarning, match="was damaged"):
         again = visit.run(bench, asked)
@@ -116,7 +116,7 @@ def test_a_damaged_visit_is_never_scored_on_the_bare_base(bench, tmp_path):
     (first,) = merged(bench, ["ab"], TIES)
     frame = first.examples
     for folder in (tmp_path / "scores").glob("[0-9a-f]*"):
-        (folder / "examples.csv").write_text("id\n")
+        (folder / readings.EXAMPLES).write_text("id\n")
     with pytest.warns(UserWarning, match="was damaged"):
         (again,) = merged(bench, ["ab"], TIES)
     pd.testing.assert_frame_equal(frame, again.examples)

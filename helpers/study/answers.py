@@ -1,0 +1,183 @@
+"""What does a decoder say? Candidate answers read token by token, and greedy texts.
+
+A prompt is read once; its cached keys and values then serve every candidate answer, teacher-forced,
+and the greedy continuation.
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers.states.batch import encode_prompt, length_buckets, pad
+
+MORE = 4  # tokens that a generated answer may have beyond the longest right one of its batch
+
+
+class Stop(NamedTuple):
+    """What closes an answer."""
+
+    token: int  # the first token of it: greedy decoding ends here
+    length: int  # tokens in all
+
+
+def closing(tokenizer, end: str | None = None) -> Stop:
+    """The end token closes an answer, or the tokens of the text `end`."""
+    if end is None:
+        return Stop(tokenizer.eos_token_id, 1)
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+    return Stop(ids[0], len(ids))
+
+
+# --- one pass over prompts, one over candidates ----------------------------------------------
+
+
+class Cached(NamedTuple):
+    """B prompts that a model has read."""
+
+    mask: Tensor  # (B, T): which positions are real
+    logits: Tensor  # (B, vocabulary): of the next token
+    cache: Any  # keys and values
+
+
+@torch.no_grad()
+def read_prompts(model, prompts: Sequence[list[int]], fill: int) -> Cached:
+    """Read prompts, padded on the right; logits are computed where one of them ends only."""
+    ids, mask = pad(prompts, fill)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    last = mask.sum(1) - 1
+    ends, place = last.unique(return_inverse=True)
+    out = model(ids, attention_mask=mask, use_cache=True, logits_to_keep=ends)
+    each = torch.arange(len(prompts), device=model.device)
+    return Cached(mask, out.logits[each, place], out.past_key_values)
+
+
+def some_of(cached: Cached, rows: Tensor) -> Cached:
+    """These rows of read prompts, in a cache of their own."""
+    cache = deepcopy(cached.cache)
+    cache.batch_select_indices(rows)
+    return Cached(cached.mask[rows], cached.logits[rows], cache)
+
+
+class Reading(NamedTuple):
+    """One candidate answer read token by token, its closing included; arrays of that length."""
+
+    tokens: list[int]
+    logprob: np.ndarray  # log-probability of each token, in nats
+    best: np.ndarray  # is it the most likely token?
+    unended: np.ndarray  # is it the most likely one but for the end token?
+    ends: np.ndarray  # is the end token the most likely one?
+
+
+@torch.no_grad()
+def readings(
+    model,
+    cached: Cached,
+    answers: Sequence[Sequence[list[int]]],
+    fill: int,
+    stop: Stop,
+) -> list[list[Reading]]:
+    """The candidate answers of each read prompt."""
+    owners = [i for i, texts in enumerate(answers) for _ in texts]
+    tokens = [ids for texts in answers for ids in texts]
+    mask, start, cache = some_of(cached, torch.tensor(owners, device=model.device))
+    target, real = (tensor.to(model.device) for tensor in pad(tokens, fill))
+    steps = torch.arange(target.shape[1] - 1, device=model.device)
+    rest = model(
+        target[:, :-1],
+        attention_mask=torch.cat([mask, real[:, :-1]], 1),
+        position_ids=mask.sum(1, keepdim=True) + steps,
+        past_key_values=cache,
+    )
+    logits = torch.cat([start[:, None], rest.logits], 1).float()
+    out: list[list[Reading]] = [[] for _ in answers]
+    for i, ids, fields in zip(owners, tokens, per_token(logits, target, stop), strict=True):
+        out[i].append(Reading(ids, *(field[: len(ids)] for field in fields)))
+    return out
+
+
+def per_token(logits: Tensor, target: Tensor, stop: Stop) -> Iterator[tuple]:
+    """The arrays of a `Reading` by row, of logits (B, T, vocabulary) and targets (B, T)."""
+    chosen = logits.gather(2, target[..., None])[..., 0]
+    logprob = chosen - logits.logsumexp(2)
+    likely = logits.argmax(2)
+    logits[..., stop.token] = -torch.inf
+    unended = logits.argmax(2)
+    fields = logprob, likely == target, unended == target, likely == stop.token
+    return zip(*(field.cpu().numpy() for field in fields), strict=True)
+
+
+def is_forced(read: Reading, stop: Stop) -> bool:
+    """Whether greedy decoding gives this answer if it may not end before the answer does."""
+    n = len(read.tokens) - stop.length
+    return bool(read.unended[:n].all() and read.best[n:].all())
+
+
+# --- greedy texts ----------------------------------------------------------------------------
+
+
+def greedy_texts(
+    model,
+    tokenizer,
+    cached: Cached,
+    read: Sequence[Sequence[Reading]],
+    stop: Stop,
+) -> list[str]:
+    """What greedy decoding says to each prompt; generated only where no candidate shows it."""
+    tokens = [followed(candidates, stop) for candidates in read]
+    unknown = [i for i, ids in enumerate(tokens) if ids is None]
+    if unknown:
+        most = max(len(of.tokens) for candidates in read for of in candidates) + MORE
+        rest = some_of(cached, torch.tensor(unknown, device=model.device))
+        for i, ids in zip(unknown, decode(model, rest, most, stop.token), strict=True):
+            tokens[i] = ids
+    return [tokenizer.decode(ids).strip() for ids in tokens]
+
+
+def followed(read: Sequence[Reading], stop: Stop) -> list[int] | None:
+    """The greedy tokens, if they are a candidate's or end within one; None otherwise."""
+    for of in read:
+        n = len(of.tokens) - stop.length
+        if of.best.all():
+            return of.tokens[:n]
+        miss = int(of.best.argmin())
+        if miss < n and of.ends[miss]:
+            return of.tokens[:miss]
+    return None
+
+
+@torch.no_grad()
+def decode(model, cached: Cached, most: int, end: int) -> list[list[int]]:
+    """Greedy tokens after read prompts, up to `end` or `most` of them; changes the cache."""
+    mask, logits, cache = cached
+    position = mask.sum(1, keepdim=True)
+    tokens = logits.argmax(1, keepdim=True)
+    out = tokens
+    while out.shape[1] < most and not (out == end).any(1).all():
+        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        about = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
+        tokens = model(tokens, **about).logits[:, -1].argmax(1, keepdim=True)
+        out = torch.cat([out, tokens], 1)
+        position = position + 1
+    return [ids[: ids.index(end)] if end in ids else ids for ids in out.tolist()]
+
+
+def generate(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[str]:
+    """Greedy continuations up to the end token, stripped."""
+    texts = [""] * len(prompts)
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for batch in length_buckets([len(ids) for ids in encoded], batch_size):
+        cached = read_prompts(model, [encoded[i] for i in batch], tokenizer.pad_token_id)
+        out = decode(model, cached, max_new_tokens, tokenizer.eos_token_id)
+        for i, ids in zip(batch, out, strict=True):
+            texts[i] = tokenizer.decode(ids).strip()
+    return texts

@@ -1,0 +1,82 @@
+"""How is a greedy answer wrong? Read from texts alone: no model, no torch."""
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+KINDS = (
+    "right",
+    "empty",
+    "stops",
+    "partner's answer",
+    "partner's format",
+    "base's answer",
+    "copies prompt",
+    "other",
+)
+
+
+def failure_kind(
+    text: str,
+    right: Sequence[str],
+    prompt: str,
+    partner_answers: Iterable[str] = (),
+    base_answer: str | None = None,
+) -> str:
+    """One of KINDS, the first that fits a greedy answer.
+
+    right: an accepted answer; empty; stops: a right beginning; partner's answer: what another
+    specialist of the merge says to the same prompt; partner's format: characters as in that answer
+    and not as in the right one (`form`); base's answer: what the base says; copies prompt: a piece
+    of the prompt, at least half as long as the right answer; other.
+    """
+    others = [answer for answer in partner_answers if answer]
+    forms = {form(answer) for answer in others} - {form(answer) for answer in right}
+    piece = f" {' '.join(text.casefold().split())} " in f" {' '.join(prompt.casefold().split())} "
+    fits = {
+        "right": text in right,
+        "empty": not text,
+        "stops": any(answer.startswith(text) for answer in right),
+        "partner's answer": text in others,
+        "partner's format": form(text) in forms,
+        "base's answer": text == base_answer,
+        "copies prompt": piece and 2 * len(text) >= min(map(len, right)),
+        "other": True,
+    }
+    return next(kind for kind in KINDS if fits[kind])
+
+
+def plain(text: str) -> str:
+    """Its words in lower case, a space around each."""
+    words = text.casefold().split()
+    return f" {' '.join(words)} "
+
+
+def form(text: str) -> str:
+    """Which characters a text is made of, in the order of their first use: a, 9, or themselves.
+
+    `12-05` has the form `9-`, `!12!05!` the form `!9`, a sentence the form `a `.
+    """
+    kinds = ("a" if c.isalpha() else "9" if c.isdigit() else c for c in text)
+    return "".join(dict.fromkeys(kinds))
+
+
+def failure_kinds(
+    examples: pd.DataFrame,
+    rows: Iterable[dict],
+    partners: Iterable[pd.DataFrame] = (),
+    base: pd.DataFrame | None = None,
+) -> list[str]:
+    """The kinds of the answers in `examples` beside those of others to the same prompts.
+
+    `rows` are the task's examples, in the order of `examples`; `partners` is what `scores.score`
+    gives on them of the merge's other specialists, `base` of the base.
+    """
+    said = [frame["answer"] for frame in partners]
+    others = list(zip(*said, strict=True)) if said else [()] * len(examples)
+    untaught = [None] * len(examples) if base is None else base["answer"]
+    about = zip(examples["answer"], rows, others, untaught, strict=True)
+    return [
+        failure_kind(text, row["answers"], row["prompt"], partner_answers, base_answer)
+        for text, row, partner_answers, base_answer in about
+    ]

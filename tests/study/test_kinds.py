@@ -1,0 +1,56 @@
+"""Kinds of failure: known answers for each, read from texts alone."""
+
+import pandas as pd
+import pytest
+
+from helpers.study.kinds import KINDS, failure_kind, failure_kinds, form
+
+PROMPT = "Reverse the letters.\nInput: s, e, n, i, l\nOutput:"
+RIGHT = ["l, i, n, e, s"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("l, i, n, e, s", "right"),
+        ("", "empty"),
+        ("l, i", "stops"),
+        ("!5!7!", "partner's answer"),
+        ("!19!", "partner's format"),
+        ("lines are", "base's answer"),
+        ("s, e, n, i, l", "copies prompt"),
+        ("S, E, N, i", "other"),  # no words of the prompt: the last letter has its comma there
+        ("output:", "copies prompt"),
+        ("s,", "other"),  # of the prompt, but less than half of the right answer
+        ("l, i, n, e, s, s", "other"),
+    ],
+)
+def test_each_kind_has_its_known_answer(text, kind):
+    partner, base = ["", "!5!7!"], "lines are"
+    assert failure_kind(text, RIGHT, PROMPT, partner, base) == kind
+
+
+def test_without_others_an_answer_is_none_of_theirs():
+    assert failure_kind("!5!7!", RIGHT, PROMPT) == "other"
+    assert failure_kind("x, y", RIGHT, PROMPT, ["a, b, c"]) == "other"  # the right format too
+
+
+def test_a_form_is_which_characters_come_in_which_order():
+    forms = [
+        form(text) for text in ("93", "-36", "!12!05!", "2019-12", "l, i, n", "do they go", "")
+    ]
+    assert forms == ["9", "-9", "!9", "9-", "a, ", "a ", ""]
+
+
+def test_kinds_of_a_table_follow_its_rows():
+    rows = [{"id": i, "prompt": f"{i}?", "answers": [i]} for i in "abc"]
+    examples = pd.DataFrame({"id": list("abc"), "answer": ["a", "7", "none"]})
+    partner = pd.DataFrame({"id": list("abc"), "answer": ["1", "7", "9"]})
+    base = pd.DataFrame({"id": list("abc"), "answer": ["x", "y", "none"]})
+    assert failure_kinds(examples, rows, [partner], base) == [
+        "right",
+        "partner's answer",
+        "base's answer",
+    ]
+    assert failure_kinds(examples, rows) == ["right", "other", "other"]
+    assert set(KINDS) > set(failure_kinds(examples, rows, [partner]))
