@@ -2,7 +2,8 @@
 
 A task name is `source:name`: `bigbench:linguistic_mappings/plural_json` (embedded package),
 `glue:mrpc` (hub id or local folder in the schema of nyu-mll/glue) or `sni:task1289_trec…`
-(folder of Super-NaturalInstructions JSONL files, fields id, definition, input, output).
+(folder of Super-NaturalInstructions JSONL files, fields id, definition, input, output), or
+`generated:vowels/doubled_vowels` (family and rule of `generators`).
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset
 
-from helpers.study import assets
+from helpers.study import assets, generators
 
 SPLITS = ("test", "probe", "dev", "train")  # test is drawn first: more training moves no test
 METRICS = ("exact_match", "rouge_l")
@@ -187,6 +188,9 @@ def _known(name: str, sources: dict[str, str]) -> tuple[str, str]:
         )
     if source == "glue" and path not in GLUE:
         raise ValueError(f"unknown GLUE task {path!r}: choose one of {', '.join(GLUE)}")
+    if source == "generated" and name not in catalogue():
+        names = (x for x in catalogue() if x.startswith("generated:"))
+        raise ValueError(f"unknown generated task {name!r}: choose one of {', '.join(names)}")
     if source == "sni" and not (file := _sni_file(path, sources.get("sni"))).is_file():
         raise ValueError(
             f"task file {file.name} is not in {file.parent}: name the folder that holds it"
@@ -390,4 +394,14 @@ def _sni_file(path: str, source: str | None) -> Path:
     return Path(source or ".") / f"{path.removesuffix('.jsonl')}.jsonl"
 
 
-READERS = {"bigbench": read_bigbench, "glue": read_glue, "sni": read_sni}
+def read_generated(path: str, source: str | None) -> tuple[list[dict], None]:
+    """A generated task: as many examples as any study asks for."""
+    return generators.examples(short(path)), None
+
+
+READERS = {
+    "bigbench": read_bigbench,
+    "glue": read_glue,
+    "sni": read_sni,
+    "generated": read_generated,
+}

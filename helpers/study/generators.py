@@ -1,0 +1,336 @@
+"""Generated tasks: `generated:<family>/<name>`, seeded, as many examples as are asked for.
+
+Each generator draws an input and knows its answer: a rule on strings, lists, numbers or dates that
+a small model can learn from a few hundred examples. A family has at most three tasks, relatives.
+Their instructions are in data/tasks.toml.
+"""
+
+import random
+import string
+from datetime import date, timedelta
+
+EXAMPLES = 2000  # different prompts in the pool of a task
+ANIMALS = "cat dog cow pig hen fox owl bee ant rat bat elk emu yak ape eel cod jay".split()  # noqa: SIM905
+TOOLS = "saw axe awl hoe rake file drill clamp lathe wrench chisel hammer pliers".split()  # noqa: SIM905
+NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kim Leo Mia Ned Ona Pia Raj Sam Tess".split()  # noqa: SIM905
+VOWELS = "aeiou"
+ONES = "zero one two three four five six seven eight nine".split()  # noqa: SIM905
+MONTHS = [date(2001, month, 1).strftime("%B") for month in range(1, 13)]
+DAYS = [date(2001, 1, day).strftime("%A") for day in range(1, 8)]  # 1 January 2001 was a Monday
+
+
+def word(rng: random.Random, least: int = 4, most: int = 6) -> str:
+    """A pronounceable string of consonants and vowels in turn."""
+    consonants = [c for c in string.ascii_lowercase if c not in VOWELS]
+    kinds = [consonants, VOWELS] * most
+    return "".join(rng.choice(kinds[i]) for i in range(rng.randint(least, most)))
+
+
+def words(rng: random.Random, n: int) -> list[str]:
+    return [word(rng, 3, 4) for _ in range(n)]
+
+
+# --- strings ---------------------------------------------------------------------------------
+
+
+def doubled_vowels(rng: random.Random) -> tuple[str, str]:
+    """Every vowel is written twice."""
+    text = word(rng)
+    return text, "".join(2 * c if c in VOWELS else c for c in text)
+
+
+def starred_vowels(rng: random.Random) -> tuple[str, str]:
+    """Every vowel becomes a star."""
+    text = word(rng)
+    return text, "".join("*" if c in VOWELS else c for c in text)
+
+
+def dropped_vowels(rng: random.Random) -> tuple[str, str]:
+    """The vowels go."""
+    text = word(rng)
+    return text, "".join(c for c in text if c not in VOWELS)
+
+
+def upper_first(rng: random.Random) -> tuple[str, str]:
+    """The first word in capitals, the other as it is."""
+    first, second = words(rng, 2)
+    return f"{first} {second}", f"{first.upper()} {second}"
+
+
+def upper_last(rng: random.Random) -> tuple[str, str]:
+    """The last word in capitals, the other as it is."""
+    first, second = words(rng, 2)
+    return f"{first} {second}", f"{first} {second.upper()}"
+
+
+def hyphenated(rng: random.Random) -> tuple[str, str]:
+    """The letters, joined by hyphens."""
+    text = word(rng)
+    return text, "-".join(text)
+
+
+def bracketed(rng: random.Random) -> tuple[str, str]:
+    """The first letter in brackets."""
+    text = word(rng)
+    return text, f"({text[0]}){text[1:]}"
+
+
+def suffixed(rng: random.Random) -> tuple[str, str]:
+    """`-a` after a last vowel, `-o` after a last consonant."""
+    text = word(rng)
+    return text, text + ("-a" if text[-1] in VOWELS else "-o")
+
+
+# --- lists -----------------------------------------------------------------------------------
+
+
+def first_last(rng: random.Random) -> tuple[str, str]:
+    """The first and the last of four words."""
+    items = words(rng, 4)
+    return ", ".join(items), f"{items[0]} {items[-1]}"
+
+
+def second_word(rng: random.Random) -> tuple[str, str]:
+    """The second of four words."""
+    items = words(rng, 4)
+    return ", ".join(items), items[1]
+
+
+def rotated(rng: random.Random) -> tuple[str, str]:
+    """The first of four words goes to the end."""
+    items = words(rng, 4)
+    return ", ".join(items), ", ".join([*items[1:], items[0]])
+
+
+def animal(rng: random.Random) -> tuple[str, str]:
+    """The one animal among tools."""
+    animal = rng.choice(ANIMALS)
+    items = [animal, *rng.sample(TOOLS, 3)]
+    rng.shuffle(items)
+    return ", ".join(items), animal
+
+
+def tool(rng: random.Random) -> tuple[str, str]:
+    """The one tool among animals."""
+    tool = rng.choice(TOOLS)
+    items = [tool, *rng.sample(ANIMALS, 3)]
+    rng.shuffle(items)
+    return ", ".join(items), tool
+
+
+def repeated(rng: random.Random) -> tuple[str, str]:
+    """The word that stands twice."""
+    items = words(rng, 3)
+    twice = rng.choice(items)
+    shown = [*items, twice]
+    rng.shuffle(shown)
+    return ", ".join(shown), twice
+
+
+def joined(rng: random.Random) -> tuple[str, str]:
+    """`a, b, c` becomes `a and b and c`."""
+    items = words(rng, 3)
+    return ", ".join(items), " and ".join(items)
+
+
+# --- numbers ---------------------------------------------------------------------------------
+
+
+def larger(rng: random.Random) -> tuple[str, str]:
+    """The larger of two numbers."""
+    a, b = rng.sample(range(100, 1000), 2)
+    return f"{a}, {b}", str(max(a, b))
+
+
+def smaller(rng: random.Random) -> tuple[str, str]:
+    """The smaller of two numbers."""
+    a, b = rng.sample(range(100, 1000), 2)
+    return f"{a}, {b}", str(min(a, b))
+
+
+def parity(rng: random.Random) -> tuple[str, str]:
+    """Whether a number is even or odd."""
+    n = rng.randint(100, 99999)
+    return str(n), "odd" if n % 2 else "even"
+
+
+def spelled(rng: random.Random) -> tuple[str, str]:
+    """Digits as words."""
+    digits = [rng.randint(0, 9) for _ in range(4)]
+    return "".join(map(str, digits)), " ".join(ONES[d] for d in digits)
+
+
+def unspelled(rng: random.Random) -> tuple[str, str]:
+    """Words as digits."""
+    answer, question = spelled(rng)
+    return question, answer
+
+
+def successor(rng: random.Random) -> tuple[str, str]:
+    """The next number."""
+    n = rng.randint(100, 9999)
+    return str(n), str(n + 1)
+
+
+def grouped(rng: random.Random) -> tuple[str, str]:
+    """A comma before the last three digits."""
+    n = rng.randint(1000, 999999)
+    return str(n), f"{n:,}"
+
+
+def padded(rng: random.Random) -> tuple[str, str]:
+    """Leading zeros up to six digits."""
+    n = rng.randint(1, 99999)
+    return str(n), f"{n:06d}"
+
+
+def priced(rng: random.Random) -> tuple[str, str]:
+    """Cents as dollars."""
+    n = rng.randint(100, 9999)
+    return f"{n} cents", f"${n // 100}.{n % 100:02d}"
+
+
+# --- dates and times -------------------------------------------------------------------------
+
+
+def some_day(rng: random.Random) -> date:
+    return date(1950, 1, 1) + timedelta(days=rng.randrange(36500))
+
+
+def written(rng: random.Random) -> tuple[str, str]:
+    """2001-03-07 becomes 7 March 2001."""
+    day = some_day(rng)
+    return day.isoformat(), f"{day.day} {MONTHS[day.month - 1]} {day.year}"
+
+
+def month_of(rng: random.Random) -> tuple[str, str]:
+    """The name of the month of a date."""
+    day = some_day(rng)
+    return day.isoformat(), MONTHS[day.month - 1]
+
+
+def quarter_of(rng: random.Random) -> tuple[str, str]:
+    """Q1 to Q4 of a date."""
+    day = some_day(rng)
+    return day.isoformat(), f"Q{(day.month + 2) // 3}"
+
+
+def next_weekday(rng: random.Random) -> tuple[str, str]:
+    """The weekday after that of a meeting."""
+    i = rng.randrange(7)
+    name, hour = rng.choice(NAMES), rng.randint(1, 12)
+    return f"{name} comes on {DAYS[i]} at {hour}", DAYS[(i + 1) % 7]
+
+
+def clock(rng: random.Random) -> tuple[str, str]:
+    """24-hour time to 12-hour time."""
+    hour, minute = rng.randrange(24), rng.randrange(60)
+    half = "am" if hour < 12 else "pm"
+    return f"{hour:02d}:{minute:02d}", f"{(hour + 11) % 12 + 1}:{minute:02d} {half}"
+
+
+def full_hour(rng: random.Random) -> tuple[str, str]:
+    """The time an hour later."""
+    hour, minute = rng.randrange(24), rng.randrange(60)
+    return f"{hour:02d}:{minute:02d}", f"{(hour + 1) % 24:02d}:{minute:02d}"
+
+
+# --- records ---------------------------------------------------------------------------------
+
+
+def initials(rng: random.Random) -> tuple[str, str]:
+    """The initials of two names."""
+    first, last = rng.choice(NAMES), word(rng).capitalize()
+    return f"{first} {last}", f"{first[0]}.{last[0]}."
+
+
+def surname_first(rng: random.Random) -> tuple[str, str]:
+    """`Ada Lovelace` becomes `Lovelace, Ada`."""
+    first, last = rng.choice(NAMES), word(rng).capitalize()
+    return f"{first} {last}", f"{last}, {first}"
+
+
+def address(rng: random.Random) -> tuple[str, str]:
+    """A mail address of a name."""
+    first, last = rng.choice(NAMES), word(rng).capitalize()
+    return f"{first} {last}", f"{first.lower()}.{last.lower()}@mail.org"
+
+
+def age(rng: random.Random) -> tuple[str, str]:
+    """The age in a record."""
+    name, age, town = rng.choice(NAMES), rng.randint(18, 90), word(rng).capitalize()
+    return f"name={name}; age={age}; town={town}", str(age)
+
+
+def town(rng: random.Random) -> tuple[str, str]:
+    """The town in a sentence."""
+    name, place, year = rng.choice(NAMES), word(rng).capitalize(), rng.randint(1950, 2020)
+    return f"{name} has lived in {place} since {year}.", place
+
+
+def called(rng: random.Random) -> tuple[str, str]:
+    """A call of two arguments, as in a program."""
+    name, a, b = word(rng), rng.randint(1, 99), rng.randint(1, 99)
+    return f"{name} of {a} and {b}", f"{name}({a}, {b})"
+
+
+RULES = (
+    doubled_vowels,
+    starred_vowels,
+    dropped_vowels,
+    upper_first,
+    upper_last,
+    hyphenated,
+    bracketed,
+    suffixed,
+    first_last,
+    second_word,
+    rotated,
+    animal,
+    tool,
+    repeated,
+    joined,
+    larger,
+    smaller,
+    parity,
+    spelled,
+    unspelled,
+    successor,
+    grouped,
+    padded,
+    priced,
+    written,
+    month_of,
+    quarter_of,
+    next_weekday,
+    clock,
+    full_hour,
+    initials,
+    surname_first,
+    address,
+    age,
+    town,
+    called,
+)
+GENERATORS = {rule.__name__: rule for rule in RULES}
+
+
+def examples(name: str, n: int = EXAMPLES, seed: int = 0) -> list[dict]:
+    """Rows (prompt, answers, options) of a rule: n different prompts, where it has so many.
+
+    More rows begin with the same ones. Raises ValueError for an unknown rule.
+    """
+    if name not in GENERATORS:
+        raise ValueError(f"no generator is called {name!r}: choose one of {', '.join(GENERATORS)}")
+    draw = GENERATORS[name]
+    rng = random.Random(f"{seed}|{name}")
+    drawn: dict[str, str] = {}
+    for _ in range(4 * n):
+        question, answer = draw(rng)
+        drawn[question] = answer
+        if len(drawn) == n:
+            break
+    return [
+        {"prompt": f"Input: {question}\nOutput:", "answers": [answer], "options": []}
+        for question, answer in drawn.items()
+    ]
