@@ -4,6 +4,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from helpers import run
 from helpers.run import students
 from helpers.store import ROOT
 
@@ -48,3 +49,31 @@ def test_copies_are_written_for_all_notebooks(tmp_path):
     written = students.write_copies(tmp_path / "class")
     assert [p.name for p in written] == sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb"))
     assert all(nbformat.read(path, as_version=4).cells for path in written)
+
+
+EVEN = {"is a whole number": lambda x: x == int(x), "is even": lambda x: x % 2 == 0}
+
+
+@pytest.mark.parametrize("right", [4, -2, 6.0])
+def test_any_right_answer_is_accepted(capsys, right):
+    run.check(right, EVEN)
+    assert capsys.readouterr().out == "right: 2 of 2\n"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (3, "1 of 2 hold; not yet: is even"),
+        (float("nan"), "0 of 2 hold"),
+        ("four", "0 of 2 hold"),
+        (None, "0 of 2 hold"),
+    ],
+)
+def test_a_wrong_answer_is_told_what_does_not_hold(wrong, told):
+    with pytest.raises(AssertionError, match=told):
+        run.check(wrong, EVEN)
+
+
+def test_a_stub_is_not_answered_yet(capsys):
+    run.check(..., EVEN)
+    assert capsys.readouterr().out == "not answered yet\n"

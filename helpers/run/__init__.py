@@ -4,9 +4,11 @@ from helpers.run.chain import executed, finished, run
 from helpers.run.execute import NotebookFailed, machine, versions
 from helpers.run.overview import cost_table
 from helpers.run.profiles import all_profiles, costs, declared, notebooks, steps, typed
+from helpers.run.students import check
 
 __all__ = [
     "NotebookFailed",
+    "check",
     "cost_table",
     "costs",
     "declared",

@@ -5,6 +5,7 @@ and check are run together and cannot drift apart.
 """
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,28 @@ def write_copies(folder: Path) -> list[Path]:
             nbformat.write(student_copy(book), part)
         written.append(folder / path.name)
     return written
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def check(answer: Any, tests: dict[str, Callable[[Any], Any]]) -> None:
+    """Say whether an answer holds: each test is a sentence and a function of the answer.
+
+    A stub (`...`) is "not answered yet". Raises AssertionError that names the sentences which do
+    not hold and how many do; a test that an answer cannot even be put to does not hold.
+    """
+    if answer is ...:
+        print("not answered yet")
+        return
+    failed = [sentence for sentence, test in tests.items() if not _holds(test, answer)]
+    count = f"{len(tests) - len(failed)} of {len(tests)}"
+    assert not failed, f"{count} hold; not yet: {'; '.join(failed)}"
+    print(f"right: {count}")
+
+
+def _holds(test: Callable[[Any], Any], answer: Any) -> bool:
+    try:
+        return bool(test(answer))
+    except Exception:  # whatever a wrong answer does to a test
+        return False
