@@ -84,6 +84,17 @@ def test_without_answers_examples_are_right_or_wrong():
     assert held["prompts"]["add"][0]["prompt"] == ""
 
 
+def test_cards_show_who_lost_most_and_least_with_one_solved_prompt():
+    frame = figures.cards(study(), count=1)
+    worst, best = frame.to_dict("records")
+    assert (worst["task"], worst["merged with"], worst["merge"]) == ("add", "negate", "(nothing)")
+    assert worst["specialist"] == "specialist says" and worst["right answer"] == "4"
+    assert (worst["loss (%)"], best["loss (%)"]) == (-100, -6)
+    text = figures.cards_html(frame.assign(prompt="<b>\nx"))
+    assert "&lt;b&gt;<br>x" in text
+    assert figures.cards(study(answers=False)).empty
+
+
 def test_no_answer_ends_the_script():
     piece = figures.playground(study())
     script = piece.split('data-part="data">')[1].split("</script>")[0]

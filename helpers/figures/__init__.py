@@ -1,6 +1,6 @@
 """How is it shown? One style, a look for each rule, plots that stay legible from 5 to 96 tasks."""
 
-from helpers.figures.interactive import framed, playground
+from helpers.figures.interactive import cards, cards_html, framed, playground
 from helpers.figures.looks import (
     AMBER,
     BLACK,
@@ -34,6 +34,8 @@ __all__ = [
     "SKY",
     "STYLE",
     "WINE",
+    "cards",
+    "cards_html",
     "clustered",
     "dose_curves",
     "forest",

@@ -141,3 +141,49 @@ def framed(piece: str, height: int = 860) -> str:
     inside = html.escape(page, quote=True)
     style = f"width:100%;height:{height}px;border:1px solid #ddd"
     return f'<iframe srcdoc="{inside}" style="{style}" title="playground"></iframe>'
+
+
+# --- cards ---------------------------------------------------------------------------------------
+
+CARD = ("task", "merged with", "rule", "prompt", "right answer", "base", "specialist", "merge")
+
+
+def cards(study: Study, count: int = 3) -> pd.DataFrame:
+    """The cells of pairs that lost most and least, each of another task, with one prompt answered.
+
+    Columns as CARD, and the loss in percent; of each cell the first prompt of the fixed sample that
+    its specialist answers rightly. Empty where a study keeps no answers.
+    """
+    if not (study.has("answers") and study.has("prompts")):
+        return pd.DataFrame(columns=[*CARD, "loss (%)"])
+    losses = study.losses.dropna(subset="loss").sort_values("loss")
+    pairs = losses[(losses["n"] == 2) & (losses["arm"] == "default") & losses["same_as"].isna()]
+    worst = pairs.drop_duplicates("task").head(count)
+    best = pairs.iloc[::-1].drop_duplicates("task").head(count)
+    cells = _cells(study)
+    prompts = _prompts(study, study.tasks)
+    rows = [_card(row, cells, prompts[row.task]) for row in pd.concat([worst, best]).itertuples()]
+    return pd.DataFrame(row for row in rows if row)
+
+
+def _card(row: Any, cells: dict, prompts: pd.DataFrame) -> dict[str, Any] | None:
+    models = {name: cells[name, row.task] for name in ("base", "specialist")}
+    models["merge"] = cells[row.merge, row.task]
+    right = models["specialist"]["correct"].reindex(prompts.index)
+    solved = right.index[right == 1]
+    if not len(solved):
+        return None
+    (example, *_) = solved
+    (partner,) = (task for task in row.tasks if task != row.task)
+    asked = prompts.loc[example]
+    about = [row.task, partner, look(row.rule)["label"], asked["prompt"], asked["right"]]
+    answers = [models[name].loc[example, "answer"] or "(nothing)" for name in CARD[-3:]]
+    return dict(zip(CARD, [*about, *answers], strict=True)) | {"loss (%)": round(row.loss)}
+
+
+def cards_html(frame: pd.DataFrame) -> str:
+    """Cards as a table that keeps the lines of a prompt; plain HTML, for any page."""
+    shown = frame.copy()
+    for column in frame.select_dtypes(exclude="number"):
+        shown[column] = [html.escape(text).replace("\n", "<br>") for text in frame[column]]
+    return shown.to_html(index=False, escape=False, border=0)
