@@ -6,6 +6,7 @@ first screen. Nothing is computed and nothing fetched when a reader chooses.
 
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ import pandas as pd
 from helpers.figures.looks import look
 
 PROMPTS = 4  # prompts of a task that are shown
+KEY = ["merge", "task", "example"]
+UNKNOWN = [None, None, None]  # an answer that was not recorded
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=False
 )
@@ -41,10 +44,9 @@ def contents(study: Study) -> dict[str, Any]:
     """
     losses = study.losses[study.losses["n"] == 2]
     tasks = [task for task in study.tasks if task in set(losses["task"])]
-    cells = _cells(study)
     prompts = _prompts(study, tasks)
+    answers = _answers(study, prompts)
     own = losses.drop_duplicates("task").set_index("task")
-    merges = [_merge(rows, cells, prompts) for _, rows in losses.groupby("merge", sort=False)]
     return {
         "study": study.name,
         "tasks": tasks,
@@ -52,20 +54,9 @@ def contents(study: Study) -> dict[str, Any]:
         "base": _rounded(own["base"]),
         "specialist": _rounded(own["specialist"]),
         "doses": {task: _curve(study.doses, task) for task in tasks},
-        "prompts": {task: _asked(task, prompts[task], cells) for task in tasks},
-        "merges": merges,
+        "prompts": {task: _asked(task, prompts[task], answers) for task in tasks},
+        "merges": _merges(losses, prompts, answers),
     }
-
-
-def _cells(study: Study) -> dict[tuple[str, str], pd.DataFrame]:
-    """Of each (merge, task): correct, kind and answer by example."""
-    frame = study.examples
-    if study.has("answers"):
-        answers = study.table("answers")
-        frame = frame.merge(answers, on=["merge", "task", "example"], how="left")
-    columns = [name for name in ("correct", "kind", "answer") if name in frame]
-    groups = frame.groupby(["merge", "task"], sort=False)
-    return {name: rows.set_index("example")[columns] for name, rows in groups}
 
 
 def _prompts(study: Study, tasks: list[str]) -> dict[str, pd.DataFrame]:
@@ -79,43 +70,48 @@ def _prompts(study: Study, tasks: list[str]) -> dict[str, pd.DataFrame]:
     return {task: few[few["task"] == task].set_index("example") for task in tasks}
 
 
-def _asked(task: str, prompts: pd.DataFrame, cells: dict) -> list[dict[str, Any]]:
+def _answers(study: Study, prompts: dict[str, pd.DataFrame]) -> dict[tuple, list]:
+    """[right or not, kind of failure, text] by merge, task and example, of these prompts."""
+    shown = {example for table in prompts.values() for example in table.index}
+    frame = study.examples[study.examples["example"].isin(shown)]
+    if study.has("answers"):
+        answers = study.table("answers")
+        frame = frame.merge(answers, on=KEY, how="left")
+    told = frame.reindex(columns=["correct", "kind", "answer"]).astype(object)
+    texts = told.where(told.notna(), None).to_numpy().tolist()
+    keys = frame[KEY].itertuples(index=False, name=None)
+    return dict(zip(keys, texts, strict=True))
+
+
+def _asked(task: str, prompts: pd.DataFrame, answers: dict) -> list[dict[str, Any]]:
     """Each prompt with the right answer, the base's and the specialist's."""
-    base = _answers(cells.get(("base", task)), prompts)
-    specialist = _answers(cells.get(("specialist", task)), prompts)
     asked = []
-    for row, of_base, of_specialist in zip(prompts.itertuples(), base, specialist, strict=True):
-        answers = {"base": of_base, "specialist": of_specialist}
-        asked.append({"prompt": row.prompt, "right": row.right} | answers)
+    for row in prompts.itertuples():
+        about = {"prompt": row.prompt, "right": row.right}
+        for model in ("base", "specialist"):
+            about[model] = answers.get((model, task, row.Index), UNKNOWN)
+        asked.append(about)
     return asked
 
 
-def _merge(rows: pd.DataFrame, cells: dict, prompts: dict) -> dict[str, Any]:
-    """One merge of two: scores, losses and answers of both tasks."""
-    first = rows.iloc[0]
-    seen = first["same_as"] if isinstance(first["same_as"], str) else first["merge"]
-    by_task = rows.set_index("task")
-    answers = {}
-    for task in first["tasks"]:
-        if task in prompts:
-            answers[task] = _answers(cells.get((seen, task)), prompts[task])
-    return {
-        "tasks": list(first["tasks"]),
-        "rule": first["rule"],
-        "arm": first["arm"],
-        "score": _rounded(by_task["score"]),
-        "loss": _rounded(by_task["loss"], 1),
-        "answers": answers,
-    }
+def _merges(losses: pd.DataFrame, prompts: dict, answers: dict) -> list[dict[str, Any]]:
+    """Every merge of two: scores, losses and answers of both tasks; a copy has its model's."""
+    merges: dict[str, dict[str, Any]] = {}
+    for row in losses.itertuples():
+        about = {"tasks": list(row.tasks), "rule": row.rule, "arm": row.arm}
+        empty = about | {"score": {}, "loss": {}, "answers": {}}
+        merge = merges.setdefault(row.merge, empty)
+        model = row.same_as if isinstance(row.same_as, str) else row.merge
+        merge["score"][row.task] = _number(row.score, 4)
+        merge["loss"][row.task] = _number(row.loss, 1)
+        shown = prompts[row.task].index if row.task in prompts else []
+        of_task = [answers.get((model, row.task, example), UNKNOWN) for example in shown]
+        merge["answers"][row.task] = of_task
+    return list(merges.values())
 
 
-def _answers(cell: pd.DataFrame | None, prompts: pd.DataFrame) -> list[list]:
-    """[right or not, kind of failure, text] of each prompt; None where it was not recorded."""
-    if cell is None:
-        return [[None, None, None]] * len(prompts)
-    rows = cell.reindex(prompts.index)
-    rows = rows.reindex(columns=["correct", "kind", "answer"]).astype(object)
-    return rows.where(rows.notna(), None).to_numpy().tolist()
+def _number(value: float, digits: int) -> float | None:
+    return None if math.isnan(value) else round(value, digits)
 
 
 def _curve(doses: pd.DataFrame, task: str) -> list[list[float]]:
@@ -123,9 +119,8 @@ def _curve(doses: pd.DataFrame, task: str) -> list[list[float]]:
     return rows[["dose", "score"]].round(4).to_numpy().tolist()
 
 
-def _rounded(values: pd.Series, digits: int = 4) -> dict[str, float | None]:
-    rounded = values.round(digits).astype(object)
-    return rounded.where(rounded.notna(), None).to_dict()
+def _rounded(values: pd.Series) -> dict[str, float | None]:
+    return {name: _number(value, 4) for name, value in values.items()}
 
 
 def playground(study: Study) -> str:
@@ -160,25 +155,25 @@ def cards(study: Study, count: int = 3) -> pd.DataFrame:
     pairs = losses[(losses["n"] == 2) & (losses["arm"] == "default") & losses["same_as"].isna()]
     worst = pairs.drop_duplicates("task").head(count)
     best = pairs.iloc[::-1].drop_duplicates("task").head(count)
-    cells = _cells(study)
     prompts = _prompts(study, study.tasks)
-    rows = [_card(row, cells, prompts[row.task]) for row in pd.concat([worst, best]).itertuples()]
+    answers = _answers(study, prompts)
+    rows = [_card(row, prompts[row.task], answers) for row in pd.concat([worst, best]).itertuples()]
     return pd.DataFrame(row for row in rows if row)
 
 
-def _card(row: Any, cells: dict, prompts: pd.DataFrame) -> dict[str, Any] | None:
-    models = {name: cells[name, row.task] for name in ("base", "specialist")}
-    models["merge"] = cells[row.merge, row.task]
-    right = models["specialist"]["correct"].reindex(prompts.index)
-    solved = right.index[right == 1]
-    if not len(solved):
-        return None
-    (example, *_) = solved
+def _card(row: Any, prompts: pd.DataFrame, answers: dict) -> dict[str, Any] | None:
+    models = ("base", "specialist", row.merge)
     (partner,) = (task for task in row.tasks if task != row.task)
-    asked = prompts.loc[example]
-    about = [row.task, partner, look(row.rule)["label"], asked["prompt"], asked["right"]]
-    answers = [models[name].loc[example, "answer"] or "(nothing)" for name in CARD[-3:]]
-    return dict(zip(CARD, [*about, *answers], strict=True)) | {"loss (%)": round(row.loss)}
+    for asked in prompts.itertuples():
+        answered = [answers[model, row.task, asked.Index] for model in models]
+        of_specialist = answered[1]
+        if of_specialist[0] == 1:
+            texts = [text for _, _, text in answered]
+            about = [row.task, partner, look(row.rule)["label"], asked.prompt, asked.right]
+            said = [text or "(nothing)" for text in texts]
+            card = dict(zip(CARD, [*about, *said], strict=True))
+            return card | {"loss (%)": round(row.loss)}
+    return None
 
 
 def cards_html(frame: pd.DataFrame) -> str:
