@@ -235,8 +235,8 @@ MEASURES = {
 
 
 def __getattr__(name: str):  # old places, until the other rooms have moved on
+    if name not in ("prompt_states", "layer_names", "pool", "blocks_of"):
+        raise AttributeError(name)
     from helpers.states import read
 
-    if name in ("prompt_states", "layer_names", "pool", "blocks_of"):
-        return getattr(read, name)
-    raise AttributeError(name)
+    return getattr(read, name)
