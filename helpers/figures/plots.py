@@ -86,14 +86,17 @@ def scatter(
     names: list[str] | None = None,
     **how: str,
 ) -> None:
-    """Points with vertical intervals [low, high] (NaN: none) and optional names beside them."""
+    """Points with vertical intervals [low, high] (NaN: none) and optional names beside them.
+
+    A name that would cover a lower one stands higher than its point.
+    """
     x, y = np.asarray(x, float), np.asarray(y, float)
     how = {"marker": "o", "color": BLUE, **how}
     if low is not None and high is not None:
         ax.vlines(x, low, high, how["color"], lw=0.8, alpha=0.6)
     ax.plot(x, y, ls="none", **how)
     if names:
-        _label(ax, names, x, y)
+        _label(ax, names, x, _uncovered(x, y))
 
 
 def dose_curves(ax: Axes, doses: pd.DataFrame, score: str = "score") -> None:
@@ -121,6 +124,21 @@ def _apart(heights: np.ndarray, least: float = 0.045) -> np.ndarray:
     for below, above in zip(order, order[1:], strict=False):
         spread[above] = max(spread[above], spread[below] + least)
     return spread
+
+
+def _uncovered(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Heights at which the names of points do not cover each other, from the lowest point up."""
+    width = np.nanmax(x) - np.nanmin(x)
+    height = np.nanmax(y) - np.nanmin(y)
+    heights = y.copy()
+    order = np.argsort(y)
+    for place, i in enumerate(order):
+        for j in order[:place]:
+            near = abs(x[i] - x[j]) < width / 3
+            covered = abs(heights[i] - heights[j]) < height / 30
+            if near and covered:
+                heights[i] = heights[j] + height / 30
+    return heights
 
 
 def _label(ax: Axes, names: list[str], x: Sequence[float], y: Sequence[float]) -> None:

@@ -1,14 +1,14 @@
 """The README's numbers: each stands between marks that name it, and is written from a table.
 
-The sentences are a person's; `<!-- name -->12<!-- / -->` holds the value that
-data/results/findings.csv has for `name`, and `<!-- table: name -->` ... `<!-- / -->` a table.
+The sentences are a person's; `<!-- name -->12<!-- / -->` holds the value that findings.csv of the
+study that notebook 08 shows has for `name`, and `<!-- table: name -->` ... `<!-- / -->` a table.
 """
 
 import re
 
 import pandas as pd
 
-from helpers.run.profiles import costs, notebooks
+from helpers.run.profiles import costs, declared, notebooks
 from helpers.store import ROOT, atomic_write
 
 VALUE = re.compile(r"<!-- ([\w.]+) -->([^<]*)<!-- / -->")
@@ -34,18 +34,26 @@ def notebook_table() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["notebook", "question", "minutes", "GB"])
 
 
+def found(table: str) -> pd.DataFrame | None:
+    """A table of notebook 08, as text, of the study that its committed copy shows."""
+    pages = [notebook for notebook in notebooks() if f"{table}.csv" in notebook.produces]
+    for page in pages:
+        path = ROOT / "data" / "results" / declared(page.path)["PROFILE"] / f"{table}.csv"
+        if path.exists():
+            return pd.read_csv(path, dtype=str, keep_default_na=False)
+    return None
+
+
 def tables() -> dict[str, pd.DataFrame]:
-    """The tables that the README may name."""
-    return {"notebooks": notebook_table()}
+    """The tables that the README may name: notebooks, and the claims of notebook 08."""
+    claims = found("findings_table")
+    return {"notebooks": notebook_table()} | ({} if claims is None else {"findings": claims})
 
 
 def values() -> dict[str, str]:
-    """The numbers that the README may name, as text (data/results/findings.csv: name, text)."""
-    path = ROOT / "data" / "results" / "findings.csv"
-    if not path.exists():
-        return {}
-    frame = pd.read_csv(path, dtype=str)
-    return dict(zip(frame["name"], frame["text"], strict=True))
+    """The numbers that the README may name, as text."""
+    frame = found("findings")
+    return {} if frame is None else dict(zip(frame["name"], frame["text"], strict=True))
 
 
 def readme() -> str:
