@@ -9,8 +9,9 @@ from helpers.merge.blocks import Factors, Lazy, gram_matrix, row_blocks, zero
 from helpers.merge.command import main
 from helpers.merge.engine import MATCHES, dose, merge, merge_tensors, rounded
 from helpers.merge.folder import merge_to_folder
+from helpers.merge.mergekit import MERGEKIT, read_mergekit
 from helpers.merge.methods import METHODS, MergePlan, check_method, options_of, plan
-from helpers.merge.recipe import DTYPES, MERGEKIT, Recipe, read_mergekit
+from helpers.merge.recipe import DTYPES, Recipe
 from helpers.merge.report import Report, delta_digest, same, summary
 from helpers.merge.spectral import singular_triplets
 from helpers.merge.surroundings import objections

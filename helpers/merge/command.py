@@ -11,8 +11,9 @@ from helpers.merge.card import dose_text, name_of
 from helpers.merge.engine import MATCHES
 from helpers.merge.fit import HEADS
 from helpers.merge.folder import merge_to_folder
+from helpers.merge.mergekit import read_mergekit
 from helpers.merge.methods import METHODS, options_of
-from helpers.merge.recipe import DTYPES, Recipe, read_mergekit
+from helpers.merge.recipe import DTYPES, Recipe
 from helpers.merge.report import Report
 from helpers.merge.rounding import MODES
 
@@ -65,6 +66,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         match=arguments.match,
         seed=arguments.seed,
         dtype=arguments.dtype or recipe.dtype,
+        svc=arguments.svc,
+        lines=arguments.lines,
         round=arguments.round,
         heads=arguments.heads,
         tokenizer=_expanded(arguments.tokenizer),
@@ -88,6 +91,10 @@ def _print_report(recipe: Recipe, report: Report) -> None:
         f"the change is {report.effective_scale:.3f} times a task vector, cosine to their sum "
         f"{report.cos_sum:.3f}, {report.kept:.1%} of entries not zero"
     )
+    if report.plain:
+        print(f"note: {report.plain} tensors that are no matrices took the plain mean")
+    if METHODS[recipe.method].random:
+        print("note: the masks follow the order of the models: another order draws others")
     if report.is_rounded and report.left < KEPT:
         print(
             f"warning: rounding left {report.left:.1%} of the change in the file: --dtype float32 "
@@ -109,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", nargs="+", action="extend", type=float, help="one per model")
     add("--scale", type=float, help="factor on the merged change")
     add("--match", choices=MATCHES, help="find the scale that gives it")
+    add("--svc", type=float, nargs="?", const=1.0, metavar="ALPHA", help="calibrate the spectrum")
+    add("--lines", type=float, nargs=2, metavar=("ALPHA", "BETA"), help="scale by depth (LiNeS)")
     add("--seed", type=int, default=0, help="of DARE's masks")
     add("--dtype", choices=list(DTYPES), help="of the output; default: the base's")
     add("--round", choices=MODES, default="nearest", help="how, where the dtype is coarse")

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from helpers.merge import rules
-from helpers.merge.blocks import Block, Lazy, gram_matrix, with_products
-from helpers.merge.methods import METHODS, MergePlan, plan
+from helpers.merge.blocks import Block, Lazy, Taus, gram_matrix, with_products
+from helpers.merge.methods import METHODS, MergePlan, depths, layers_of, plan
 from helpers.merge.report import Report, own_doses, record, summary
 from helpers.merge.rounding import Grid
 from helpers.merge.selection import model_cuts
+from helpers.merge.spectral import svc as svc_of
 from helpers.merge.vectors import Row
 
 Rows = Sequence[Row] | Callable[[], Iterable[Row]]
 MATCHES = ("norm", "dose")
+CANCELLED = 1e-5  # of a task vector's length: a shorter merge is what rounding leaves of nothing
 
 
 def merge(
@@ -33,17 +35,23 @@ def merge(
     seed: int = 0,
     scale: float = 1.0,
     match: str | None = None,
+    svc: float | None = None,
+    lines: Sequence[float] | None = None,
+    entries: int | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], Report]:
     """The merged delta by tensor name (fp32; the merged model is base + delta) and the report.
 
     rows: a list of rows (`vectors.views`), or a function that gives them anew, as some rules need
     more than one pass. labels: one per model, in the rows' order. match: one factor for the whole
-    model that makes ||delta|| = scale * mean_i ||tau_i|| ("norm") or mean_i c_i = scale ("dose").
+    model that makes ||delta|| = |scale| * mean_i ||tau_i|| ("norm") or mean_i c_i = scale ("dose").
+    svc, lines: calibrations of the merge (`methods.plan`). entries: of the whole model, changed or
+    not, over which scope="model" trims; by default those of the rows.
     Raises ValueError for a choice that the method's contract does not allow and for NaN or infinite
     values.
     """
-    chosen = plan(method, labels, weights, seed, scale, **options)
+    chosen = plan(method, labels, weights, seed, scale, svc, lines, **options)
+    chosen = chosen._replace(entries=entries)
     check_match(match)
     delta = {}
     records = []
@@ -72,9 +80,13 @@ def merge_tensors(
     """
     passes = _passes(rows)
     if chosen.options.get("scope") == "model":
-        n, density = len(chosen.labels), chosen.options["density"]
-        cuts = model_cuts(lambda: (row.taus for row in passes()), n, density)
+        n = len(chosen.labels)
+        densities = rules.each(chosen.options["density"], n)
+        cuts = model_cuts(lambda: (row.taus for row in passes()), densities, chosen.entries)
         chosen = chosen._replace(cuts=cuts)
+    if chosen.lines is not None and chosen.depths is None:
+        names = [row.name for row in passes()]
+        chosen = chosen._replace(depths=depths(names, layers_of(names)))
     for position, row in enumerate(passes()):
         grid = grid_of(row.name)
         yield _merge_tensor(row, chosen, position, grid)  # no name here holds on to what is given
@@ -91,13 +103,17 @@ def _merge_tensor(
 ) -> tuple[Row, Tensor, dict[str, Any]]:
     if len(row.taus) != len(chosen.labels):
         raise ValueError(f"{row.name}: {len(row.taus)} models for {len(chosen.labels)} labels")
+    chosen = chosen.at(row.name)
     contract = METHODS[chosen.method]
     if not hasattr(contract.rule, "kernel"):  # linear algebra stops at NaN without naming it
         _check_finite(row, chosen.labels, gram_matrix(row.taus))
     arguments, notes = contract.state(row, chosen)
     written = partial(_written, row.base, grid, chosen.scale) if grid else None
+    rule = contract.rule
+    if chosen.svc is not None and len(row.taus[0].shape) == 2:
+        rule = partial(_calibrated, rule, chosen.svc)
     delta, products = with_products(
-        contract.rule,
+        rule,
         row.taus,
         chosen.weights,
         written,
@@ -120,6 +136,10 @@ def _written(base: Tensor | Lazy, grid: Grid, scale: float, delta: Tensor, at: B
     if scale != 1:
         delta = delta * scale
     return grid(block + delta).float() - block
+
+
+def _calibrated(rule: Callable, alpha: float, taus: Taus, weights: Sequence[float], **options):
+    return svc_of(rule(taus, weights, **options), taus, alpha)
 
 
 def _check_finite(row: Row, labels: Sequence[str], products: np.ndarray) -> None:
@@ -147,11 +167,15 @@ def check_match(match: str | None) -> None:
 
 
 def match_factor(report: Report, match: str) -> float:
-    """The factor that brings a merge to `match` (`merge`); ValueError if there is none."""
+    """The factor, above zero, that brings a merge to `match` (`merge`); ValueError if there is
+    none, as where the models cancel.
+    """
+    scale = report.plan.scale
     now = report.effective_scale if match == "norm" else report.as_row()["own_mean"]
-    if not now or now < 0:
+    asked = abs(scale) if match == "norm" else scale
+    if report.effective_scale <= CANCELLED * abs(scale) or not now or asked / now <= 0:
         raise ValueError(f"{report.plan.method} cannot be matched by {match}: its {match} is {now}")
-    return report.plan.scale / now
+    return asked / now
 
 
 def dose(rows: Rows, i: int, a: float) -> dict[str, Tensor]:

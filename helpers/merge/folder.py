@@ -12,10 +12,10 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import torch
@@ -23,13 +23,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers.merge import engine
-from helpers.merge.blocks import BLOCK, row_blocks
+from helpers.merge.anatomy import config_of
+from helpers.merge.blocks import BLOCK
 from helpers.merge.card import model_card, name_of
 from helpers.merge.fit import check
-from helpers.merge.methods import METHODS, MergePlan, plan
-from helpers.merge.recipe import DTYPES, Recipe
+from helpers.merge.methods import METHODS, MergePlan, depths, layers_of, plan
+from helpers.merge.recipe import DTYPES, Recipe, flat, is_layered, numbers
 from helpers.merge.report import Report, summary
 from helpers.merge.rounding import Grid, grid
+from helpers.merge.shards import Layout, bytes_of, layout, write_tensors
 from helpers.merge.surroundings import (
     TOKENIZER,
     belonging,
@@ -40,24 +42,7 @@ from helpers.merge.surroundings import (
 from helpers.merge.vectors import Row, Source, open_base, open_specialist, views
 
 OWNER = ".owner.json"  # in a folder that is being written
-CODES = {  # safetensors' names
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.complex64: "C64",
-    torch.bool: "BOOL",
-}
 GB = 10**9
-Layout = dict[str, tuple[torch.dtype, torch.Size]]
 
 
 def merge_to_folder(
@@ -76,26 +61,19 @@ def merge_to_folder(
     """
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists: name another folder, or remove it")
-    labels = [str(i) for i in range(1, len(recipe.models) + 1)]
-    chosen = plan(
-        recipe.method,
-        labels,
-        recipe.weights,
-        recipe.seed,
-        recipe.scale,
-        **recipe.options,
-    )
+    chosen = _plan(recipe)
     engine.check_match(recipe.match)
     _check_device(device)
     base_folder = folder_of(recipe.base)
     folders = [folder_of(model) for model in recipe.models]
     tokenizer = _tokenizer_folder(recipe, base_folder, folders)
     base = open_base(base_folder)
-    specialists = [open_specialist(*pair) for pair in zip(folders, labels, strict=True)]
+    specialists = [open_specialist(*pair) for pair in zip(folders, chosen.labels, strict=True)]
     check(base, specialists, recipe.heads)
     models = list(zip(map(name_of, recipe.models), folders, specialists, strict=True))
     _check_meaning(objections(base, base_folder, models, recipe.heads), force)
     like = layout(base, DTYPES.get(recipe.dtype))
+    chosen = _by_tensor(recipe, chosen, base, base_folder)
     _print_cost(recipe, like, out)
     _print_notes(base, losses(base_folder, tokenizer, models))
     rows = views(base, specialists, device, recipe.heads)
@@ -106,11 +84,47 @@ def merge_to_folder(
             chosen = engine.matched(rows, chosen, recipe.match)
         copy_surroundings(base_folder, tokenizer, part, recipe.dtype)
         report = _write_merge(part, base, rows, chosen, like, shard_size, recipe.round)
-        text = json.dumps(report.as_dict())
-        (part / "merge_report.json").write_text(text + "\n", encoding="utf-8")
-        card = model_card(recipe, report, out.name)
-        (part / "README.md").write_text(card, encoding="utf-8")
+        _write_report(part, recipe, report, out.name)
     return report
+
+
+def _plan(recipe: Recipe) -> MergePlan:
+    """The checked plan, with the first number of what differs by tensor."""
+    first = flat(recipe)
+    labels = [str(i) for i in range(1, len(recipe.models) + 1)]
+    return plan(
+        first.method,
+        labels,
+        first.weights,
+        first.seed,
+        first.scale,
+        first.svc,
+        first.lines,
+        **first.options,
+    )
+
+
+def _write_report(part: Path, recipe: Recipe, report: Report, name: str) -> None:
+    stated = {"weights": recipe.weights} if is_layered(recipe) else {}
+    text = json.dumps(report.as_dict() | stated)
+    (part / "merge_report.json").write_text(text + "\n", encoding="utf-8")
+    card = model_card(recipe, report, name)
+    (part / "README.md").write_text(card, encoding="utf-8")
+
+
+def _by_tensor(recipe: Recipe, chosen: MergePlan, base: Source, folder: Path) -> MergePlan:
+    """The plan with its numbers by tensor, where the recipe has them."""
+    layers = config_of(folder).get("num_hidden_layers")
+    if recipe.layers is not None and recipe.layers != layers:
+        raise ValueError(f"a slice has {recipe.layers} layers, the base {layers}: only all of them")
+    names = list(base.tensors)
+    deep = depths(names, layers if isinstance(layers, int) else layers_of(names))
+    floats = [tensor for tensor in base.tensors.values() if tensor.is_floating_point()]
+    entries = sum(tensor.numel() for tensor in floats)
+    chosen = chosen._replace(entries=entries, depths=deep)
+    if not is_layered(recipe):
+        return chosen
+    return chosen._replace(at_tensor=numbers(recipe, deep))
 
 
 def _check_device(device: str) -> None:
@@ -198,18 +212,26 @@ def _is_dead(part: Path) -> bool:
 # What it will take -------------------------------------------------------------------------------
 
 
-def working_memory(method: str, shapes: Collection[torch.Size]) -> int:
+def working_memory(
+    method: str, shapes: Collection[torch.Size], models: int = 8, svc: bool = False
+) -> int:
     """Bytes that a merge holds at its peak beside Python, torch and memory-mapped files."""
     blocks = 24 * 4 * BLOCK["cpu"]
-    largest = max(shape.numel() for shape in shapes)
-    return blocks + METHODS[method].memory * largest
+    for shape in shapes:
+        if len(shape) > 1 and 2 * shape[1:].numel() > BLOCK["cpu"]:  # a block is two whole rows
+            rows = min(shape[0], 2) * shape[1:].numel()
+            blocks = max(blocks, 4 * (8 + models) * rows)
+    entry = max(METHODS[method].memory, 28 if svc else 0)
+    return blocks + entry * max(shape.numel() for shape in shapes)
 
 
 def _print_cost(recipe: Recipe, like: Layout, out: Path) -> None:
     process = psutil.Process().memory_info()
     held = process.rss - getattr(process, "shared", 0)  # by Python and torch; not mapped files
-    memory = held + working_memory(recipe.method, [shape for _, shape in like.values()])
-    disk = sum(map(_bytes_of, like.values()))
+    shapes = [shape for _, shape in like.values()]
+    svc = recipe.svc is not None
+    memory = held + working_memory(recipe.method, shapes, len(recipe.models), svc)
+    disk = sum(map(bytes_of, like.values()))
     place = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(place).free
     print(
@@ -218,23 +240,6 @@ def _print_cost(recipe: Recipe, like: Layout, out: Path) -> None:
     )
     if disk > free:
         raise ValueError(f"{place} has {free / GB:.1f} GB free, the merge needs {disk / GB:.1f} GB")
-
-
-# The file ----------------------------------------------------------------------------------------
-
-
-def layout(base: Source, dtype: torch.dtype | None) -> Layout:
-    """Dtype and shape by name, sorted, of a merged model: floats as `dtype`, or as the base's."""
-    entries = {}
-    for name, stored in sorted(base.tensors.items()):
-        cast = dtype and stored.is_floating_point()
-        entries[name] = (dtype if cast else stored.dtype, stored.shape)
-    return entries
-
-
-def _bytes_of(entry: tuple[torch.dtype, torch.Size]) -> int:
-    dtype, shape = entry
-    return shape.numel() * dtype.itemsize
 
 
 def _write_merge(
@@ -268,84 +273,3 @@ def _write_merge(
 
         write_tensors(out, base, delta_of, like, shard_size, grid_of)
     return summary(chosen, records)
-
-
-def write_tensors(
-    out: Path,
-    base: Source,
-    delta_of: Callable[[str], Tensor | None],
-    like: Layout,
-    limit: int,
-    grid_of: Callable[[str], Grid],
-) -> None:
-    """base + delta as safetensors in `out`, in shards of `limit` bytes.
-
-    `delta_of(name)` is asked once for every tensor, in order; None leaves the tensor as it is.
-    """
-    sizes = {name: _bytes_of(entry) for name, entry in like.items()}
-    parts = shards(sizes, limit)
-    places = {}
-    for number, names in enumerate(parts, 1):
-        suffix = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
-        place = f"model{suffix}.safetensors"
-        places |= dict.fromkeys(names, place)
-        with (out / place).open("wb") as file:
-            file.write(_header({name: like[name] for name in names}))
-            for name in names:
-                _write_tensor(file, name, base.tensors[name], delta_of(name), grid_of(name))
-    if len(parts) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        text = json.dumps(index, indent=2)
-        (out / "model.safetensors.index.json").write_text(text + "\n")
-
-
-def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, split so that no shard exceeds `limit` bytes unless one tensor does."""
-    parts: list[list[str]] = []
-    room = 0
-    for name, size in sizes.items():
-        if not parts or size > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(name)
-        room -= size
-    return parts
-
-
-def _header(like: Layout) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in like.items():
-        start = end
-        end = start + _bytes_of((dtype, shape))
-        entries[name] = {
-            "dtype": CODES[dtype],
-            "shape": list(shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write_tensor(
-    file: IO[bytes], name: str, stored: Tensor, delta: Tensor | None, grid: Grid
-) -> None:
-    """stored + delta, added in fp32 and rounded once, a block of rows at a time."""
-    for rows, _ in row_blocks(stored.shape):
-        block = stored[rows]
-        if delta is not None:
-            block = grid(block.float() + delta[rows].cpu())
-        elif block.is_floating_point():
-            cast = block.to(grid.dtype)
-            if not cast.isfinite().all():
-                raise ValueError(_not_finite(name, block, grid.dtype))
-            block = cast
-        entries = block.contiguous().reshape(-1)
-        file.write(entries.view(torch.uint8).numpy())
-
-
-def _not_finite(name: str, block: Tensor, dtype: torch.dtype) -> str:
-    if block.isfinite().all():
-        return f"{name}: the base overflows {dtype}: write it in bfloat16 or float32"
-    return f"{name}: the base holds NaN or infinite values"

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -22,13 +23,37 @@ class MergePlan(NamedTuple):
     seed: int
     scale: float
     options: dict[str, Any]
+    svc: float | None = None  # calibrate the singular values of the merge: alpha (`spectral.svc`)
+    lines: tuple[float, float] | None = None  # scale by depth: alpha + beta * depth (LiNeS)
     cuts: list[Cut] | None = None  # of the whole model, for ties with scope="model"
+    entries: int | None = None  # of the whole model, changed or not, for these cuts
+    at_tensor: Callable[[str], tuple[list[float], dict[str, Any]]] | None = None
+    # weights and options by tensor name, where they differ
+    depths: dict[str, float] | None = None  # of each tensor, for lines
 
     def choices(self) -> dict[str, Any]:
         """The plan without what is computed from the models' data."""
-        choices = self._asdict()
-        del choices["cuts"]
-        return choices
+        names = ["method", "labels", "weights", "seed", "scale", "options"]
+        names += [name for name in ("svc", "lines") if getattr(self, name) is not None]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every tensor is merged with the same numbers."""
+        return self.at_tensor is None and self.lines is None and self.svc is None
+
+    def at(self, name: str) -> "MergePlan":
+        """The plan of one tensor."""
+        local = self
+        if self.at_tensor is not None:
+            weights, options = self.at_tensor(name)
+            weights, options = check_method(self.method, len(self.labels), weights, options)
+            local = local._replace(weights=weights, options=options)
+        if self.lines is not None:
+            alpha, beta = self.lines
+            factor = alpha + beta * self.depths[name]
+            local = local._replace(scale=self.scale * factor)
+        return local
 
 
 State = Callable[[Row, MergePlan], tuple[dict[str, Any], dict[str, Any]]]
@@ -48,12 +73,35 @@ class Method(NamedTuple):
     memory: int = 4  # bytes held at the peak per entry of a tensor: the fp32 delta and scratch
 
 
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def layers_of(names: Sequence[str]) -> int:
+    """How many layers a model with tensors of these names has."""
+    found = [LAYER.search(name) for name in names]
+    return 1 + max((int(match[1]) for match in found if match), default=0)
+
+
+def depths(names: Sequence[str], layers: int) -> dict[str, float]:
+    """How deep each tensor lies: its layer's number / (layers - 1); embeddings 0, the rest 1."""
+    deep = {}
+    for name in names:
+        match = LAYER.search(name)
+        if match:
+            deep[name] = min(int(match[1]) / max(layers - 1, 1), 1.0)
+        else:
+            deep[name] = 0.0 if re.search(r"embed|(^|\.)wte\.|(^|\.)shared\.", name) else 1.0
+    return deep
+
+
 # What a rule is given for one tensor, and what the report notes of it ----------------------------
 
 
 def _ties_state(row: Row, plan: MergePlan):
     if plan.cuts is None:
-        cuts = [magnitude_cut(tau, plan.options["density"]) for tau in row.taus]
+        densities = rules.each(plan.options["density"], len(row.taus))
+        pairs = zip(row.taus, densities, strict=True)
+        cuts = [magnitude_cut(tau, density) for tau, density in pairs]
         return {"cuts": cuts}, {"tied": sum(cut.tied for cut in cuts)}
     tied = 0
     for tau, cut in zip(row.taus, plan.cuts, strict=True):
@@ -77,21 +125,21 @@ def _task_slerp_state(row: Row, plan: MergePlan):
     return {"arc": arc}, {"lerp": arc.lerp, "slerp": arc.slerp}
 
 
+def _spectral_state(row: Row, plan: MergePlan):
+    shape = row.base.shape if row.base is not None else row.taus[0].shape
+    stacked = len(shape) == 3 and "experts" in row.name
+    plain = len(shape) != 2 and not stacked
+    return {"stacked": stacked}, {"plain": True} if plain else {}
+
+
 def _shares(weights: Sequence[float]) -> list[float]:
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 
 
 METHODS = {
-    "linear": Method(
-        rules.linear,
-        divides=True,
-        coefficients=_shares,
-    ),
-    "task_arithmetic": Method(
-        rules.task_arithmetic,
-        coefficients=list,
-    ),
+    "linear": Method(rules.linear, divides=True, coefficients=_shares),
+    "task_arithmetic": Method(rules.task_arithmetic, coefficients=list),
     "slerp": Method(
         rules.slerp,
         fewest=2,
@@ -106,24 +154,25 @@ METHODS = {
         divides=True,
         state=_task_slerp_state,
     ),
-    "ties": Method(
-        rules.ties,
-        state=_ties_state,
-    ),
+    "ties": Method(rules.ties, state=_ties_state),
     "dare": Method(
         rules.dare,
         weight=lambda n: 1 / n,
         random=True,
         state=_dare_state,
     ),
-    "dare_ties": Method(
-        rules.dare_ties,
-        random=True,
-        state=_dare_state,
-    ),
+    "dare_ties": Method(rules.dare_ties, random=True, state=_dare_state),
     "breadcrumbs": Method(rules.breadcrumbs),
-    "iso_c": Method(spectral.iso_c, memory=20),
-    "tsv": Method(spectral.tsv, memory=28),
+    "iso_c": Method(spectral.iso_c, state=_spectral_state, memory=20),
+    "iso_cts": Method(spectral.iso_cts, state=_spectral_state, memory=28),
+    "tsv": Method(spectral.tsv, state=_spectral_state, memory=28),
+    "actmerge": Method(
+        spectral.actmerge,
+        signed=False,
+        divides=True,
+        state=_spectral_state,
+        memory=28,
+    ),
 }
 
 
@@ -136,15 +185,29 @@ def plan(
     weights: Sequence[float] | None = None,
     seed: int = 0,
     scale: float = 1.0,
+    svc: float | None = None,
+    lines: Sequence[float] | None = None,
     **options: Any,
 ) -> MergePlan:
-    """A merge with every choice resolved and checked (`check_method`), before anything is read."""
+    """A merge with every choice resolved and checked (`check_method`), before anything is read.
+
+    svc: alpha of singular value calibration after the rule (2602.05536). lines: alpha and beta of
+    layer scaling, alpha + beta * depth, the depth from 0 to 1 (LiNeS, Wang et al. 2024, eq. 3).
+    """
     if len(set(labels)) != len(labels):
         raise ValueError(f"models must have different labels, not {list(labels)}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale}")
+    for number in [*([] if svc is None else [svc]), *(lines or [])]:
+        if not math.isfinite(number):
+            raise ValueError(f"svc and lines take finite numbers, not {number}")
+    if svc is not None and svc <= 0:
+        raise ValueError(f"svc must be above zero, not {svc}")
+    if lines is not None and len(lines) != 2:
+        raise ValueError(f"lines takes two numbers, alpha and beta, not {len(lines)}")
     weights, options = check_method(method, len(labels), weights, options)
-    return MergePlan(method, list(labels), weights, seed, float(scale), options)
+    by_depth = None if lines is None else (float(lines[0]), float(lines[1]))
+    return MergePlan(method, list(labels), weights, seed, float(scale), options, svc, by_depth)
 
 
 def check_method(
@@ -164,13 +227,23 @@ def check_method(
         if name not in available:
             names = ", ".join(available) or "none"
             raise ValueError(f"{method} has no option {name!r}: it has {names}")
-        _check_option(method, name, value, available[name].annotation)
+        for single in _singles(method, name, value, n_models):
+            _check_option(method, name, single, available[name].annotation)
     if weights is None:
         weights = [contract.weight(n_models)] * n_models
     weights = list(map(float, weights))
     _check_weights(method, n_models, weights)
     defaults = {name: option.default for name, option in available.items()}
     return weights, defaults | dict(options)
+
+
+def _singles(method: str, name: str, value: Any, n_models: int) -> list[Any]:
+    """An option's values: of a density there may be one for each model."""
+    if name != "density" or not isinstance(value, list):
+        return [value]
+    if len(value) != n_models:
+        raise ValueError(f"{method} got {len(value)} densities for {n_models} models")
+    return value
 
 
 def options_of(method: str) -> dict[str, inspect.Parameter]:

@@ -80,13 +80,18 @@ class Report:
         return _ratio(float(self._sum("tied")), entries)
 
     @property
+    def plain(self) -> int:
+        """How many tensors a rule on matrices gave the plain mean."""
+        return sum("plain" in record for record in self.per_tensor)
+
+    @property
     def slerp(self) -> dict[str, int]:
         return {key: int(self._sum(key)) for key in ("lerp", "slerp")}
 
     @property
     def ingredient(self) -> list[float]:
         coefficients = METHODS[self.plan.method].coefficients
-        if coefficients:
+        if coefficients and self.plan.is_uniform:
             return [self.plan.scale * c for c in coefficients(self.plan.weights)]
         inverse = np.linalg.pinv(self.gram, rcond=1e-10, hermitian=True)
         return (inverse @ self.dots).tolist()
@@ -181,7 +186,7 @@ def summary(plan: MergePlan, records: Iterable[dict[str, Any]]) -> Report:
     records = list(records)
     sketches = [record.pop("sketch") for record in records] or [np.zeros(SKETCH)]
     sketch = np.sum(sketches, axis=0)
-    return Report(MergePlan(**plan.choices()), records, sketch.tolist())
+    return Report(plan._replace(cuts=None), records, sketch.tolist())
 
 
 def record(name: str, delta: Tensor, products: np.ndarray, n: int, position: int) -> dict[str, Any]:

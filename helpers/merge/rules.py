@@ -26,6 +26,11 @@ Fraction = Annotated[float, (0.0, 1.0)]  # an option's range: part of a rule's c
 Weights = Sequence[float]
 
 
+def each(value: float | Sequence[float], n: int) -> list[float]:
+    """One value for each of n models."""
+    return list(value) if isinstance(value, list | tuple) else [value] * n
+
+
 # Weighted sums -----------------------------------------------------------------------------------
 
 
@@ -185,7 +190,9 @@ def ties(
     mergekit and PEFT do; with `scope="model"` the authors' one threshold over the whole model
     (`model_cuts`), given as `cuts`.
     """
-    cuts = cuts or [magnitude_cut(tau, density) for tau in taus]
+    if cuts is None:
+        pairs = zip(taus, each(density, len(taus)), strict=True)
+        cuts = [magnitude_cut(tau, share_kept) for tau, share_kept in pairs]
 
     def kernel(blocks: list[Tensor], at: Block) -> Tensor:
         pairs = zip(blocks, cuts, strict=True)
@@ -205,10 +212,12 @@ def breadcrumbs(
     would not be reached), the next `density` kept, the rest dropped.
     """
     numel = taus[0].shape.numel()
-    kept = share(density, numel)
-    top = min(int(outliers * numel), numel - kept)
-    wide = [cut_at(tau, top + kept) for tau in taus]
-    narrow = [cut_at(tau, top) for tau in taus]
+    wide, narrow = [], []
+    for tau, share_kept in zip(taus, each(density, len(taus)), strict=True):
+        kept = share(share_kept, numel)
+        top = min(int(outliers * numel), numel - kept)
+        wide.append(cut_at(tau, top + kept))
+        narrow.append(cut_at(tau, top))
 
     def kernel(blocks: list[Tensor], at: Block) -> Tensor:
         middles = []
@@ -227,13 +236,14 @@ def _dropping(
     taus: Taus, seeds: Sequence[int], density: float, rescale: str
 ) -> Callable[[list[Tensor]], list[Tensor]]:
     """A function of blocks, taken in order, that drops entries and rescales the rest."""
-    streams = [np.random.PCG64(seed) for seed in seeds]
-    pairs = zip(taus, seeds, strict=True)
-    factors = [drop_factor(tau, seed, density, rescale) for tau, seed in pairs]
+    streams = []
+    for tau, seed, kept in zip(taus, seeds, each(density, len(taus)), strict=True):
+        factor = drop_factor(tau, seed, kept, rescale)
+        streams.append((np.random.PCG64(seed), kept, factor))
 
     def dropped(blocks: list[Tensor]) -> list[Tensor]:
-        triples = zip(blocks, streams, factors, strict=True)
-        return [drop(block, bits, density).mul_(factor) for block, bits, factor in triples]
+        pairs = zip(blocks, streams, strict=True)
+        return [drop(block, bits, kept).mul_(factor) for block, (bits, kept, factor) in pairs]
 
     return dropped
 

@@ -6,7 +6,7 @@ A full sort takes 67-92 ns an entry, introselect on what a sample brackets 1-2: 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -166,35 +166,49 @@ def _between(tau: Tensor | Lazy, low: np.float32, high: np.float32) -> tuple[int
 # The whole model ---------------------------------------------------------------------------------
 
 
-def model_cuts(rows: Callable[[], Iterable[Taus]], n: int, density: float) -> list[Cut]:
+def model_cuts(
+    rows: Callable[[], Iterable[Taus]], densities: Sequence[float], entries: int | None = None
+) -> list[Cut]:
     """One cut for each of n models over all its tensors together, by the rule of the TIES authors:
     everything from the (d - int(density * d))-th smallest of the d magnitudes upwards, ties
     included.
 
-    rows: gives the n task vectors of one tensor after the other, anew each time. Exact in two
-    passes that hold no more than one block: the magnitudes are counted by their upper 16 bits, then
-    those in the bin of the threshold are collected.
+    rows: gives the n task vectors of one tensor after the other, anew each time. entries: d, where
+    the rows leave out tensors that no model changed. Exact in two passes that hold no more than one
+    block: the magnitudes are counted by their upper 16 bits, then those in the bin of the threshold
+    are collected.
     """
+    n = len(densities)
     counts = np.zeros((n, 1 << 15), dtype=np.int64)
     for i, bits in _magnitude_bits(rows()):
         counts[i] += np.bincount(bits >> 16, minlength=1 << 15)
-    d = int(counts[0].sum())
-    kth = d - int(density * d)
-    if density == 0:
-        return [Cut(math.inf, -1, 0)] * n
-    if kth == 0:
-        return [Cut(0.0, -1, 0)] * n
-    bins = [int(np.searchsorted(count.cumsum(), kth)) for count in counts]
+    d = max(int(counts[0].sum()), entries or 0)
+    left_out = d - counts.sum(axis=1)
+    ranks = [d - int(density * d) for density in densities] - left_out  # among those in the rows
+    bins = [-1] * n
+    for i, rank in enumerate(ranks):
+        if rank > 0:
+            bins[i] = int(np.searchsorted(counts[i].cumsum(), rank))
     collected: list[list[np.ndarray]] = [[] for _ in range(n)]
     for i, bits in _magnitude_bits(rows()):
         collected[i].append(bits[bits >> 16 == bins[i]])
     cuts = []
     for i, parts in enumerate(collected):
-        values = np.sort(np.concatenate(parts)).view(np.float32)  # fp32 sort as their bits do
-        below = counts[i, : bins[i]].sum()
-        threshold = values[kth - below - 1]
-        cuts.append(Cut(float(threshold), d, int(np.count_nonzero(values == threshold))))
+        if densities[i] == 0:
+            cuts.append(Cut(math.inf, -1, 0))
+        elif ranks[i] <= 0:  # what is not above zero is zero
+            cuts.append(Cut(0.0, -1, 0))
+        else:
+            below = counts[i, : bins[i]].sum()
+            cut = _whole_cut(np.concatenate(parts), ranks[i] - below, d)
+            cuts.append(cut)
     return cuts
+
+
+def _whole_cut(bits: np.ndarray, rank: int, d: int) -> Cut:
+    values = np.sort(bits).view(np.float32)  # fp32 sort as their bits do
+    threshold = values[rank - 1]
+    return Cut(float(threshold), d, int(np.count_nonzero(values == threshold)))
 
 
 def _magnitude_bits(rows: Iterable[Taus]) -> Iterator[tuple[int, np.ndarray]]:

@@ -74,7 +74,8 @@ def test_transformers_loads_the_merge_and_gives_its_logits(
     specialists = [merging.open_specialist(m, str(i)) for i, m in enumerate(models, 1)]
     rows = merging.views(base, specialists)
     same = {name: value for name, value in options.items() if name != "shard_size"}
-    delta, report = merging.merge(rows, method, ["1", "2"], **same)
+    entries = sum(tensor.numel() for tensor in base.tensors.values())  # the paper's flat vector
+    delta, report = merging.merge(rows, method, ["1", "2"], entries=entries, **same)
     model = llama(tiny_base)
     with merging.applied(model, delta):
         torch.testing.assert_close(logits(llama(out)), logits(model), rtol=1e-5, atol=1e-5)
@@ -191,8 +192,8 @@ def test_a_failed_merge_leaves_nothing(tiny_base, tmp_path):
 
 def test_a_killed_merge_leaves_no_folder_that_looks_finished(tiny_base, tiny_adapters, tmp_path):
     code = (
-        "import os, signal, sys; from helpers import merge; from helpers.merge import folder\n"
-        "folder._write_tensor = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys; from helpers import merge; from helpers.merge import shards\n"
+        "shards._write_tensor = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "merge.main(sys.argv[1:])"
     )
     arguments = ["--method", "linear", "--base", tiny_base, "--models", tiny_adapters[0]]

@@ -282,7 +282,7 @@ def test_the_cut_of_a_whole_model_is_exact(density):
         merging.Row(str(i), torch.zeros(t[0].shape), [t[0], 1e-3 * t[1]])
         for i, t in enumerate(taus)
     ]
-    cuts = selection.model_cuts(lambda: (row.taus for row in model), 2, density)
+    cuts = selection.model_cuts(lambda: (row.taus for row in model), [density] * 2)
     for i, cut in enumerate(cuts):
         flat = torch.cat([row.taus[i].flatten() for row in model])
         kept = selection.trim(flat, cut)
@@ -290,6 +290,17 @@ def test_the_cut_of_a_whole_model_is_exact(density):
         assert kept.count_nonzero() == expected
         largest = flat.abs().topk(expected).values
         assert torch.equal(kept[kept != 0].abs().sort(descending=True).values, largest)
+
+
+def test_the_flat_vector_of_a_model_counts_what_no_model_changed():
+    """The authors' rule on the whole vector, of which most is zero."""
+    taus = random_taus(2, (30, 20))
+    flat = [torch.cat([tau.flatten(), torch.zeros(1500)]) for tau in taus]
+    cuts = selection.model_cuts(lambda: [taus], [0.2, 0.9], 2100)
+    for tau, density, cut in zip(flat, (0.2, 0.9), cuts, strict=True):
+        kth = len(tau) - int(len(tau) * density)
+        threshold = tau.abs().kthvalue(kth).values
+        assert torch.equal(selection.trim(tau, cut), tau * (tau.abs() >= threshold))
 
 
 def test_breadcrumbs_masks_both_tails():
@@ -349,6 +360,26 @@ def test_matched_merges_have_the_norm_or_the_dose_asked_for(method):
         _, again = merging.merge(rows(a, b), method, BOTH, scale=report.plan.scale)
         assert again.own == pytest.approx(report.own)
         assert again.norm == pytest.approx(report.norm)
+
+
+@pytest.mark.parametrize("match", ["norm", "dose"])
+def test_matching_keeps_the_sign_of_the_scale(match):
+    a, b = random_taus(2)
+    plain, _ = merging.merge(rows(a, b), "task_arithmetic", BOTH, match=match, scale=0.5)
+    turned, report = merging.merge(rows(a, b), "task_arithmetic", BOTH, match=match, scale=-0.5)
+    torch.testing.assert_close(turned["w"], -plain["w"])
+    assert report.plan.scale < 0
+    with pytest.raises(ValueError, match="cannot be matched"):
+        merging.merge(rows(a, -a + 1e-7 * b), "linear", BOTH, match=match)
+
+
+def test_densities_may_differ_by_model():
+    a, b = random_taus(2)
+    one = merged("ties", a, torch.zeros_like(b), density=0.1)
+    assert torch.equal(merged("ties", a, b, density=[0.1, 0]), one)
+    assert torch.equal(merged("dare", a, b, density=[1.0, 0.0]), a / 2)
+    with pytest.raises(ValueError, match="3 densities for 2 models"):
+        merged("ties", a, b, density=[0.1, 0.2, 0.3])
 
 
 def test_matching_is_refused_where_nothing_can_be_matched():

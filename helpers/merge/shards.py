@@ -1,0 +1,126 @@
+"""How are tensors written that are made one at a time? Safetensors in shards, headers first."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from helpers.merge.blocks import row_blocks
+from helpers.merge.rounding import Grid
+from helpers.merge.vectors import Source
+
+CODES = {  # safetensors' names
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.complex64: "C64",
+    torch.bool: "BOOL",
+}
+Layout = dict[str, tuple[torch.dtype, torch.Size]]  # of each tensor, by name, sorted
+
+
+def layout(base: Source, dtype: torch.dtype | None) -> Layout:
+    """Dtype and shape by name, sorted, of a merged model: floats as `dtype`, or as the base's."""
+    entries = {}
+    for name, stored in sorted(base.tensors.items()):
+        cast = dtype and stored.is_floating_point()
+        entries[name] = (dtype if cast else stored.dtype, stored.shape)
+    return entries
+
+
+def bytes_of(entry: tuple[torch.dtype, torch.Size]) -> int:
+    dtype, shape = entry
+    return shape.numel() * dtype.itemsize
+
+
+def write_tensors(
+    out: Path,
+    base: Source,
+    delta_of: Callable[[str], Tensor | None],
+    like: Layout,
+    limit: int,
+    grid_of: Callable[[str], Grid],
+) -> None:
+    """base + delta as safetensors in `out`, in shards of `limit` bytes.
+
+    `delta_of(name)` is asked once for every tensor, in order; None leaves the tensor as it is.
+    """
+    sizes = {name: bytes_of(entry) for name, entry in like.items()}
+    parts = shards(sizes, limit)
+    places = {}
+    for number, names in enumerate(parts, 1):
+        suffix = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+        place = f"model{suffix}.safetensors"
+        places |= dict.fromkeys(names, place)
+        with (out / place).open("wb") as file:
+            file.write(_header({name: like[name] for name in names}))
+            for name in names:
+                _write_tensor(file, name, base.tensors[name], delta_of(name), grid_of(name))
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        text = json.dumps(index, indent=2)
+        (out / "model.safetensors.index.json").write_text(text + "\n")
+
+
+def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, split so that no shard exceeds `limit` bytes unless one tensor does."""
+    parts: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not parts or size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(name)
+        room -= size
+    return parts
+
+
+def _header(like: Layout) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in like.items():
+        start = end
+        end = start + bytes_of((dtype, shape))
+        entries[name] = {
+            "dtype": CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(
+    file: IO[bytes], name: str, stored: Tensor, delta: Tensor | None, grid: Grid
+) -> None:
+    """stored + delta, added in fp32 and rounded once, a block of rows at a time."""
+    for rows, _ in row_blocks(stored.shape):
+        block = stored[rows]
+        if delta is not None:
+            block = grid(block.float() + delta[rows].cpu())
+        elif block.is_floating_point():
+            cast = block.to(grid.dtype)
+            if not cast.isfinite().all():
+                raise ValueError(_not_finite(name, block, grid.dtype))
+            block = cast
+        entries = block.contiguous().reshape(-1)
+        file.write(entries.view(torch.uint8).numpy())
+
+
+def _not_finite(name: str, block: Tensor, dtype: torch.dtype) -> str:
+    if block.isfinite().all():
+        return f"{name}: the base overflows {dtype}: write it in bfloat16 or float32"
+    return f"{name}: the base holds NaN or infinite values"
