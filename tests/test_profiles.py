@@ -169,3 +169,17 @@ def test_the_list_shows_profiles_notebooks_and_parameters(project, capsys):
     printed = capsys.readouterr().out
     assert "tiny" in printed and "What do they add up to?" in printed
     assert "how many numbers  [01]" in printed
+
+
+def test_who_brings_models_needs_no_earlier_notebook(project):
+    path = project / "data" / "notebooks.toml"
+    path.write_text(path.read_text() + 'unless = "WORDS"\n')
+    write(project / "notebooks" / "02_read.ipynb", ["WORDS = []\nRESULTS = 'data/runs/demo'"])
+    (project / "data" / "profiles.toml").write_text("[demo]\nN = 3\n")
+    (step,) = run.steps("demo", ["02"], {})
+    assert step.needs == ["01_make"]
+    with pytest.raises(ValueError, match="01_make is not finished"):
+        run.chain._check_needs([step], project)
+    (own,) = run.steps("demo", ["02"], {"WORDS": ["model"]})
+    assert own.needs == []
+    run.chain._check_needs([own], project)

@@ -95,7 +95,7 @@ def _key(step: Step, results: Path) -> str:
         tables = ROOT / step.parameters["RESULTS"]
         return key(step, {"committed": tables_digest(tables)})
     done = finished(results)
-    return key(step, {need: done[need]["outputs"] for need in step.notebook.needs})
+    return key(step, {need: done[need]["outputs"] for need in step.needs})
 
 
 def _is_finished(step: Step, results: Path) -> bool:
@@ -115,7 +115,7 @@ def _from_committed(step: Step, profile: str, plan: list[Step], results: Path) -
     """
     tables = f"data/results/{profile}"
     here = {*finished(results), *(other.notebook.name for other in plan)}
-    missing = set(step.notebook.needs) - here
+    missing = set(step.needs) - here
     if not missing or "OUT" not in step.parameters or not (ROOT / tables).is_dir():
         return step
     print(f"{step.notebook.name} reads the committed tables in {tables}")
@@ -134,7 +134,7 @@ def _check_needs(plan: list[Step], results: Path) -> None:
         if _reads_committed(step):
             continue
         name = step.notebook.name
-        for need in step.notebook.needs:
+        for need in step.needs:
             if need not in made:
                 raise ValueError(
                     f"{name} reads what {need} writes, and {need} is not finished in {results}: "

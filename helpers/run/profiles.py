@@ -29,13 +29,17 @@ KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text
 
 
 class Notebook(NamedTuple):
-    """One entry of data/notebooks.toml; `produces` is committed, `keeps` is for later notebooks."""
+    """One entry of data/notebooks.toml; `produces` is committed, `keeps` is for later notebooks.
+
+    With a value for the parameter `unless`, such as models of one's own, nothing is needed.
+    """
 
     name: str
     question: str
     needs: list[str]
     produces: list[str]
     keeps: list[str] = []
+    unless: str = ""
 
     @property
     def path(self) -> Path:
@@ -65,6 +69,12 @@ class Step(NamedTuple):
     notebook: Notebook
     parameters: dict[str, Any]
     threads: int
+
+    @property
+    def needs(self) -> list[str]:
+        """The notebooks whose files this step reads."""
+        brought = self.parameters.get(self.notebook.unless)
+        return [] if brought else self.notebook.needs
 
 
 def notebooks() -> list[Notebook]:
