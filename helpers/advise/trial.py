@@ -23,7 +23,7 @@ from helpers import store
 from helpers.advise.inputs import Panel
 from helpers.merge import merge_tensors, plan, summary
 from helpers.states.batch import length_buckets, pad
-from helpers.study.scores import candidate_logprobs
+from helpers.study.answers import closing, read_prompts, readings
 
 VERSION = 1  # raised by hand whenever a trial records something else
 LEVEL = 0.9  # of the intervals that are shown
@@ -162,16 +162,14 @@ def _scored(
         wanted = np.array([answer[0] for answer in answers])
         nll = -logprobs[np.arange(len(prompts)), wanted]
         return pd.DataFrame({"kept": (logprobs.argmax(1) == wanted) * 1.0, "nll": nll})
+    fill, stop = panel.tokenizer.pad_token_id, closing(panel.tokenizer)
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
     for batch in length_buckets(lengths, panel.batch_size):
-        logprob, greedy, length = candidate_logprobs(
-            panel.model,
-            [prompts[i] for i in batch],
-            [[answers[i]] for i in batch],
-            panel.tokenizer.pad_token_id,
-        )
-        kept[batch] = np.concatenate(greedy)
-        nll[batch] = -np.concatenate(logprob) / np.concatenate(length)
+        cached = read_prompts(panel.model, [prompts[i] for i in batch], fill)
+        read = readings(panel.model, cached, [[answers[i]] for i in batch], fill, stop)
+        for i, (answer,) in zip(batch, read, strict=True):
+            kept[i] = answer.best.all()
+            nll[i] = -answer.logprob.mean()
     return pd.DataFrame({"kept": kept, "nll": nll})
 
 
