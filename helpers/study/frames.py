@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import pandas as pd
 
 from helpers.study import schema, scores
+from helpers.study.kinds import failure_kinds
 from helpers.study.losses import SPECIALIST
 from helpers.study.plan import WEIGHTED, Plan, Row, solos
 from helpers.study.tasks import Task
@@ -166,19 +167,63 @@ def _control(
     return dict(zip(names, mean, strict=True))
 
 
-def examples(visits: Iterable[Visit]) -> pd.DataFrame:
-    """One row for each test example under each distinct merge, each specialist and the base."""
+def examples(visits: Iterable[Visit], tasks: Mapping[str, Task]) -> pd.DataFrame:
+    """One row for each test example under each distinct merge, each specialist and the base.
+
+    A decoder's answers are there, and `kind` says how they are wrong: beside what the merge's other
+    specialists and the base say to the same prompt (`kinds.failure_kinds`).
+    """
     visits = list(visits)
+    said = _said(visits)
     frames = []
     for visit in of_kind(visits, "merge"):
-        if visit.same_as is None:
-            frames.append(visit.examples.assign(merge=visit.key))
+        members = visit.row.tasks if visit.same_as is None else ()
+        for task in members:
+            others = [x for x in members if x != task]
+            frame = _with_kinds(_own(visit, task), tasks[task], task, said, others)
+            frames.append(frame.assign(merge=visit.key))
     for task, visit in specialists(visits).items():
-        frames.append(_own(visit, task).assign(merge=SPECIALIST))
+        frame = _with_kinds(_own(visit, task), tasks[task], task, said, [])
+        frames.append(frame.assign(merge=SPECIALIST))
     frames += [x.examples.assign(merge=BASE) for x in of_kind(visits, "base")]
     table = pd.concat(frames, ignore_index=True).rename(columns={"id": "example"})
-    known = schema.of("examples").columns
+    known = {*schema.of("examples").columns, "answer"}
     return table[[name for name in table if name in known]].round(5)
+
+
+def _said(visits: Iterable[Visit]) -> dict[tuple[str, str], pd.DataFrame]:
+    """By (specialist or base, task): its examples."""
+    visits = list(visits)
+    models = specialists(visits)
+    for visit in of_kind(visits, "base"):
+        models[BASE] = visit
+    said = {}
+    for name, visit in models.items():
+        for task, frame in visit.examples.groupby("task"):
+            said[name, task] = frame.reset_index(drop=True)
+    return said
+
+
+def _with_kinds(
+    frame: pd.DataFrame,
+    task: Task,
+    label: str,
+    said: Mapping[tuple[str, str], pd.DataFrame],
+    others: Iterable[str],
+) -> pd.DataFrame:
+    """The examples of one task with kinds that know what others say; an encoder's have none."""
+    if "answer" not in frame:
+        return frame
+    partners = [said[x, label] for x in others if (x, label) in said]
+    base = said.get((BASE, label))
+    kinds = failure_kinds(frame, task.splits["test"], partners, base)
+    return frame.assign(kind=kinds)
+
+
+def answers(table: pd.DataFrame, few: int = 3) -> pd.DataFrame:
+    """The answers to the first examples of each task under each model, of `examples`."""
+    first = table.groupby(["merge", "task"], sort=False).head(few)
+    return first[["merge", "task", "example", "answer"]].reset_index(drop=True)
 
 
 def swap_losses(

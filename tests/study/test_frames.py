@@ -87,7 +87,7 @@ def test_alone_is_what_the_rule_leaves_without_a_partner(study, table):
 
 def test_a_score_is_the_mean_of_its_examples(study, table):
     bench, visits = study
-    cells = losses.by_cell(frames.merges(visits), frames.examples(visits))
+    cells = losses.by_cell(frames.merges(visits), frames.examples(visits, bench.tasks))
     for row in table.itertuples():
         assert row.score == pytest.approx(cells[row.merge, row.task]["correct"].mean(), abs=1e-5)
         own = cells[losses.SPECIALIST, row.task]["correct"].mean()
@@ -99,12 +99,14 @@ def test_a_score_is_the_mean_of_its_examples(study, table):
 
 
 def test_the_tables_are_those_of_the_schema(study, table, tmp_path):
-    _, visits = study
-    merges, examples = frames.merges(visits), frames.examples(visits)
+    bench, visits = study
+    merges, examples = frames.merges(visits), frames.examples(visits, bench.tasks)
     cells = losses.by_cell(merges, examples)
     written = {"merges": losses.merge_losses(merges, cells)}
     written |= {"losses": losses.with_intervals(table, cells), "doses": frames.doses(visits)}
-    written |= {"examples": examples, "costs": visit.costs(visits)}
+    written |= {"examples": examples.drop(columns="answer"), "costs": visit.costs(visits)}
+    written["answers"] = frames.answers(examples, 2)
+    assert len(written["answers"]) == 2 * (3 * 2 * 4 + 3 * 6 + 3 + 3 - 6)
     states = geometry.pooled(visits, "abc")
     written["distortion"] = geometry.distortion(visits, states)
     for name, frame in written.items():
