@@ -106,7 +106,7 @@ def test_the_tables_are_those_of_the_schema(study, table, tmp_path):
     written |= {"losses": losses.with_intervals(table, cells), "doses": frames.doses(visits)}
     written |= {"examples": examples.drop(columns="answer"), "costs": visit.costs(visits)}
     written["answers"] = frames.answers(examples, 2)
-    assert len(written["answers"]) == 2 * (3 * 2 * 4 + 3 * 6 + 3 + 3 - 6)
+    assert len(written["answers"]) == 2 * examples.groupby(["merge", "task"]).ngroups
     states = geometry.pooled(visits, "abc")
     written["distortion"] = geometry.distortion(visits, states)
     for name, frame in written.items():
