@@ -136,7 +136,6 @@ def cached(
     cannot be written.
     """
     done = place(step, version, determinants)
-    _asked[done] = None
     if _is_intact(done):
         return done
     made_from = {"step": step, "version": version, "determinants": determinants}
@@ -236,31 +235,6 @@ def _explained(folder: Path) -> Iterator[None]:
         remedy = "free space there or name another folder (the store's: MERGING_COLLAPSE_STORE)"
         message = f"{folder} {FAULTS[number]}: {remedy}; what is finished is kept"
         raise OSError(number, message) from error
-
-
-TAKEN_FROM = "taken_from"  # file in a result that no run has made: the study whose tables told it
-_asked: dict[Path, None] = {}  # the results that this process has asked for, in order
-COST_FIELDS = ("step", "models", "count", "seconds", "cpu_seconds")
-
-
-def costs() -> list[dict]:
-    """What the results that this process asked for took to compute, whenever that was.
-
-    A row (COST_FIELDS) for each step and number of specialists in it: how many results, and the
-    mean seconds of one. A result that was taken from tables, or that holds no cost (of an older
-    store), counts in none.
-    """
-    found: dict[tuple, list[dict]] = {}
-    for folder in _asked:
-        told = json.loads((folder / "determinants.json").read_text(encoding="utf-8"))
-        if "cpu_seconds" in told and not (folder / TAKEN_FROM).exists():
-            models = len(told["determinants"].get("specialists", []))
-            found.setdefault((told["step"], models), []).append(told)
-    return [
-        {"step": step, "models": models, "count": len(rows)}
-        | {name: sum(row[name] for row in rows) / len(rows) for name in ("seconds", "cpu_seconds")}
-        for (step, models), rows in sorted(found.items())
-    ]
 
 
 # --- whole files -----------------------------------------------------------------------------

@@ -113,21 +113,6 @@ def test_cached_computes_once_and_says_from_what():
     }
 
 
-def test_a_result_found_costs_what_it_cost_when_it_was_computed(monkeypatch):
-    monkeypatch.setattr(records, "_asked", {})
-    made = [{"specialists": ["a", "b"]}, {"specialists": ["a", "c"]}, {"specialists": ["a"]}]
-    for what in made + made[:1]:
-        records.cached("merge", 1, what, lambda folder: time.sleep(0.01))
-    of_one, of_two = records.costs()
-    assert (of_one["models"], of_one["count"], of_two["models"], of_two["count"]) == (1, 1, 2, 2)
-    assert of_two["seconds"] > 0.005 > of_two["cpu_seconds"] >= 0  # asleep, it took no processor
-    folder = next(iter(records._asked))
-    old = json.loads((folder / "determinants.json").read_text())
-    del old["cpu_seconds"]
-    (folder / "determinants.json").write_text(json.dumps(old))
-    assert [row["count"] for row in records.costs()] == [1, 1]
-
-
 def test_a_failed_computation_is_not_a_result():
     def fail(folder):
         (folder / "x.txt").write_text("half")

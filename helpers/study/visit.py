@@ -191,10 +191,3 @@ def visit_group(
         readings.read_all(bench, row, make, twin and twin[0])
         same[key] = twin and twin[1]
     return same
-
-
-def __getattr__(name: str) -> Any:
-    """What notebooks still call by the name of before; gone with them."""
-    from helpers.study import old
-
-    return getattr(old, name)
