@@ -1,19 +1,20 @@
 """Which models to merge, measured: trial merges on prompts without labels, search, verdict, report.
 
-Read in this order: inputs, trial, search, choices, advice, report; predict explains only.
+Read in this order: inputs, merges, trial, search, choices, advice, report.
+predict explains only; validate holds trials to measured merges.
 """
 
 from importlib import import_module
 
 _HOME = {
     "Advice": "advice",
-    "Merge": "trial",
+    "Merge": "merges",
     "advise": "advice",
     "main": "report",
     "open_panel": "inputs",
     "page": "report",
     "references": "trial",
-    "retention": "trial",
+    "retention": "merges",
     "text": "report",
     "trial": "trial",
     "write_page": "report",

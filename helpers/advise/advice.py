@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from helpers.advise import choices, inputs, predict
 from helpers.advise.inputs import Panel
+from helpers.advise.merges import Merge, alone
 from helpers.advise.search import Search, propose
-from helpers.advise.trial import Merge, alone, references, trial
+from helpers.advise.trial import references, trial
 from helpers.merge import plan
 
 

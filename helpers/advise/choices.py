@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import beta
 
+from helpers.advise.merges import Merge, retention
 from helpers.advise.search import Measure, Search
-from helpers.advise.trial import Merge, retention
 
 ALPHA = 0.05
 FIRST, SECOND = 0.8, 0.2  # shares of ALPHA

@@ -13,18 +13,14 @@ import pandas as pd
 
 from helpers import store
 from helpers.advise.inputs import Panel
-from helpers.advise.trial import alone, applied
+from helpers.advise.merges import alone
+from helpers.advise.trial import applied
 from helpers.merge import gram_matrix
 from helpers.states import hidden_sim, minimax, prompt_states, squared_distances
 
 STUDIES = store.ROOT / "data" / "results"
 PROBES = 64  # prompts that every model reads
-# What a person may look at: the criterion of choices.csv that chooses by it.
-CRITERIA = {
-    "hidden distance": "MDS",
-    "radius": "radius",
-    "conflict of task vectors": "parameters",
-}
+EXPLANATIONS = ("hidden distance", "sign conflict")  # criteria of choices.csv
 
 
 def states(panel: Panel) -> np.ndarray:
@@ -68,19 +64,18 @@ def _mean_by_model(pairs: pd.DataFrame, labels: Sequence[str]) -> list[float]:
 
 
 def verdicts(studies: Path = STUDIES) -> pd.DataFrame:
-    """What choosing by each of CRITERIA saved over chance in the committed studies.
+    """What choosing a partner by EXPLANATIONS saved over chance in the largest committed study.
 
-    Columns what, study, rule, gain, low, high (points of loss, 95 %), tasks.
+    Columns criterion, study, rule, gain, low, high (points of loss, 95 %), tasks.
     """
-    files = sorted(studies.glob("*/choices.csv"))
-    tables = [pd.read_csv(file).assign(study=file.parent.name) for file in files]
+    tables = []
+    for file in sorted(studies.glob("*/choices.csv")):
+        table = pd.read_csv(file).assign(study=file.parent.name)
+        wanted = table["criterion"].isin(EXPLANATIONS) & (table["decision"] == "partner")
+        tables.append(table[wanted & (table["rule"] == "linear")])
     if not tables:
         return pd.DataFrame()
-    table = pd.concat(tables, ignore_index=True)
-    what = {criterion: name for name, criterion in CRITERIA.items()}
-    table["what"] = table["criterion"].map(what)
-    table = table.dropna(subset=["what"]).sort_values("tasks", ascending=False)
-    table = table.drop_duplicates("what")
-    columns = {"gain_low": "low", "gain_high": "high"}
-    wanted = ["what", "study", "rule", "gain", "low", "high", "tasks"]
-    return table.rename(columns=columns)[wanted]
+    table = pd.concat(tables, ignore_index=True).sort_values("tasks", ascending=False)
+    table = table.drop_duplicates("criterion")
+    table = table.rename(columns={"gain_low": "low", "gain_high": "high"})
+    return table[["criterion", "study", "rule", "gain", "low", "high", "tasks"]]

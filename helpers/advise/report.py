@@ -17,6 +17,7 @@ from helpers.figures import look
 from helpers.store import atomic_write
 
 ABSTAINED = 3  # exit code where it abstains on every model
+NAMED = 6  # models that a sentence names; of more it says how many
 WIDE = 8  # models up to which a cell has room for its interval
 HERE = Path(__file__).parent
 
@@ -57,6 +58,8 @@ def how_of(merge: dict) -> str:
 
 
 def _list(names: list[str]) -> str:
+    if len(names) > NAMED:
+        return f"{len(names)} models"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from helpers.advise.trial import Merge, alone, retention
+from helpers.advise.merges import Merge, alone, retention
 
 VARIANTS = (
     ("linear", 1.0),

@@ -9,44 +9,24 @@ the store, so a killed search goes on and a second call is instant.
 """
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import norm
 
 from helpers import store
 from helpers.advise.inputs import Panel
+from helpers.advise.merges import Merge, alone
 from helpers.merge import merge_tensors, plan, summary
 from helpers.states.batch import length_buckets, pad
 from helpers.study.answers import closing, read_prompts, readings
 
 VERSION = 1  # raised by hand whenever a trial records something else
-LEVEL = 0.9  # of the intervals that are shown
 EVERY: Mapping[str, slice] = {}
-
-
-class Merge(NamedTuple):
-    """A merge to try: which models, by which rule, at which weights (None: its own) and scale."""
-
-    models: tuple[str, ...]
-    rule: str = "linear"
-    weights: tuple[float, ...] | None = None
-    scale: float = 1.0
-
-    @property
-    def plain(self) -> bool:
-        """Whether all models weigh the same."""
-        return self.weights is None
-
-
-def alone(model: str, dose: float) -> Merge:
-    """The base plus `dose` of one model's own task vector: no partner takes part."""
-    return Merge((model,), "task_arithmetic", (dose,))
 
 
 @contextmanager
@@ -177,20 +157,24 @@ def _scored(
 
 
 def trial(panel: Panel, merge: Merge, parts: Mapping[str, slice] = EVERY) -> pd.DataFrame:
-    """The merge on each of its models' prompts: columns model, prompt, kept, rise, dose.
+    """The merge on each of its models' prompts: columns model, prompt, kept, rise,
+    dose, cpu_seconds.
 
     parts: which prompts of each model (all, if it is not named). One row per model and prompt; dose
-    is how far the merge goes along the model's own task vector.
+    is how far the merge goes along the model's own task vector; cpu_seconds are the model's share
+    of the merge and its reading, as they were when it was computed.
     """
     part_of = {model: parts.get(model, slice(None)) for model in merge.models}
     keys = {model: _key(panel, merge, model, part) for model, part in part_of.items()}
     left = [model for model, key in keys.items() if not store.finished(*key)]
     own = {model: references(panel, model) for model in left}
     if left:
+        started = time.process_time()
         with applied(panel, merge) as doses:
+            merging = (time.process_time() - started) / len(left)
             for model in left:
                 dose = doses[merge.models.index(model)]
-                _try(panel, model, part_of[model], own[model], dose, keys[model])
+                _try(panel, model, part_of[model], own[model], (dose, merging), keys[model])
     frames = []
     for model, key in keys.items():
         frame = pd.read_csv(store.place(*key) / "trial.csv")
@@ -205,39 +189,26 @@ def _key(panel: Panel, merge: Merge, label: str, part: slice) -> tuple[str, int,
     return "trial", VERSION, _determinants(panel, label) | what | {"part": list(prompts)}
 
 
-def _try(panel: Panel, label: str, part: slice, own: pd.DataFrame, dose: float, key: tuple) -> None:
+def _try(
+    panel: Panel,
+    label: str,
+    part: slice,
+    own: pd.DataFrame,
+    merged: tuple[float, float],
+    key: tuple,
+) -> None:
+    """Leave a cell's rows in the store; merged: its dose, and CPU seconds of merging."""
+    dose, merging = merged
+
     def compute(folder: Path) -> None:
+        started = time.process_time()
         own_part = own.iloc[part]
         prompts, answers = panel.inputs[label][part], own_part["answer"].tolist()
         scored = _scored(panel, label, prompts, answers)
         frame = pd.DataFrame({"prompt": own_part.index, "kept": scored["kept"]})
         frame["rise"] = scored["nll"] - own_part["nll"].to_numpy()
         frame["dose"] = dose
+        frame["cpu_seconds"] = merging + time.process_time() - started
         frame.to_csv(folder / "trial.csv", index=False)
 
     store.cached(*key, compute)
-
-
-def retention(frame: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
-    """One row per model of a trial: model, kept (share), rise, dose, prompts, low, high (Wilson's).
-
-    frame: rows of a trial, each model's one after the other.
-    """
-    models, starts = np.unique(frame["model"].to_numpy(str), return_index=True)
-    models, starts = models[np.argsort(starts)], np.sort(starts)
-    count = np.diff([*starts, len(frame)])
-    columns = {"model": models}
-    for name in ("kept", "rise", "dose"):
-        columns[name] = np.add.reduceat(frame[name].to_numpy(float), starts) / count
-    columns["prompts"] = count
-    columns["low"], columns["high"] = wilson(columns["kept"], count, level)
-    return pd.DataFrame(columns)
-
-
-def wilson(share, n, level: float = LEVEL) -> tuple:
-    """Wilson's (1927) score interval of a share of n independent prompts."""
-    z = norm.ppf(0.5 + level / 2)
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    spread = share * (1 - share) / n + z**2 / (4 * n**2)
-    half = z * spread**0.5 / (1 + z**2 / n)
-    return centre - half, centre + half

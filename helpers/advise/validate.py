@@ -9,8 +9,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from scipy.stats import betabinom
-from scipy.stats import t as student
 
+from helpers import stats
 from helpers.study.tables import Pairs
 
 COLLAPSE = -30.0  # % of the specialist's score
@@ -114,8 +114,8 @@ def pair_options(outcome: Pairs, pool: int = 4, most: int = 500, seed: int = 0) 
 def leaver_options(outcome: Pairs) -> pd.DataFrame:
     """Who leaves a pair for a newcomer drawn at random: the advice of arXiv:2603.09463.
 
-    A case for each pair, two options (stays, leaves); outcome: mean loss of the member that stays
-    with each outside task.
+    A case for each pair, two options (stays, leaves); outcome: mean loss of the pairs of the member
+    that stays with each outside task. outcome: symmetric.
     """
     rows = []
     for pair in combinations(outcome.tasks, 2):
@@ -166,19 +166,30 @@ def choose(options: pd.DataFrame, scores: Mapping[str, Sequence[float]]) -> pd.D
     return pd.DataFrame(rows)
 
 
-def over_tasks(chosen: pd.DataFrame, column: str, level: float = 0.95) -> dict[str, float]:
-    """Mean of a column over cases, with a delete-one-task jackknife t interval; tasks.
+def over_tasks(chosen: pd.DataFrame, column: str, units: Mapping[str, str]) -> stats.Interval:
+    """Mean of a column over cases, with a 95 % jackknife interval over tasks or families.
 
-    A case belongs to each task that it names: cases that share tasks are no independent ones.
+    units: what is left out together, by task. Without a task go all cases that name it: cases that
+    share tasks are no independent ones.
     """
+    tasks = list(units)
     values = chosen[column].to_numpy(float)
-    tasks = sorted({task for case in chosen["case"] for task in case})
-    without = []
-    for task in tasks:
-        kept = np.array([task not in case for case in chosen["case"]])
-        if kept.any():
-            without.append(values[kept].mean())
-    n, mean = len(without), values.mean()
-    spread = (n - 1) / n * np.square(without - np.mean(without)).sum() if n > 2 else np.nan
-    half = student.ppf(0.5 + level / 2, max(n - 1, 1)) * np.sqrt(spread)
-    return {"value": mean, "low": mean - half, "high": mean + half, "tasks": n}
+
+    def mean(kept: np.ndarray) -> float:
+        names = {tasks[i] for i in kept}
+        inside = [names.issuperset(case) for case in chosen["case"]]
+        return values[inside].mean()
+
+    return stats.jackknife(mean, list(units.values()))
+
+
+def summary(chosen: pd.DataFrame, units: Mapping[str, str]) -> pd.DataFrame:
+    """One row per criterion: gain and regret with intervals (`over_tasks`), cases, tasks."""
+    rows = []
+    for criterion, group in chosen.groupby("criterion", sort=False):
+        row = {"criterion": criterion}
+        for column in ("gain", "regret"):
+            found = over_tasks(group, column, units)
+            row |= {column: found.value, f"{column}_low": found.low, f"{column}_high": found.high}
+        rows.append(row | {"cases": len(group), "tasks": len(units)})
+    return pd.DataFrame(rows)

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from helpers.advise import choices
+from helpers.advise.merges import Merge
 from helpers.advise.search import Search, in_rounds, propose
-from helpers.advise.trial import Merge
 
 DRAWS = 60  # of a study
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from helpers.__main__ import main
 from helpers.advise import advice as told
 from helpers.advise import report
-from helpers.advise.trial import Merge
+from helpers.advise.merges import Merge
 from helpers.merge import main as merge_main
 
 SCHEMA = json.loads((Path(report.__file__).parent / "advice.schema.json").read_text())

@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
 
 from helpers.advise import inputs
-from helpers.advise.trial import Merge, alone, applied, references, retention, trial
+from helpers.advise.merges import Merge, alone, retention
+from helpers.advise.trial import applied, references, trial
 from helpers.merge import Lazy
 
 TOKENS = 2
