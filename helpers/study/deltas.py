@@ -38,7 +38,10 @@ def model(
 
     def compute(folder: Path) -> None:
         text = json.dumps(once()[1], default=int)
-        (folder / "record.json").write_text(text, encoding="utf-8")
+        (folder / "record.json").write_text(
+            text,
+            encoding="utf-8",
+        )
 
     folder = store.cached(*entry, compute, readings.machine(bench))
     return json.loads((folder / "record.json").read_text(encoding="utf-8")), lambda: once()[0]
@@ -56,7 +59,11 @@ def _dose(
     bench: Bench,
     row: Row,
 ) -> tuple[Delta, dict]:
-    return merge.dose(bench.rows(row.tasks), 0, row.options["dose"]), {}
+    return merge.dose(
+        bench.rows(row.tasks),
+        0,
+        row.options["dose"],
+    ), {}
 
 
 def _merge(
@@ -74,7 +81,12 @@ def _merge(
     about = report.as_dict()
     if row.arm == "bfloat16":
         tensors = bench.sources([])[0].tensors
-        delta, own = merge.rounded(tensors, vector_rows, delta, torch.bfloat16)
+        delta, own = merge.rounded(
+            tensors,
+            vector_rows,
+            delta,
+            torch.bfloat16,
+        )
         about |= {"own": own}
     return delta, about
 
@@ -90,7 +102,11 @@ def _solo(
     for name, base, (tau,) in bench.rows(row.tasks):
         unchanged = [merge.zero(tau.shape, tau.device)] * (n - 1)
         padded.append(merge.Row(name, base, [tau, *unchanged]))
-    return merge.merge(padded, labels=labels, **recipe(bench, row))[0], {}
+    return merge.merge(
+        padded,
+        labels=labels,
+        **recipe(bench, row),
+    )[0], {}
 
 
 def recipe(
@@ -117,7 +133,11 @@ def _matched(
     if row.kind == "solo":
         group = tuple(row.options["group"])
         options = {name: x for name, x in row.options.items() if name not in ("n", "group")}
-        merged = row._replace(kind="merge", tasks=group, options=options)
+        merged = row._replace(
+            kind="merge",
+            tasks=group,
+            options=options,
+        )
         return {"scale": model(bench, merged)[0]["scale"]}
     linear = Row("merge", row.tasks, "linear", seed=row.seed)
     average = model(bench, linear)[0]

@@ -125,7 +125,10 @@ def screening(
             chance = scores.constant_answer(tasks[task], "dev")
             base = score["ability", task]
             rows.append((task, chance, base, score["dose", task]))
-    return pd.DataFrame(rows, columns=["task", "chance", "base", "specialist"])
+    return pd.DataFrame(
+        rows,
+        columns=["task", "chance", "base", "specialist"],
+    )
 
 
 def cells(visits: Iterable[Visit]) -> pd.DataFrame:
@@ -167,7 +170,10 @@ def _control(
     return dict(zip(names, mean, strict=True))
 
 
-def examples(visits: Iterable[Visit], tasks: Mapping[str, Task]) -> pd.DataFrame:
+def examples(
+    visits: Iterable[Visit],
+    tasks: Mapping[str, Task],
+) -> pd.DataFrame:
     """One row for each test example under each distinct merge, each specialist and the base.
 
     A decoder's answers are there, and `kind` says how they are wrong: beside what the merge's other
@@ -180,10 +186,22 @@ def examples(visits: Iterable[Visit], tasks: Mapping[str, Task]) -> pd.DataFrame
         members = visit.row.tasks if visit.same_as is None else ()
         for task in members:
             others = [x for x in members if x != task]
-            frame = _with_kinds(_own(visit, task), tasks[task], task, said, others)
+            frame = _with_kinds(
+                _own(visit, task),
+                tasks[task],
+                task,
+                said,
+                others,
+            )
             frames.append(frame.assign(merge=visit.key))
     for task, visit in specialists(visits).items():
-        frame = _with_kinds(_own(visit, task), tasks[task], task, said, [])
+        frame = _with_kinds(
+            _own(visit, task),
+            tasks[task],
+            task,
+            said,
+            [],
+        )
         frames.append(frame.assign(merge=SPECIALIST))
     frames += [x.examples.assign(merge=BASE) for x in of_kind(visits, "base")]
     table = pd.concat(frames, ignore_index=True).rename(columns={"id": "example"})
@@ -216,14 +234,28 @@ def _with_kinds(
         return frame
     partners = [said[x, label] for x in others if (x, label) in said]
     base = said.get((BASE, label))
-    kinds = failure_kinds(frame, task.splits["test"], partners, base)
+    kinds = failure_kinds(
+        frame,
+        task.splits["test"],
+        partners,
+        base,
+    )
     return frame.assign(kind=kinds)
 
 
-def answers(table: pd.DataFrame, few: int = 3) -> pd.DataFrame:
-    """The answers to the first examples of each task under each model, of `examples`."""
+def answers(
+    table: pd.DataFrame,
+    few: int = 3,
+) -> pd.DataFrame:
+    """The answers to the first examples of each task under each model, of `examples`.
+
+    Empty for an encoder, which answers nothing but labels.
+    """
+    names = ["merge", "task", "example", "answer"]
+    if "answer" not in table:
+        return pd.DataFrame(columns=names)
     first = table.groupby(["merge", "task"], sort=False).head(few)
-    return first[["merge", "task", "example", "answer"]].reset_index(drop=True)
+    return first[names].reset_index(drop=True)
 
 
 def swap_losses(

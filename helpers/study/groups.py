@@ -82,7 +82,10 @@ def partners(
         drawn.append((a, b))
     place = {x: i for i, x in enumerate(tasks)}
     ordered = [tuple(sorted(pair, key=place.get)) for pair in drawn]
-    return sorted(ordered, key=lambda pair: [place[x] for x in pair])
+    return sorted(
+        ordered,
+        key=lambda pair: [place[x] for x in pair],
+    )
 
 
 def _fewest(
@@ -118,4 +121,7 @@ def swaps(
             new = {*group, enters} - {leaves}
             swapped = tuple(x for x in tasks if x in new)
             rows.append((tuple(group), leaves, enters, swapped))
-    return pd.DataFrame(rows, columns=["tasks", "leaves", "enters", "swapped"])
+    return pd.DataFrame(
+        rows,
+        columns=["tasks", "leaves", "enters", "swapped"],
+    )

@@ -45,7 +45,12 @@ def read_all(
             states(bench, row, x)
 
 
-def _copy(entry: keys.Entry, row: Row, twin: Row, identity: keys.Identity) -> None:
+def _copy(
+    entry: keys.Entry,
+    row: Row,
+    twin: Row,
+    identity: keys.Identity,
+) -> None:
     """Give an entry of a row the files of its twin's, if the store holds those."""
     step, version, what = entry
     other = what | {"model": keys.model_key(twin, identity)}
@@ -64,7 +69,11 @@ def machine(bench: Bench) -> dict:
     return specialists.machine(bench.model) | {"batch_size": bench.batch_size}
 
 
-def score(bench: Bench, row: Row, label: str) -> pd.DataFrame:
+def score(
+    bench: Bench,
+    row: Row,
+    label: str,
+) -> pd.DataFrame:
     """Scores of the live model on the examples of one task, recorded as those of the row."""
 
     def compute(folder: Path) -> None:
@@ -88,7 +97,11 @@ def read_examples(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(folder / EXAMPLES)
 
 
-def _answered(bench: Bench, row: Row, task: Task) -> pd.DataFrame:
+def _answered(
+    bench: Bench,
+    row: Row,
+    task: Task,
+) -> pd.DataFrame:
     """A decoder's scores; the untaught base is shown solved examples first."""
     shots = row.options.get("shots", 0)
     rows = few_shot(task, row.split, shots) if shots else task.splits[row.split]
@@ -97,19 +110,34 @@ def _answered(bench: Bench, row: Row, task: Task) -> pd.DataFrame:
     return scores.score(*about, texts=row.split == "test" and not shots)
 
 
-def _probe_scores(bench: Bench, task: Task, split: str) -> pd.DataFrame:
+def _probe_scores(
+    bench: Bench,
+    task: Task,
+    split: str,
+) -> pd.DataFrame:
     """Scores of a linear probe on the live encoder's last states, fitted to a few examples."""
     labels = label_set(task.splits["train"])
     train = _shown(task, labels)
     rows = task.splits[split]
-    seen = _prompt_states(bench, [row["prompt"] for row in train])[:, -1]
+    seen = _prompt_states(
+        bench,
+        [row["prompt"] for row in train],
+    )[:, -1]
     asked = _prompt_states(bench, rows["prompt"])[:, -1]
     targets = torch.tensor([labels.index(row["answers"][0]) for row in train])
-    logprobs = scores.linear_probe(seen, targets, asked, len(labels))
+    logprobs = scores.linear_probe(
+        seen,
+        targets,
+        asked,
+        len(labels),
+    )
     return scores.graded(list(rows), labels, logprobs)
 
 
-def _shown(task: Task, labels: Sequence[str]) -> list[dict]:
+def _shown(
+    task: Task,
+    labels: Sequence[str],
+) -> list[dict]:
     """The first SHOTS training examples of each label, in the order of the split."""
     left = dict.fromkeys(labels, SHOTS)
     shown = []
@@ -120,10 +148,20 @@ def _shown(task: Task, labels: Sequence[str]) -> list[dict]:
     return shown
 
 
-def states(bench: Bench, row: Row, label: str) -> Tensor:
+def states(
+    bench: Bench,
+    row: Row,
+    label: str,
+) -> Tensor:
     def compute(folder: Path) -> None:
-        read = _prompt_states(bench, bench.tasks[label].splits["probe"]["prompt"])
-        save_file({"states": read}, folder / "states.safetensors")
+        read = _prompt_states(
+            bench,
+            bench.tasks[label].splits["probe"]["prompt"],
+        )
+        save_file(
+            {"states": read},
+            folder / "states.safetensors",
+        )
 
     entry = keys.state_entry(row, label, bench.identity)
     return read_states(store.cached(*entry, compute, machine(bench)))
@@ -133,8 +171,16 @@ def read_states(folder: Path) -> Tensor:
     return load_file(folder / "states.safetensors")["states"]
 
 
-def _prompt_states(bench: Bench, prompts: Iterable[str]) -> Tensor:
+def _prompt_states(
+    bench: Bench,
+    prompts: Iterable[str],
+) -> Tensor:
     """States (prompts, layers, d) of the live model at prompts."""
     encode, how = (encode_input, "mean") if bench.encoder else (encode_prompt, "last")
     encoded = [encode(bench.tokenizer, prompt) for prompt in prompts]
-    return hidden.prompt_states(bench.model, encoded, how, bench.batch_size)
+    return hidden.prompt_states(
+        bench.model,
+        encoded,
+        how,
+        bench.batch_size,
+    )

@@ -188,6 +188,11 @@ def visit_group(
             twin = next(equal, None)
             if twin is None:
                 seen.append((row, key, report["sketch"]))
-        readings.read_all(bench, row, make, twin and twin[0])
+        readings.read_all(
+            bench,
+            row,
+            make,
+            twin and twin[0],
+        )
         same[key] = twin and twin[1]
     return same
