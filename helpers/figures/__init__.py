@@ -16,7 +16,7 @@ from helpers.figures.looks import (
     WINE,
     look,
 )
-from helpers.figures.matrix import clustered, harm_maps, heat_map, pair_maps, task_size
+from helpers.figures.matrix import clustered, harm_maps, heat_map, task_size
 from helpers.figures.plots import dose_curves, forest, part_bars, parts, rule_dots, scatter
 from helpers.figures.save import STYLE, save, style, words
 
@@ -43,7 +43,6 @@ __all__ = [
     "harm_maps",
     "heat_map",
     "look",
-    "pair_maps",
     "playground",
     "part_bars",
     "parts",

@@ -126,12 +126,3 @@ def harm_maps(cells: pd.DataFrame, tasks: list[str]) -> Figure:
 
 def _square(cells: pd.Series, tasks: list[str]) -> pd.DataFrame:
     return cells.unstack().reindex(index=tasks, columns=tasks)
-
-
-def pair_maps(losses: pd.DataFrame, tasks: list[str]) -> Figure:
-    """`harm_maps` of the older table, with columns group ("a+b"), task and method."""
-    ends = losses["group"].str.split("+")
-    both = zip(ends, losses["task"], strict=True)
-    partner = [b if task == a else a for (a, b), task in both]
-    names = {"task": "victim", "method": "rule"}
-    return harm_maps(losses.rename(columns=names).assign(partner=partner), tasks)

@@ -118,12 +118,12 @@ def dose_curves(ax: Axes, doses: pd.DataFrame, score: str = "score") -> None:
 
 
 def _apart(heights: np.ndarray, least: float = 0.045) -> np.ndarray:
-    """Heights at which labels do not touch, in their order: none lower than it was."""
+    """Heights at which labels do not touch, in their order and with their mean."""
     order = np.argsort(heights)
     spread = heights.copy()
     for below, above in zip(order, order[1:], strict=False):
         spread[above] = max(spread[above], spread[below] + least)
-    return spread
+    return spread - (spread.mean() - heights.mean())
 
 
 def _uncovered(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -143,6 +143,7 @@ def _uncovered(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _label(ax: Axes, names: list[str], x: Sequence[float], y: Sequence[float]) -> None:
     beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+    beside["annotation_clip"] = False
     for name, *point in zip(names, x, y, strict=True):
         if np.isfinite(point).all():
             ax.annotate(name, point, fontsize=7, **beside)

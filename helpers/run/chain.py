@@ -27,6 +27,7 @@ from helpers.run.profiles import (
     SET_BY_RUNNER,
     Notebook,
     Step,
+    all_profiles,
     costs,
     folder,
     notebooks,
@@ -188,11 +189,33 @@ def _say_plan(profile: str, plan: list[Step]) -> None:
     names = [step.notebook.name for step in plan]
     print(f"Profile {profile}: {', '.join(names)}")
     if profile not in costs():
+        _say_forecast(profile, plan)
         return
     measured = costs()[profile]
     minutes = {name: m for name, m in measured["minutes"].items() if name in names}
     each = ", ".join(f"{name.partition('_')[0]} {m:.1f}" for name, m in minutes.items())
     print(f"Expected: {sum(minutes.values()):.0f} minutes ({each}), on {measured['machine']}")
+
+
+def _say_forecast(profile: str, plan: list[Step]) -> None:
+    """Print what training and merging will cost, in units of the demo, if they are among the steps.
+
+    The costs of the demo's steps are committed; a project without them forecasts nothing.
+    """
+    asked = all_profiles()[profile]
+    for step in plan:
+        asked = asked | step.parameters
+    demo = ROOT / "data" / "results" / "demo"
+    if not any("TASKS" in step.parameters for step in plan) or not demo.is_dir():
+        return
+    from helpers.study import costs as study_costs
+    from helpers.study import design
+
+    units = study_costs.unit_costs(demo, all_profiles()["demo"])
+    if units is not None:
+        sizes = {part: asked[f"{part.upper()}_EXAMPLES"] for part in ("dev", "probe", "test")}
+        cost = design.whole(asked).cost(units, sizes)
+        print(f"Expected: {study_costs.sentence(cost)}")
 
 
 # --- running ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from helpers.store import ROOT, canonical
 
 SET_BY_RUNNER = ("PROFILE", "RESULTS", "OUT")
 """Profile's name, folder whose tables are read, folder that is written (where it differs)."""
-HOW = ("WORKERS", "CLUSTER", "JOBS")
+HOW = ("WORKERS", "CLUSTER")
 """How the work is shared out, which changes no number."""
 THREADS = "THREADS"
 KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text"}
