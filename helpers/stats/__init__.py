@@ -27,7 +27,6 @@ from helpers.stats.effects import (
     leave_out,
     mean,
     rule_shares,
-    same_means,
     share,
     stacked,
 )
@@ -52,7 +51,6 @@ __all__ = [
     "pearson",
     "rule_shares",
     "same_family",
-    "same_means",
     "share",
     "shares",
     "stacked",

@@ -11,12 +11,21 @@ where some pairs vary more than others, as relatives do (DiCiccio & Romano 2017)
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from helpers.stats.dyads import Places, decompose, design, pair_effects, part, places, symmetric
+from helpers.stats.dyads import (
+    Places,
+    decompose,
+    design,
+    pair_effects,
+    part,
+    places,
+    symmetric,
+)
 from helpers.stats.effects import Interval, interval, jackknife
 
 MARGIN = 0.3  # a correlation within ± this is none that matters
@@ -38,7 +47,9 @@ def _constant(values: NDArray) -> bool:
     return bool(np.ptp(values) <= 1e-12)
 
 
-def of_tasks(x: ArrayLike, y: ArrayLike, role: str) -> tuple[NDArray, NDArray]:
+def of_tasks(
+    x: ArrayLike, y: ArrayLike, role: str
+) -> tuple[NDArray, NDArray]:
     """Task effects of x and those of y as "victim" or "partner", (n,) each.
 
     In a sparse design a little of a pair-specific correlation gets in, where x lacks the same pairs
@@ -49,7 +60,9 @@ def of_tasks(x: ArrayLike, y: ArrayLike, role: str) -> tuple[NDArray, NDArray]:
     return own, getattr(decompose(y), role)
 
 
-def of_pairs(x: ArrayLike, y: ArrayLike) -> tuple[NDArray, NDArray, Places]:
+def of_pairs(
+    x: ArrayLike, y: ArrayLike
+) -> tuple[NDArray, NDArray, Places]:
     """What the pairs that both have are left with, without task effects; and these pairs.
 
     A symmetric x can follow no more of y than the mean of both directions.
@@ -82,10 +95,14 @@ def correlation(
     if estimand == "pair":
         return _pair_interval(x, y, units)
     a, b = of_tasks(x, y, estimand)
-    return jackknife(lambda kept: pearson(a[kept], b[kept]), units, fisher=True)
+    return jackknife(
+        lambda kept: pearson(a[kept], b[kept]), units, fisher=True
+    )
 
 
-def _pair_interval(x: ArrayLike, y: ArrayLike, units: Sequence) -> Interval:
+def _pair_interval(
+    x: ArrayLike, y: ArrayLike, units: Sequence
+) -> Interval:
     a, b, pairs = of_pairs(x, y)
     r = pearson(a, b)
     g = len(set(units))
@@ -96,10 +113,14 @@ def _pair_interval(x: ArrayLike, y: ArrayLike, units: Sequence) -> Interval:
     influence = a * b - r / 2 * (a**2 + b**2)
     free = len(a) - len(np.unique(pairs))
     variance = _clustered(influence, pairs, units) / (len(a) * free)
-    return interval(np.arctanh(r), np.sqrt(variance) / (1 - r**2), g, fisher=True)
+    return interval(
+        np.arctanh(r), np.sqrt(variance) / (1 - r**2), g, fisher=True
+    )
 
 
-def _clustered(score: NDArray, pairs: Places, units: Sequence) -> float:
+def _clustered(
+    score: NDArray, pairs: Places, units: Sequence
+) -> float:
     """Variance of a sum of scores of pairs that share units.
 
     Squared sums over each unit, less those over what two units share, which both have counted
@@ -122,7 +143,9 @@ def equivalence(found: Interval, margin: float = MARGIN) -> float:
 
     Small: no correlation that matters. The margin is fixed before looking.
     """
-    low, high, z, edge = np.arctanh([found.low, found.high, found.value, margin])
+    low, high, z, edge = np.arctanh(
+        [found.low, found.high, found.value, margin]
+    )
     error = (high - low) / 2 / stats.t.ppf(0.975, found.n - 1)
     return float(stats.t.sf((edge - abs(z)) / error, found.n - 1))
 
@@ -140,8 +163,17 @@ def orders(
 
     With `blocks`, families of one size change places, and so do the tasks within each.
     """
+    labels = (0,) * n if blocks is None else tuple(blocks)
+    return _orders(labels, permutations, seed)
+
+
+@lru_cache(
+    maxsize=4
+)  # a study tests many metrics under the same orders
+def _orders(blocks: tuple, permutations: int, seed: int) -> NDArray:
     rng = np.random.default_rng(seed)
-    labels = np.zeros(n) if blocks is None else np.asarray(blocks)
+    labels = np.array(blocks)
+    n = len(labels)
     by_size: dict[int, list[NDArray]] = {}
     for label in np.unique(labels):
         family = np.flatnonzero(labels == label)
@@ -169,14 +201,20 @@ def p_value(
     of the pairs is exchanged between them, whatever their families.
     """
     if estimand == "pair":
-        moved, outcome = _moved_pairs(x, y, permutations, seed, blocks)
+        moved, outcome = _moved_pairs(
+            x, y, permutations, seed, blocks
+        )
     else:
-        moved, outcome = _moved_tasks(*of_tasks(x, y, estimand), permutations, seed, blocks)
+        moved, outcome = _moved_tasks(
+            *of_tasks(x, y, estimand), permutations, seed, blocks
+        )
     if np.isnan(pearson(moved[0], outcome)):
         return np.nan
     products = moved * outcome
     size = np.sqrt((products**2).sum(axis=1))
-    statistic = np.abs(products.sum(axis=1)) / np.where(size > 0, size, np.inf)
+    statistic = np.abs(products.sum(axis=1)) / np.where(
+        size > 0, size, np.inf
+    )
     return float(np.mean(statistic >= statistic[0] * (1 - 1e-9)))
 
 
@@ -212,7 +250,9 @@ def _moved_pairs(
         order = orders(len(left), permutations, seed)
         moved = left[order]
     else:
-        families = None if blocks is None else np.asarray(blocks)[used]
+        families = (
+            None if blocks is None else np.asarray(blocks)[used]
+        )
         order = orders(len(used), permutations, seed, families)
         moved = among[order[:, first], order[:, second]]
     columns = design((first, second), len(used))

@@ -58,7 +58,9 @@ def as_square(matrix: ArrayLike) -> NDArray:
     """A float copy, (n, n), with NaN on the diagonal. Raises ValueError for another shape."""
     out = np.array(matrix, float)
     if out.ndim != 2 or out.shape[0] != out.shape[1]:
-        raise ValueError(f"a matrix of tasks by tasks is square, this one has shape {out.shape}")
+        raise ValueError(
+            f"a matrix of tasks by tasks is square, this one has shape {out.shape}"
+        )
     np.fill_diagonal(out, np.nan)
     return out
 
@@ -105,9 +107,17 @@ def design(pairs: Places, n: int, sign: int = 1) -> NDArray:
 
 
 def _fit(values: NDArray, pairs: Places, n: int, sign: int) -> _Fit:
-    """values = task_i + sign * task_j + left, least squares over the tasks that have a pair."""
+    """values = task_i + sign * task_j + left, least squares over the tasks that have a pair.
+
+    Undefined (NaN) below 3 such tasks.
+    """
     columns = design(pairs, n, sign)
     used = columns.any(axis=0)
+    tasks = np.full(n, np.nan)
+    if used.sum() < 3:
+        return _Fit(
+            tasks, np.full(len(values), np.nan), np.nan, np.nan
+        )
     columns = columns[:, used]
     sizes, axes = np.linalg.eigh(columns.T @ columns)
     kept = sizes > 1e-9 * sizes[-1]
@@ -117,7 +127,6 @@ def _fit(values: NDArray, pairs: Places, n: int, sign: int) -> _Fit:
     left = values - columns @ found
     free = len(values) - kept.sum()
     variance = left @ left / free if free else np.nan
-    tasks = np.full(n, np.nan)
     tasks[used] = found
     centred = inverse - inverse.mean(axis=0)
     noise = np.trace(centred) / (used.sum() - 1)
@@ -125,15 +134,10 @@ def _fit(values: NDArray, pairs: Places, n: int, sign: int) -> _Fit:
 
 
 def _halves(matrix: ArrayLike) -> tuple[_Fit, _Fit, Places]:
-    """Fits of each pair's mean and of half its difference, and the pairs.
-
-    Raises ValueError below 3 tasks.
-    """
+    """Fits of each pair's mean and of half its difference, and the pairs."""
     matrix = as_square(matrix)
     pairs = places(matrix)
     n = len(matrix)
-    if len(np.unique(pairs)) < 3:
-        raise ValueError("effects of tasks need 3 tasks or more that have a pair")
     first = matrix[pairs]
     second = matrix.T[pairs]
     mean = _fit((first + second) / 2, pairs, n, 1)
@@ -141,16 +145,23 @@ def _halves(matrix: ArrayLike) -> tuple[_Fit, _Fit, Places]:
     return mean, tilt, pairs
 
 
+def _mean(values: NDArray) -> float:
+    """Mean of what is defined; NaN where nothing is."""
+    defined = values[~np.isnan(values)]
+    return defined.mean() if len(defined) else np.nan
+
+
 def decompose(matrix: ArrayLike) -> Effects:
-    """Victim, partner and relation effects of a directed matrix, pairs missing or not.
+    """Victim, partner and relation effects of a directed matrix, pairs missing or not; undefined
+    below 3 tasks that have a pair.
 
     A pair's mean is a sum of what its tasks have in both roles, half its difference one of what
     they have in one role against the other; the two are fitted apart.
     """
     mean, tilt, pairs = _halves(matrix)
-    level = np.nanmean(mean.tasks)
+    level = _mean(mean.tasks)
     both = mean.tasks - level
-    either = tilt.tasks - np.nanmean(tilt.tasks)
+    either = tilt.tasks - _mean(tilt.tasks)
     relation = np.full(np.shape(matrix), np.nan)
     relation[pairs] = mean.left + tilt.left
     relation.T[pairs] = mean.left - tilt.left
@@ -165,7 +176,7 @@ def pair_effects(matrix: ArrayLike) -> tuple[NDArray, NDArray]:
     left = np.full(matrix.shape, np.nan)
     left[pairs] = found.left
     left.T[pairs] = found.left
-    return found.tasks - np.nanmean(found.tasks), left
+    return found.tasks - _mean(found.tasks), left
 
 
 # --- variances ------------------------------------------------------------------------------------
@@ -181,6 +192,8 @@ def components(matrix: ArrayLike) -> Components:
     """
     mean, tilt, _ = _halves(matrix)
     used = ~np.isnan(mean.tasks)
+    if not used.any():
+        return Components(*[np.nan] * 5)
     seen = np.cov(mean.tasks[used], tilt.tasks[used])
     both = seen[0, 0] - mean.noise * mean.variance
     either = seen[1, 1] - tilt.noise * tilt.variance
@@ -196,8 +209,11 @@ def components(matrix: ArrayLike) -> Components:
 
 def as_shares(variances: dict[str, float]) -> dict[str, float]:
     """Each variance as a share of their sum; those below 0 count as 0."""
-    above = {name: max(value, 0.0) for name, value in variances.items()}
-    total = sum(above.values()) or np.nan
+    above = {
+        name: np.fmax(value, 0.0) for name, value in variances.items()
+    }
+    undefined = np.isnan(list(variances.values())).any()
+    total = np.nan if undefined else sum(above.values()) or np.nan
     return {name: value / total for name, value in above.items()}
 
 
@@ -213,7 +229,7 @@ def shares(matrix: ArrayLike) -> dict[str, float]:
     out = as_shares(variances)
     out["relation"] = out["symmetric"] + out["antisymmetric"]
     victim, partner = variances["victim"], variances["partner"]
-    if min(victim, partner) <= 0:
+    if not min(victim, partner) > 0:
         return out | {"victim_partner": np.nan}
     r = covariance / np.sqrt(victim * partner)
     return out | {"victim_partner": float(np.clip(r, -1, 1))}

@@ -16,7 +16,9 @@ from statsmodels.stats.multitest import multipletests
 
 from helpers.stats.dyads import as_shares, as_square, components, part
 
-Statistic = Callable[[NDArray], ArrayLike]  # of the places of the tasks that are kept
+Statistic = Callable[
+    [NDArray], ArrayLike
+]  # of the places of the tasks that are kept
 
 
 class Interval(NamedTuple):
@@ -39,7 +41,9 @@ def leave_out(units: Sequence) -> dict[object, NDArray]:
     return {name: np.flatnonzero(labels != name) for name in names}
 
 
-def covariance(statistic: Statistic, units: Sequence) -> tuple[NDArray, NDArray]:
+def covariance(
+    statistic: Statistic, units: Sequence
+) -> tuple[NDArray, NDArray]:
     """A statistic of all tasks, (k,), and its jackknife covariance, (k, k).
 
     Units of unequal size are weighted as by Busing, Meijer & van der Leeden (1999).
@@ -47,7 +51,9 @@ def covariance(statistic: Statistic, units: Sequence) -> tuple[NDArray, NDArray]
     n = len(units)
     kept = leave_out(units).values()
     whole = np.atleast_1d(statistic(np.arange(n)))
-    without = np.stack([np.atleast_1d(statistic(places)) for places in kept])
+    without = np.stack(
+        [np.atleast_1d(statistic(places)) for places in kept]
+    )
     left_out = np.array([n - len(places) for places in kept])
     size = n / left_out[:, None]
     pseudo = size * whole - (size - 1) * without
@@ -87,14 +93,22 @@ def jackknife(
         return Interval(float(value), np.nan, np.nan, g)
     turn = np.arctanh if fisher else np.positive
     with np.errstate(all="ignore"):
-        whole, spread = covariance(lambda kept: turn(statistic(kept)), units)
+        whole, spread = covariance(
+            lambda kept: turn(statistic(kept)), units
+        )
         return interval(whole[0], np.sqrt(spread[0, 0]), g, fisher)
 
 
 def mean(matrix: ArrayLike, units: Sequence) -> Interval:
     """Mean of the cells of a matrix of tasks."""
     matrix = as_square(matrix)
-    return jackknife(lambda kept: np.nanmean(part(matrix, kept)), units)
+
+    def of(kept: NDArray) -> float:
+        cells = part(matrix, kept)
+        cells = cells[~np.isnan(cells)]
+        return cells.mean() if len(cells) else np.nan
+
+    return jackknife(of, units)
 
 
 def share(
@@ -116,7 +130,9 @@ def share(
     found = jackknife(statistic, units, fisher)
     if fisher:
         return found
-    return found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0), p=np.nan)
+    return found._replace(
+        low=max(found.low, 0.0), high=min(found.high, 1.0), p=np.nan
+    )
 
 
 def holm(p: ArrayLike) -> NDArray:
@@ -134,45 +150,30 @@ def holm(p: ArrayLike) -> NDArray:
 
 def stacked(matrices: Mapping[str, ArrayLike]) -> NDArray:
     """(rules, n, n), NaN in all rules where it is in one."""
-    stack = np.stack([as_square(matrix) for matrix in matrices.values()])
+    stack = np.stack(
+        [as_square(matrix) for matrix in matrices.values()]
+    )
     missing = np.isnan(stack).any(axis=0)
     return np.where(missing, np.nan, stack)
 
 
-def contrasts(matrices: Mapping[str, ArrayLike], units: Sequence) -> pd.DataFrame:
+def contrasts(
+    matrices: Mapping[str, ArrayLike], units: Sequence
+) -> pd.DataFrame:
     """Difference of the mean outcome of every two rules, over the cells that all have.
 
     Columns first, second, value (first - second), low, high, n, p, p_holm.
     """
     stack = stacked(matrices)
     rows = []
-    for (i, first), (j, second) in combinations(enumerate(matrices), 2):
+    for (i, first), (j, second) in combinations(
+        enumerate(matrices), 2
+    ):
         found = mean(stack[i] - stack[j], units)
         names = {"first": first, "second": second}
         rows.append(names | found._asdict())
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table["p"]))
-
-
-def same_means(matrices: Mapping[str, ArrayLike], units: Sequence) -> float:
-    """p of equal means of all rules: Hotelling's T² with the jackknife covariance over units.
-
-    NaN where there are no more units than rules.
-    """
-    stack = stacked(matrices)
-    free = len(stack) - 1
-    g = len(set(units))
-    if g <= free + 1:
-        return np.nan
-
-    def steps(kept: NDArray) -> NDArray:
-        means = [np.nanmean(part(matrix, kept)) for matrix in stack]
-        return np.diff(means)
-
-    whole, spread = covariance(steps, units)
-    squared = whole @ np.linalg.pinv(spread) @ whole
-    f = squared * (g - free) / (free * (g - 1))
-    return float(stats.f.sf(f, free, g - free))
 
 
 def rule_shares(stack: NDArray) -> dict[str, float]:
@@ -182,6 +183,10 @@ def rule_shares(stack: NDArray) -> dict[str, float]:
     """
     values = stack[:, ~np.isnan(stack[0])]
     rules, cells = values.shape
+    if min(rules, cells) < 2:
+        return dict.fromkeys(
+            ("rule", "victim", "partner", "relation", "rest"), np.nan
+        )
     of_rule = values.mean(axis=1)
     of_cell = values.mean(axis=0)
     left = values - of_rule[:, None] - of_cell + of_cell.mean()

@@ -268,12 +268,15 @@ def merge_losses(merges: pd.DataFrame, cells: Cells, seed: int = 0) -> pd.DataFr
 def outcomes(losses: pd.DataFrame, doses: pd.DataFrame) -> pd.DataFrame:
     """`losses` with what needs no partner and what the partners did, of the score and of the NLL.
 
-    alone (%): solo where it was run, else dilution; partners: loss - alone. nll_loss (nats per
-    token): specialist minus merge, a loss without a floor; nll_alone, nll_partners: likewise.
+    alone (%): solo where it was run, else dilution; partners: loss - alone, and of the loss of what
+    exceeds chance: partners_corrected. nll_loss (nats per token): specialist minus merge, a loss
+    without a floor; nll_alone, nll_partners: likewise.
     """
     out = losses.copy()
     out["alone"] = out.solo.fillna(out.dilution)
     out["partners"] = out.loss - out.alone
+    above = out.specialist - out.chance
+    out["partners_corrected"] = out.partners * out.specialist / above.where(above > 0)
     diluted = read_doses(doses, out.task, out.dose_ingredient, "nll")
     alone = out.nll_solo.where(out.solo.notna(), diluted)
     out["nll_loss"] = out.nll_specialist - out.nll

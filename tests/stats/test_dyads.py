@@ -109,5 +109,10 @@ def test_unrelated_drops_the_pairs_of_a_family():
 def test_what_is_no_matrix_of_tasks_is_refused():
     with pytest.raises(ValueError, match="square"):
         dyads.decompose(np.ones((3, 4)))
-    with pytest.raises(ValueError, match="3 tasks"):
-        dyads.components(np.ones((2, 2)))
+
+
+def test_two_tasks_have_no_effects_of_their_own():
+    assert np.isnan(dyads.components(np.ones((2, 2)))).all()
+    found = dyads.decompose(np.full((4, 4), np.nan))
+    assert np.isnan(found.mean) and np.isnan(found.victim).all()
+    assert np.isnan(dyads.shares(np.ones((2, 2)))["victim"])
