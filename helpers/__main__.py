@@ -138,9 +138,9 @@ def _merge(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def _fetched(model: str) -> Path:
     """The folder of a model that has to be fetched by its name."""
-    from helpers.study import assets  # imports transformers: seconds that a folder needs not
+    from helpers.study import models  # imports transformers: seconds that a folder needs not
 
-    return assets.model_folder(model)
+    return models.model_folder(model)
 
 
 def _advise(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -14,7 +14,7 @@ import pytest
 from helpers import merge, run, store
 from helpers.__main__ import main
 from helpers.run import execute, page, profiles
-from helpers.study import assets
+from helpers.study import archives
 
 
 def stdout_of(path):
@@ -176,7 +176,7 @@ def test_merge_gets_its_arguments_as_they_were_typed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [assets.AssetError, ValueError, FileNotFoundError, PermissionError]
+    "error", [archives.AssetError, ValueError, FileNotFoundError, PermissionError]
 )
 def test_a_bad_merge_is_one_sentence_and_exit_code_2(monkeypatch, capsys, error):
     def refuse(argv, folder_of):

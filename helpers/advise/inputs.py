@@ -13,8 +13,8 @@ from torch import Tensor
 from helpers import store
 from helpers.merge import Row, Source, objections, open_base, open_specialist, views
 from helpers.states.batch import encode_input, encode_prompt
-from helpers.study import assets
 from helpers.study.bench import load_base, specialist_key
+from helpers.study.models import model_folder
 
 NEUTRAL = store.ROOT / "data" / "neutral_probes.txt"
 FEWEST = 8  # prompts of a model: fewer say nothing
@@ -171,7 +171,7 @@ def labels_of(models: Sequence[str]) -> list[str]:
 def folder_of(model: str) -> Path:
     """A folder as it is (an adapter, or a checkpoint without config); else a model by its name."""
     path = Path(model).expanduser()
-    return path if path.is_dir() else assets.model_folder(model)
+    return path if path.is_dir() else model_folder(model)
 
 
 def check_device(device: str) -> None:
@@ -203,8 +203,8 @@ def open_panel(
     model, tokenizer, info = load_base(base, dtype, device)
     encoder = model.get_output_embeddings() is None
     opened = [open_specialist(path, label) for label, path in folders.items()]
-    stored = open_base(assets.model_folder(base))
-    _check_meaning(stored, assets.model_folder(base), folders, opened, encoder)
+    stored = open_base(model_folder(base))
+    _check_meaning(stored, model_folder(base), folders, opened, encoder)
     heads = {}
     if encoder:
         prefix = f"{model.base_model_prefix}."

@@ -160,14 +160,14 @@ def _check_inputs(plan: list[Step]) -> None:
     Raises ValueError for what cannot be had.
     """
     asked = [step.parameters for step in plan if not _reads_committed(step)]
-    models = dict.fromkeys(given["MODEL"] for given in asked if "MODEL" in given)
+    bases = dict.fromkeys(given["MODEL"] for given in asked if "MODEL" in given)
     with_tasks = [given for given in asked if "TASKS" in given]
-    if not models and not with_tasks:
+    if not bases and not with_tasks:
         return
-    from helpers.study import assets, tasks  # seconds: not paid by a run that has nothing to do
+    from helpers.study import models, tasks  # seconds: not paid by a run that has nothing to do
 
-    for model in models:
-        assets.model_folder(model)
+    for base in bases:
+        models.model_folder(base)
     for given in with_tasks:
         tasks.check_names(given["TASKS"], given.get("SOURCES"))
 

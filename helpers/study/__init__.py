@@ -1,15 +1,16 @@
 """The experiment: tasks, specialists, visits of merges, what they lost, and the tables of it.
 
 Names are loaded when they are asked for: what reads tables or makes a plan imports no torch. Read
-in this order: assets, tasks, specialists (what is merged); plan, groups, design, costs (which
-visits); identity, bench, deltas, readings, executor, visit (the visits); scores, frames, geometry,
-losses, failures (what they found); schema, tables (what is written and read).
+in this order: archives, models, generators, sources, tasks, specialists (what is merged); plan,
+groups, design, costs (which visits); identity, bench, deltas, readings, executor, visit (the
+visits); scores, frames, geometry, losses, failures (what they found); schema, tables (what is
+written and read).
 """
 
 from importlib import import_module
 
 _ROOMS = {
-    "assets": [],
+    "archives": [],
     "bench": ["Bench", "load_base", "open_bench", "save_bench", "twins"],
     "costs": ["unit_costs"],
     "deltas": [],
@@ -21,6 +22,7 @@ _ROOMS = {
     "groups": [],
     "identity": [],
     "losses": ["merging_loss"],
+    "models": [],
     "plan": ["Plan", "Row"],
     "readings": [],
     "schema": [],

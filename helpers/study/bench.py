@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from helpers import merge, store
-from helpers.study import assets, identity, specialists
+from helpers.study import identity, models, specialists
 from helpers.study.tasks import SPLITS, Task, load_tasks
 
 # The settings of an adapter that its task vector depends on.
@@ -114,7 +114,7 @@ def load_base(
 
     Raises ValueError (AssetError) for a model that cannot be had, and for an encoder-decoder.
     """
-    config = AutoConfig.from_pretrained(assets.model_folder(name), trust_remote_code=False)
+    config = AutoConfig.from_pretrained(models.model_folder(name), trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: name a decoder or an encoder")
     writes = any(kind.endswith("ForCausalLM") for kind in config.architectures or [])
@@ -122,9 +122,9 @@ def load_base(
     verbosity = logging.get_verbosity()
     if not writes:  # that the head is untrained is no news: no task is scored with it
         logging.set_verbosity_error()
-    model, tokenizer = assets.load_model(name, dtype, device, auto_class)
+    model, tokenizer = models.load_model(name, dtype, device, auto_class)
     logging.set_verbosity(verbosity)
-    return model, tokenizer, assets.base_info(name)
+    return model, tokenizer, models.base_info(name)
 
 
 # --- an encoder's heads ----------------------------------------------------------------------

@@ -27,7 +27,7 @@ from datasets import Dataset, DatasetDict
 from tqdm import tqdm
 
 from helpers import store
-from helpers.study import assets
+from helpers.study import archives
 from helpers.study.bench import Bench, load_base
 from helpers.study.tasks import Task
 
@@ -133,7 +133,7 @@ def _is_loss(error: Exception) -> bool:
 
 def _as_data(bench: Bench) -> dict[str, Any]:
     """What a worker needs to open the same bench: names, and folders of the store."""
-    embedded = {entry["name"] for entry in assets.CATALOGUE["models"].values()}
+    embedded = {entry["name"] for entry in archives.CATALOGUE["models"].values()}
     name = bench.base["name"]
     folders = {label: _relative(folder) for label, folder in bench.specialists.items()}
     return {

@@ -1,136 +1,21 @@
 """Generated tasks: `generated:<family>/<name>`, seeded, as many examples as are asked for.
 
-Each generator draws an input and knows its answer: a rule on strings, lists, numbers or dates that
-a small model can learn from a few hundred examples. A family has at most three tasks, relatives.
-Their instructions are in data/tasks.toml.
+Each generator draws an input and knows its answer: a rule on words (`words`), numbers, dates or
+records that a small model can learn from a few hundred examples. A family has at most three tasks,
+relatives. Their instructions are in data/tasks.toml.
 """
 
 import random
-import string
 from datetime import date, timedelta
 
+from helpers.study import words
+from helpers.study.words import word
+
 EXAMPLES = 2000  # different prompts in the pool of a task
-ANIMALS = "cat dog cow pig hen fox owl bee ant rat bat elk emu yak ape eel cod jay".split()  # noqa: SIM905
-TOOLS = "saw axe awl hoe rake file drill clamp lathe wrench chisel hammer pliers".split()  # noqa: SIM905
 NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kim Leo Mia Ned Ona Pia Raj Sam Tess".split()  # noqa: SIM905
-VOWELS = "aeiou"
 ONES = "zero one two three four five six seven eight nine".split()  # noqa: SIM905
 MONTHS = [date(2001, month, 1).strftime("%B") for month in range(1, 13)]
 DAYS = [date(2001, 1, day).strftime("%A") for day in range(1, 8)]  # 1 January 2001 was a Monday
-
-
-def word(rng: random.Random, least: int = 4, most: int = 6) -> str:
-    """A pronounceable string of consonants and vowels in turn."""
-    consonants = [c for c in string.ascii_lowercase if c not in VOWELS]
-    kinds = [consonants, VOWELS] * most
-    return "".join(rng.choice(kinds[i]) for i in range(rng.randint(least, most)))
-
-
-def words(rng: random.Random, n: int) -> list[str]:
-    return [word(rng, 3, 4) for _ in range(n)]
-
-
-# --- strings ---------------------------------------------------------------------------------
-
-
-def doubled_vowels(rng: random.Random) -> tuple[str, str]:
-    """Every vowel is written twice."""
-    text = word(rng)
-    return text, "".join(2 * c if c in VOWELS else c for c in text)
-
-
-def starred_vowels(rng: random.Random) -> tuple[str, str]:
-    """Every vowel becomes a star."""
-    text = word(rng)
-    return text, "".join("*" if c in VOWELS else c for c in text)
-
-
-def dropped_vowels(rng: random.Random) -> tuple[str, str]:
-    """The vowels go."""
-    text = word(rng)
-    return text, "".join(c for c in text if c not in VOWELS)
-
-
-def upper_first(rng: random.Random) -> tuple[str, str]:
-    """The first word in capitals, the other as it is."""
-    first, second = words(rng, 2)
-    return f"{first} {second}", f"{first.upper()} {second}"
-
-
-def upper_last(rng: random.Random) -> tuple[str, str]:
-    """The last word in capitals, the other as it is."""
-    first, second = words(rng, 2)
-    return f"{first} {second}", f"{first} {second.upper()}"
-
-
-def hyphenated(rng: random.Random) -> tuple[str, str]:
-    """The letters, joined by hyphens."""
-    text = word(rng)
-    return text, "-".join(text)
-
-
-def bracketed(rng: random.Random) -> tuple[str, str]:
-    """The first letter in brackets."""
-    text = word(rng)
-    return text, f"({text[0]}){text[1:]}"
-
-
-def suffixed(rng: random.Random) -> tuple[str, str]:
-    """`-a` after a last vowel, `-o` after a last consonant."""
-    text = word(rng)
-    return text, text + ("-a" if text[-1] in VOWELS else "-o")
-
-
-# --- lists -----------------------------------------------------------------------------------
-
-
-def first_last(rng: random.Random) -> tuple[str, str]:
-    """The first and the last of four words."""
-    items = words(rng, 4)
-    return ", ".join(items), f"{items[0]} {items[-1]}"
-
-
-def second_word(rng: random.Random) -> tuple[str, str]:
-    """The second of four words."""
-    items = words(rng, 4)
-    return ", ".join(items), items[1]
-
-
-def rotated(rng: random.Random) -> tuple[str, str]:
-    """The first of four words goes to the end."""
-    items = words(rng, 4)
-    return ", ".join(items), ", ".join([*items[1:], items[0]])
-
-
-def animal(rng: random.Random) -> tuple[str, str]:
-    """The one animal among tools."""
-    animal = rng.choice(ANIMALS)
-    items = [animal, *rng.sample(TOOLS, 3)]
-    rng.shuffle(items)
-    return ", ".join(items), animal
-
-
-def tool(rng: random.Random) -> tuple[str, str]:
-    """The one tool among animals."""
-    tool = rng.choice(TOOLS)
-    items = [tool, *rng.sample(ANIMALS, 3)]
-    rng.shuffle(items)
-    return ", ".join(items), tool
-
-
-def repeated(rng: random.Random) -> tuple[str, str]:
-    """The word that stands twice."""
-    items = words(rng, 3)
-    twice = rng.choice(items)
-    shown = [*items, twice]
-    rng.shuffle(shown)
-    return ", ".join(shown), twice
-
-
-def joined(rng: random.Random) -> tuple[str, str]:
-    """`a, b, c` becomes `a and b and c`."""
-    items = words(rng, 3)
-    return ", ".join(items), " and ".join(items)
 
 
 # --- numbers ---------------------------------------------------------------------------------
@@ -274,22 +159,8 @@ def called(rng: random.Random) -> tuple[str, str]:
     return f"{name} of {a} and {b}", f"{name}({a}, {b})"
 
 
-RULES = (
-    doubled_vowels,
-    starred_vowels,
-    dropped_vowels,
-    upper_first,
-    upper_last,
-    hyphenated,
-    bracketed,
-    suffixed,
-    first_last,
-    second_word,
-    rotated,
-    animal,
-    tool,
-    repeated,
-    joined,
+TASKS = (
+    *words.TASKS,
     larger,
     smaller,
     parity,
@@ -312,13 +183,13 @@ RULES = (
     town,
     called,
 )
-GENERATORS = {rule.__name__: rule for rule in RULES}
+GENERATORS = {task.__name__: task for task in TASKS}
 
 
 def examples(name: str, n: int = EXAMPLES, seed: int = 0) -> list[dict]:
-    """Rows (prompt, answers, options) of a rule: n different prompts, where it has so many.
+    """Rows (prompt, answers, options) of a task: n different prompts, where it has so many.
 
-    More rows begin with the same ones. Raises ValueError for an unknown rule.
+    More rows begin with the same ones. Raises ValueError for an unknown one.
     """
     if name not in GENERATORS:
         raise ValueError(f"no generator is called {name!r}: choose one of {', '.join(GENERATORS)}")

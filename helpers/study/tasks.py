@@ -8,35 +8,21 @@ A task name is `source:name`: `bigbench:linguistic_mappings/plural_json` (embedd
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 
-from helpers.study import assets, generators
+from helpers.study import archives
+from helpers.study.sources import CATALOGUE, READERS, archived, catalogue, known, short
 
 SPLITS = ("test", "probe", "dev", "train")  # test is drawn first: more training moves no test
 METRICS = ("exact_match", "rouge_l")
 PROMPTS = ("instructed", "bare")
-CATALOGUE = Path(__file__).parents[2] / "data" / "tasks.toml"
-
-# What the sentences of each GLUE task are called, and its labels in words, by label number.
-GLUE = {
-    "cola": (("sentence",), ("unacceptable", "acceptable")),
-    "sst2": (("sentence",), ("negative", "positive")),
-    "mrpc": (("sentence1", "sentence2"), ("different", "equivalent")),
-    "qqp": (("question1", "question2"), ("different", "duplicate")),
-    "mnli": (("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
-    "qnli": (("question", "sentence"), ("answered", "unanswered")),
-    "rte": (("sentence1", "sentence2"), ("entailment", "unrelated")),
-    "wnli": (("sentence1", "sentence2"), ("no", "yes")),
-}
 
 
 class Sizes(NamedTuple):
@@ -82,16 +68,6 @@ class Task:
         return {}
 
 
-def short(name: str) -> str:
-    """`bigbench:linguistic_mappings/plural_json` -> `plural`."""
-    return name.split(":", 1)[-1].rsplit("/", 1)[-1].removesuffix("_json").removesuffix(".jsonl")
-
-
-def catalogue() -> dict[str, dict]:
-    """The study's candidate tasks: name -> family, instruction, kind, reason, perhaps a metric."""
-    return tomllib.loads(CATALOGUE.read_text(encoding="utf-8"))
-
-
 def load_task(
     name: str,
     sizes: Sizes,
@@ -110,7 +86,7 @@ def load_task(
     inputs for the other splits.
     """
     sources = sources or {}
-    source, path = _known(name, sources)
+    source, path = known(name, sources)
     entry = catalogue().get(name, {})
     metric = entry.get("metric")
     instruction = _instruction(name, entry, prompt)
@@ -152,9 +128,9 @@ def load_tasks(names: Iterable[str], **settings) -> dict[str, Task]:
     """
     names = list(names)
     check_names(names, settings.get("sources"))
-    archived = _archived(names)
-    if archived:
-        assets.bigbench_files(archived)  # in one pass over the archive
+    packed = archived(names)
+    if packed:
+        archives.bigbench_files(packed)  # in one pass over the archive
     return {short(name): load_task(name, **settings) for name in names}
 
 
@@ -171,36 +147,12 @@ def check_names(names: Iterable[str], sources: dict[str, str] | None = None) -> 
                 f"tasks {labels[short(name)]} and {name} are both called {short(name)!r} in tables "
                 "and figures: choose one of them"
             )
-        _known(name, sources or {})
+        known(name, sources or {})
         labels[short(name)] = name
     listed = catalogue()
-    strange = _archived(name for name in labels.values() if name not in listed)
+    strange = archived(name for name in labels.values() if name not in listed)
     if strange:
-        assets.bigbench_files(strange)
-
-
-def _known(name: str, sources: dict[str, str]) -> tuple[str, str]:
-    """Source and name within it of a task; ValueError for one that the source cannot have."""
-    source, _, path = name.partition(":")
-    if source not in READERS or not path:
-        raise ValueError(
-            f"unknown task {name!r}: a task is source:name with source one of {', '.join(READERS)}"
-        )
-    if source == "glue" and path not in GLUE:
-        raise ValueError(f"unknown GLUE task {path!r}: choose one of {', '.join(GLUE)}")
-    if source == "generated" and name not in catalogue():
-        names = (x for x in catalogue() if x.startswith("generated:"))
-        raise ValueError(f"unknown generated task {name!r}: choose one of {', '.join(names)}")
-    if source == "sni" and not (file := _sni_file(path, sources.get("sni"))).is_file():
-        raise ValueError(
-            f"task file {file.name} is not in {file.parent}: name the folder that holds it"
-        )
-    return source, path
-
-
-def _archived(names: Iterable[str]) -> list[str]:
-    """Names in the BIG-bench archive of those tasks that come from it."""
-    return [name.split(":", 1)[1] for name in names if name.startswith("bigbench:")]
+        archives.bigbench_files(strange)
 
 
 def split(
@@ -317,91 +269,3 @@ def label_set(rows: Iterable[dict]) -> list[str]:
             "output for each"
         )
     return list(sets.pop())
-
-
-# --- sources ---------------------------------------------------------------------------------
-
-
-def read_bigbench(path: str, source: str | None) -> tuple[list[dict], None]:
-    """BIG-bench JSON with the benchmark's own zero-shot prompt, without the listed choices.
-
-    The best-scored targets count; examples without any answer are left out.
-    """
-    task = json.loads(assets.bigbench_json(path).read_text(encoding="utf-8"))
-    before = task.get("task_prefix", "") + task.get("example_input_prefix", "\nQ: ")
-    after = task.get("example_output_prefix", "\nA: ")
-    rows = []
-    for example in task["examples"]:
-        scores = example.get("target_scores") or {}
-        found = example.get("target") or [o for o in scores if scores[o] == max(scores.values())]
-        answers = [str(a).strip() for a in ([found] if isinstance(found, str) else found)]
-        if not any(answers):
-            continue
-        rows.append(
-            {
-                "prompt": (before + example["input"] + after).strip(),
-                "answers": answers,
-                "options": sorted(o.strip() for o in scores) if "target" not in example else [],
-            }
-        )
-    return rows, None
-
-
-def read_glue(path: str, source: str | None) -> tuple[list[dict], list[dict]]:
-    """A GLUE task; its validation split is held out for testing (the test labels are hidden)."""
-    fields, labels = GLUE[path]
-    data = load_dataset(source or "nyu-mll/glue", path)
-    ask = f" {labels[0]} or {labels[1]}?" if len(labels) == 2 else f" {', '.join(labels)}?"
-
-    def rows(split: str) -> list[dict]:
-        return [
-            {
-                "prompt": "\n".join(
-                    f"{field.rstrip('12').capitalize()}: {row[field].strip()}" for field in fields
-                )
-                + f"\nQuestion:{ask}\nAnswer:",
-                "answers": [labels[row["label"]]],
-                "options": list(labels),
-            }
-            for row in data[split]
-        ]
-
-    return rows("train"), rows("validation_matched" if path == "mnli" else "validation")
-
-
-def read_sni(path: str, source: str | None) -> tuple[list[dict], None]:
-    """A Super-NaturalInstructions task: definition, input, output(s); any listed output counts."""
-    file = _sni_file(path, source)
-    raw = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
-    answers = [
-        [o.strip() for o in ([r["output"]] if isinstance(r["output"], str) else r["output"])]
-        for r in raw
-    ]
-    # A small closed set of single answers is a classification; anything else is free text.
-    labels = sorted({a for accepted in answers for a in accepted})
-    options = labels if len(labels) <= 10 and len(labels) * 10 <= len(raw) else []
-    return [
-        {
-            "prompt": f"{row['definition'].strip()}\n\nInput: {row['input'].strip()}\nOutput:",
-            "answers": accepted,
-            "options": options,
-        }
-        for row, accepted in zip(raw, answers, strict=True)
-    ], None
-
-
-def _sni_file(path: str, source: str | None) -> Path:
-    return Path(source or ".") / f"{path.removesuffix('.jsonl')}.jsonl"
-
-
-def read_generated(path: str, source: str | None) -> tuple[list[dict], None]:
-    """A generated task: as many examples as any study asks for."""
-    return generators.examples(short(path)), None
-
-
-READERS = {
-    "bigbench": read_bigbench,
-    "glue": read_glue,
-    "sni": read_sni,
-    "generated": read_generated,
-}

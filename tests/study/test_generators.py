@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from helpers.study import generators, tasks
+from helpers.study import generators, tasks, words
 
 
 def items(text):
@@ -42,8 +42,8 @@ SECOND = {
     "first_last": lambda x: re.sub(r"^(\w+),.* (\w+)$", r"\1 \2", x),
     "second_word": lambda x: items(x)[1],
     "rotated": lambda x: re.sub(r"^(\w+), (.*)$", r"\2, \1", x),
-    "animal": lambda x: next(w for w in items(x) if w in generators.ANIMALS),
-    "tool": lambda x: next(w for w in items(x) if w not in generators.ANIMALS),
+    "animal": lambda x: next(w for w in items(x) if w in words.ANIMALS),
+    "tool": lambda x: next(w for w in items(x) if w not in words.ANIMALS),
     "repeated": lambda x: max(items(x), key=items(x).count),
     "joined": lambda x: x.replace(",", " and"),
     "larger": lambda x: str(sorted(numbers(x))[1]),

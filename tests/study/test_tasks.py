@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from helpers import run
 from helpers.states import batch
-from helpers.study import assets, tasks
+from helpers.study import archives, tasks
 
 
 def bigbench(tmp_path, monkeypatch, **content):
     file = tmp_path / "task.json"
     file.write_text(json.dumps(content))
-    monkeypatch.setattr(assets, "bigbench_json", lambda name: file)
+    monkeypatch.setattr(archives, "bigbench_json", lambda name: file)
 
 
 def load(sizes, name="bigbench:toy", prompt="bare", **settings):
@@ -86,7 +86,7 @@ def test_bigbench_options_are_stripped_and_examples_without_answer_left_out(tmp_
 def test_several_tasks_are_loaded_by_label(tmp_path, monkeypatch):
     bigbench(tmp_path, monkeypatch, examples=numbered(4))
     asked = []
-    monkeypatch.setattr(assets, "bigbench_files", asked.append)
+    monkeypatch.setattr(archives, "bigbench_files", asked.append)
     loaded = tasks.load_tasks(
         ["bigbench:x/b_json", "bigbench:a"], sizes=(1, 1, 1, 1), prompt="bare"
     )
@@ -170,7 +170,7 @@ def test_too_few_inputs_are_refused(tmp_path, monkeypatch):
 
 def test_names_are_checked_before_anything_is_read(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(assets, "bigbench_files", asked.append)
+    monkeypatch.setattr(archives, "bigbench_files", asked.append)
     tasks.check_names(["bigbench:intent_recognition", "glue:mrpc"])
     assert not asked  # what the catalogue names is known without the archive
     tasks.check_names(["bigbench:intent_recognition", "bigbench:x/strange"])

@@ -1,0 +1,190 @@
+"""Where do a task's examples come from? Readers of each source, and the names that it knows.
+
+A reader takes a task's name within its source and, for GLUE and Super-NaturalInstructions, where
+that source is to be read. It gives a pool of rows (prompt, answers, options), and held-out rows or
+None.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+
+from helpers.study import archives, generators
+
+CATALOGUE = Path(__file__).parents[2] / "data" / "tasks.toml"
+MOST_LABELS = 10  # of a Super-NaturalInstructions task that is taken for a classification …
+FEWEST_EACH = 10  # … with so many examples to a label, in the mean
+Rows = list[dict[str, Any]]
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def short(name: str) -> str:
+    """`bigbench:linguistic_mappings/plural_json` -> `plural`."""
+    return name.split(":", 1)[-1].rsplit("/", 1)[-1].removesuffix("_json").removesuffix(".jsonl")
+
+
+def catalogue() -> dict[str, dict]:
+    """The study's candidate tasks: name -> family, instruction, kind, reason, perhaps a metric."""
+    return tomllib.loads(CATALOGUE.read_text(encoding="utf-8"))
+
+
+def known(name: str, sources: Mapping[str, str]) -> tuple[str, str]:
+    """Source and name within it of a task; ValueError for one that the source cannot have."""
+    source, _, path = name.partition(":")
+    if source not in READERS or not path:
+        raise ValueError(
+            f"unknown task {name!r}: a task is source:name with source one of {', '.join(READERS)}"
+        )
+    if source == "glue" and path not in GLUE:
+        raise ValueError(f"unknown GLUE task {path!r}: choose one of {', '.join(GLUE)}")
+    if source == "generated" and name not in catalogue():
+        names = (x for x in catalogue() if x.startswith("generated:"))
+        raise ValueError(f"unknown generated task {name!r}: choose one of {', '.join(names)}")
+    if source == "sni" and not (file := sni_file(path, sources.get("sni"))).is_file():
+        raise ValueError(
+            f"task file {file.name} is not in {file.parent}: name the folder that holds it"
+        )
+    return source, path
+
+
+def archived(names: Iterable[str]) -> list[str]:
+    """Names in the BIG-bench archive of those tasks that come from it."""
+    return [name.split(":", 1)[1] for name in names if name.startswith("bigbench:")]
+
+
+# --- BIG-bench -------------------------------------------------------------------------------
+
+
+def read_bigbench(path: str, source: str | None) -> tuple[Rows, None]:
+    """BIG-bench JSON with the benchmark's own zero-shot prompt, without the listed choices.
+
+    The best-scored targets count; examples without any answer are left out.
+    """
+    text = archives.bigbench_json(path).read_text(encoding="utf-8")
+    task = json.loads(text)
+    before = task.get("task_prefix", "") + task.get("example_input_prefix", "\nQ: ")
+    after = task.get("example_output_prefix", "\nA: ")
+    rows = []
+    for example in task["examples"]:
+        options = example.get("target_scores") or {}
+        answers = _targets(example, options)
+        if not any(answers):
+            continue
+        prompt = before + example["input"] + after
+        chosen_from = {} if "target" in example else options
+        rows.append(
+            {
+                "prompt": prompt.strip(),
+                "answers": answers,
+                "options": sorted(option.strip() for option in chosen_from),
+            }
+        )
+    return rows, None
+
+
+def _targets(example: Mapping[str, Any], options: Mapping[str, float]) -> list[str]:
+    """The accepted answers of a BIG-bench example: its target(s), else its best-scored options."""
+    target = example.get("target")
+    if not target:
+        best = max(options.values(), default=None)
+        target = [option for option in options if options[option] == best]
+    several = [target] if isinstance(target, str) else target
+    return [str(answer).strip() for answer in several]
+
+
+# --- GLUE ------------------------------------------------------------------------------------
+
+# What the sentences of each GLUE task are called, and its labels in words, by label number.
+GLUE = {
+    "cola": (("sentence",), ("unacceptable", "acceptable")),
+    "sst2": (("sentence",), ("negative", "positive")),
+    "mrpc": (("sentence1", "sentence2"), ("different", "equivalent")),
+    "qqp": (("question1", "question2"), ("different", "duplicate")),
+    "mnli": (("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "qnli": (("question", "sentence"), ("answered", "unanswered")),
+    "rte": (("sentence1", "sentence2"), ("entailment", "unrelated")),
+    "wnli": (("sentence1", "sentence2"), ("no", "yes")),
+}
+
+
+def read_glue(path: str, source: str | None) -> tuple[Rows, Rows]:
+    """A GLUE task; its validation split is held out for testing (the test labels are hidden)."""
+    data = load_dataset(source or "nyu-mll/glue", path)
+    held_out = "validation_matched" if path == "mnli" else "validation"
+    return _glue_rows(path, data["train"]), _glue_rows(path, data[held_out])
+
+
+def _glue_rows(path: str, examples: Iterable[Mapping[str, Any]]) -> Rows:
+    """Each field on a line, then the labels to choose from."""
+    fields, labels = GLUE[path]
+    choice = " or ".join(labels) if len(labels) == 2 else ", ".join(labels)
+    rows = []
+    for example in examples:
+        lines = []
+        for field in fields:
+            name = field.rstrip("12").capitalize()
+            lines.append(f"{name}: {example[field].strip()}")
+        lines += [f"Question: {choice}?", "Answer:"]
+        rows.append(
+            {
+                "prompt": "\n".join(lines),
+                "answers": [labels[example["label"]]],
+                "options": list(labels),
+            }
+        )
+    return rows
+
+
+# --- Super-NaturalInstructions ---------------------------------------------------------------
+
+
+def sni_file(path: str, source: str | None) -> Path:
+    return Path(source or ".") / f"{path.removesuffix('.jsonl')}.jsonl"
+
+
+def read_sni(path: str, source: str | None) -> tuple[Rows, None]:
+    """A Super-NaturalInstructions task: definition, input, output(s); any listed output counts."""
+    text = sni_file(path, source).read_text(encoding="utf-8")
+    examples = [json.loads(line) for line in text.splitlines() if line]
+    rows = []
+    for example in examples:
+        output = example["output"]
+        several = [output] if isinstance(output, str) else output
+        definition, given = example["definition"].strip(), example["input"].strip()
+        rows.append(
+            {
+                "prompt": f"{definition}\n\nInput: {given}\nOutput:",
+                "answers": [answer.strip() for answer in several],
+            }
+        )
+    options = _closed_set(rows)
+    return [row | {"options": options} for row in rows], None
+
+
+def _closed_set(rows: Rows) -> list[str]:
+    """The labels of a classification: a small set of answers; none where answers are free text."""
+    labels = {answer for row in rows for answer in row["answers"]}
+    few = len(labels) <= MOST_LABELS and len(labels) * FEWEST_EACH <= len(rows)
+    return sorted(labels) if few else []
+
+
+# --- generated -------------------------------------------------------------------------------
+
+
+def read_generated(path: str, source: str | None) -> tuple[Rows, None]:
+    """A generated task: as many examples as any study asks for."""
+    return generators.examples(short(path)), None
+
+
+READERS = {
+    "bigbench": read_bigbench,
+    "glue": read_glue,
+    "sni": read_sni,
+    "generated": read_generated,
+}
