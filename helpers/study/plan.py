@@ -78,7 +78,8 @@ class Plan:
 
     def select(self, chosen: Callable[[Row], bool]) -> "Plan":
         """The visits of which `chosen` holds."""
-        return Plan(self.frame[[chosen(row) for row in self]])
+        mask = pd.Series([chosen(row) for row in self], self.frame.index, dtype=bool)
+        return Plan(self.frame[mask])
 
     def kinds(self, *kinds: str) -> "Plan":
         """The visits of these kinds."""

@@ -76,6 +76,12 @@ def test_plans_add_up_and_visit_each_model_once():
     assert len(plan.doses("a", [1.0]) + plan.doses("a", [1.0], split="dev")) == 2
 
 
+def test_a_plan_without_visits_answers_as_any_other():
+    none = plan.solos(plan.merges(["ab"], ["linear"]))
+    assert len(none) == 0 and len(none.kinds("solo").kinds("solo")) == 0
+    assert len(none + none) == 0 and none.cost(UNITS, SIZES).empty
+
+
 def test_arms_follow_the_rules_that_are_there():
     rules = {"linear": {}, "ties": {"density": 0.5}}
     arms = [("ties", "norm"), ("linear", "sum"), ("iso_c", "norm")]
