@@ -84,7 +84,8 @@ def readings(
     owners = [i for i, texts in enumerate(answers) for _ in texts]
     tokens = [ids for texts in answers for ids in texts]
     mask, start, cache = some_of(cached, torch.tensor(owners, device=model.device))
-    target, real = (tensor.to(model.device) for tensor in pad(tokens, fill))
+    target, real = pad(tokens, fill)
+    target, real = target.to(model.device), real.to(model.device)
     steps = torch.arange(target.shape[1] - 1, device=model.device)
     rest = model(
         target[:, :-1],
@@ -93,9 +94,12 @@ def readings(
         past_key_values=cache,
     )
     logits = torch.cat([start[:, None], rest.logits], 1).float()
+    fields = per_token(logits, target, stop)
     out: list[list[Reading]] = [[] for _ in answers]
-    for i, ids, fields in zip(owners, tokens, per_token(logits, target, stop), strict=True):
-        out[i].append(Reading(ids, *(field[: len(ids)] for field in fields)))
+    for i, ids, padded in zip(owners, tokens, fields, strict=True):
+        n = len(ids)
+        own = (field[:n] for field in padded)
+        out[i].append(Reading(ids, *own))
     return out
 
 
@@ -130,9 +134,10 @@ def greedy_texts(
     tokens = [followed(candidates, stop) for candidates in read]
     unknown = [i for i, ids in enumerate(tokens) if ids is None]
     if unknown:
-        most = max(len(of.tokens) for candidates in read for of in candidates) + MORE
+        longest = max(len(of.tokens) for candidates in read for of in candidates)
         rest = some_of(cached, torch.tensor(unknown, device=model.device))
-        for i, ids in zip(unknown, decode(model, rest, most, stop.token), strict=True):
+        decoded = decode(model, rest, longest + MORE, stop.token)
+        for i, ids in zip(unknown, decoded, strict=True):
             tokens[i] = ids
     return [tokenizer.decode(ids).strip() for ids in tokens]
 
@@ -158,8 +163,13 @@ def decode(model, cached: Cached, most: int, end: int) -> list[list[int]]:
     out = tokens
     while out.shape[1] < most and not (out == end).any(1).all():
         mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-        about = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
-        tokens = model(tokens, **about).logits[:, -1].argmax(1, keepdim=True)
+        logits = model(
+            tokens,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+        ).logits
+        tokens = logits[:, -1].argmax(1, keepdim=True)
         out = torch.cat([out, tokens], 1)
         position = position + 1
     return [ids[: ids.index(end)] if end in ids else ids for ids in out.tolist()]
@@ -175,8 +185,10 @@ def generate(
     """Greedy continuations up to the end token, stripped."""
     texts = [""] * len(prompts)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    for batch in length_buckets([len(ids) for ids in encoded], batch_size):
-        cached = read_prompts(model, [encoded[i] for i in batch], tokenizer.pad_token_id)
+    lengths = [len(ids) for ids in encoded]
+    for batch in length_buckets(lengths, batch_size):
+        some = [encoded[i] for i in batch]
+        cached = read_prompts(model, some, tokenizer.pad_token_id)
         out = decode(model, cached, max_new_tokens, tokenizer.eos_token_id)
         for i, ids in zip(batch, out, strict=True):
             texts[i] = tokenizer.decode(ids).strip()

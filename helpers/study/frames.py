@@ -131,13 +131,16 @@ def screening(
     )
 
 
-def cells(visits: Iterable[Visit]) -> pd.DataFrame:
+def cells(visits: Iterable[Visit], collisions: pd.DataFrame) -> pd.DataFrame:
     """One row for each merge and task: what was read of it, its doses, and its rule alone.
 
     merge, task, score, nll, invalid, dose_ingredient, dose_own; control_solo and nll_solo where the
-    rule is no weighted sum and no copy of one: `losses.loss_table` takes it from here.
+    rule is no weighted sum and no copy of one: `losses.loss_table` takes it from here. ambiguous:
+    the merge holds a task that collides with this one (`tasks.collisions`).
     """
     visits = list(visits)
+    ends = zip(collisions["task_a"], collisions["task_b"], strict=True)
+    colliding = {frozenset(pair) for pair in ends}
     alone = {x.row.model: x for x in of_kind(visits, "solo")}
     rows = []
     for visit in of_kind(visits, "merge"):
@@ -152,6 +155,7 @@ def cells(visits: Iterable[Visit]) -> pd.DataFrame:
             row["dose_ingredient"] = visit.report["ingredient"][i]
             row["dose_own"] = visit.report["own"][i]
             row |= _control(visit, task, alone)
+            row["ambiguous"] = any({task, x} in colliding for x in visit.row.tasks)
             rows.append(row)
     return pd.DataFrame(rows)
 

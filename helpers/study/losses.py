@@ -125,15 +125,12 @@ def interval(
     cells = [_same_examples(*cell) for cell in cells]
     sizes = tuple(own.size for _, own in cells)
     chance = chance or np.zeros(len(cells))
+    repeats = resamples(sizes, draws, seed)
     losses, drawn = [], []
-    for (merged, own), floor, counts in zip(
-        cells,
-        chance,
-        resamples(sizes, draws, seed),
-        strict=True,
-    ):
+    for (merged, own), floor, counts in zip(cells, chance, repeats, strict=True):
         losses.append(merging_loss(merged.mean(), own.mean(), floor))
-        change, gain = counts @ (merged - own), counts @ (own - floor)
+        change = counts @ (merged - own)
+        gain = counts @ (own - floor)
         drawn.append(percent(change, gain))
     value = float(np.mean(losses))
     if np.isnan(value):
@@ -286,8 +283,13 @@ def outcomes(losses: pd.DataFrame, doses: pd.DataFrame) -> pd.DataFrame:
 
 
 def directed(losses: pd.DataFrame) -> pd.DataFrame:
-    """The cells of merges of two, as victim (the task scored) and partner (the other one)."""
+    """The cells of merges of two, as victim (the task scored) and partner (the other one).
+
+    Ambiguous cells are left out: the two tasks want other answers to prompts that both have.
+    """
     cells = losses[losses.tasks.map(len) == 2].rename(columns={"task": "victim"})
+    if "ambiguous" in cells:  # older studies do not say
+        cells = cells[~cells.ambiguous.astype(bool)]
     rows = zip(cells.victim, cells.tasks, strict=True)
     partners = [b if victim == a else a for victim, (a, b) in rows]
     place = cells.columns.get_loc("victim") + 1

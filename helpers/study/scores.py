@@ -77,16 +77,16 @@ def score_batch(model, tokenizer, rows, metric: str, end: str | None, texts: boo
     answers = [[encode_answer(tokenizer, name, end) for name in several] for several in names]
     cached = read_prompts(model, prompts, fill)
     read = readings(model, cached, answers, fill, stop)
-    scored = [
-        outcome(row, several, of, stop) for row, several, of in zip(rows, names, read, strict=True)
-    ]
+    scored = []
+    for row, several, of in zip(rows, names, read, strict=True):
+        scored.append(outcome(row, several, of, stop))
     if not texts and metric != "rouge_l":
         return scored
     said = greedy_texts(model, tokenizer, cached, read, stop)
-    return [
-        with_text(scores, row, text, metric)
-        for scores, row, text in zip(scored, rows, said, strict=True)
-    ]
+    out = []
+    for scores, row, text in zip(scored, rows, said, strict=True):
+        out.append(with_text(scores, row, text, metric))
+    return out
 
 
 def candidates(row: dict) -> list[str]:
@@ -100,18 +100,23 @@ def outcome(row: dict, names: Sequence[str], read: Sequence[Reading], stop: Stop
     options = np.array([name in row["options"] for name in names])
     greedy = np.array([of.best.all() for of in read])
     forced = np.array([is_forced(of, stop) for of in read])
-    logprob = np.array([of.logprob.sum() for of in read])
-    likely = np.where(options, logprob, -np.inf).argmax()
     first = read[0].logprob.astype(float)
-    return {
+    unended = first[: -stop.length]
+    scores = {
         "id": row["id"],
         "correct": float((greedy & accepted).any()),
         "nll": -first.mean(),
-        "nll_answer": -first[: -stop.length].mean(),
+        "nll_answer": -unended.mean(),
         "forced": float((forced & accepted).any()),
-        "option_correct": float(accepted[likely]) if options.any() else np.nan,
-        "invalid": float(not (greedy & options).any()) if options.any() else np.nan,
+        "option_correct": np.nan,
+        "invalid": np.nan,
     }
+    if options.any():
+        logprob = np.array([of.logprob.sum() for of in read])
+        likely = np.where(options, logprob, -np.inf).argmax()
+        scores["option_correct"] = float(accepted[likely])
+        scores["invalid"] = float(not (greedy & options).any())
+    return scores
 
 
 def with_text(scored: dict, row: dict, text: str, metric: str) -> dict:
@@ -142,11 +147,13 @@ def classify(model, tokenizer, rows, labels: Sequence[str], batch_size: int = 16
     batches = length_buckets([len(ids) for ids in encoded], batch_size)
     parts = []
     for batch in batches:
-        ids, mask = (t.to(model.device) for t in pad([encoded[i] for i in batch], 0))
-        logits = model(ids, attention_mask=mask).logits.float()
+        ids, mask = pad([encoded[i] for i in batch], 0)
+        mask = mask.to(model.device)
+        logits = model(ids.to(model.device), attention_mask=mask).logits.float()
         parts.append(logits.log_softmax(1).cpu())
     order = torch.tensor([i for batch in batches for i in batch])
-    return graded(rows, labels, torch.cat(parts)[order.argsort()])
+    logprobs = torch.cat(parts)[order.argsort()]
+    return graded(rows, labels, logprobs)
 
 
 def graded(rows, labels: Sequence[str], logprobs: torch.Tensor) -> pd.DataFrame:
@@ -160,14 +167,24 @@ def graded(rows, labels: Sequence[str], logprobs: torch.Tensor) -> pd.DataFrame:
         correct = float(labels[int(logprob.argmax())] in row["answers"])
         nll = -float(logprob[labels.index(row["answers"][0])])
         out.append(
-            {"id": row["id"], "correct": correct, "nll": nll}
-            | {"option_correct": correct, "invalid": np.nan}
+            {
+                "id": row["id"],
+                "correct": correct,
+                "nll": nll,
+                "option_correct": correct,
+                "invalid": np.nan,
+            }
         )
     return pd.DataFrame(out)
 
 
 def constant_answer(task: Task, split: str = "test") -> float:
     """Score of always giving the commonest training answer: what chance is worth on this task."""
-    common = Counter(row["answers"][0] for row in task.splits["train"]).most_common(1)[0][0]
-    grade = rouge_l if task.metric == "rouge_l" else lambda text, answers: float(text in answers)
-    return float(np.mean([grade(common, row["answers"]) for row in task.splits[split]]))
+    given = Counter(row["answers"][0] for row in task.splits["train"])
+    ((common, _),) = given.most_common(1)
+    accepted = [row["answers"] for row in task.splits[split]]
+    if task.metric == "rouge_l":
+        grades = [rouge_l(common, answers) for answers in accepted]
+    else:
+        grades = [float(common in answers) for answers in accepted]
+    return float(np.mean(grades))

@@ -53,11 +53,14 @@ class Pairs:
         directed = "victim" in frame
         names = ["victim", "partner"] if directed else ["task_a", "task_b"]
         ends = list(frame[names].itertuples(index=False, name=None))
-        tasks = tuple(tasks or dict.fromkeys(task for pair in ends for task in pair))
-        place = {task: i for i, task in enumerate(tasks)}
-        values = np.full((len(tasks), len(tasks)), np.nan)
+        listed = dict.fromkeys(task for pair in ends for task in pair)
+        tasks = tuple(tasks or listed)
+        n = len(tasks)
+        place = dict(zip(tasks, range(n), strict=True))
+        values = np.full((n, n), np.nan)
+        column_values = frame[column].astype("Float64")
+        numbers = column_values.to_numpy(float, na_value=np.nan)
         seen = set()
-        numbers = frame[column].astype("Float64").to_numpy(float, na_value=np.nan)
         for (a, b), number in zip(ends, numbers, strict=True):
             pair = (a, b) if directed else frozenset((a, b))
             if a == b or pair in seen:
@@ -235,29 +238,37 @@ class Study:
         """
         rules = self.distinct(arm) if rule == "mean" else [rule]
         cells = self.cells(arm, rules)
-        of_rules = [
-            Pairs.from_table(cells[cells.rule == name], column, self.tasks).values
-            for name in rules
-        ]
-        return Pairs(np.mean(of_rules, axis=0), tuple(self.tasks))
+        by_rule = []
+        for name in rules:
+            of_rule = cells[cells.rule == name]
+            pairs = Pairs.from_table(of_rule, column, self.tasks)
+            by_rule.append(pairs.values)
+        return Pairs(np.mean(by_rule, axis=0), tuple(self.tasks))
 
     @cached_property
     def _pair_metrics(self) -> pd.DataFrame:
         """Numeric columns by pair; bound_…: means over the rules; …_a, …_b: their mean."""
         pairs = self.table("pairs").set_index(["task_a", "task_b"])
         if self.has("bound"):
-            bound = self.joined("bound")
-            bound = bound[bound.n == 2]
-            mean = bound.groupby(bound.tasks.map(frozenset)).mean(numeric_only=True)
-            mean = mean.drop(columns=["n", "seed"]).add_prefix("bound_")
-            ends = [frozenset(pair) for pair in pairs.index]
-            pairs = pairs.join(mean.reindex(ends).set_axis(pairs.index))
-        both = [name[:-2] for name in pairs if name.endswith("_a") and f"{name[:-2]}_b" in pairs]
-        for name in both:
-            pairs[name] = pairs[[f"{name}_a", f"{name}_b"]].mean(axis=1)
-            pairs = pairs.drop(columns=[f"{name}_a", f"{name}_b"])
-        ends = [name for name in pairs if name.endswith(("_low", "_high"))]
-        return pairs.drop(columns=ends)
+            pairs = pairs.join(self._bound_means(pairs.index))
+        names = [name.removesuffix("_a") for name in pairs if name.endswith("_a")]
+        for name in names:
+            two = [f"{name}_a", f"{name}_b"]
+            if two[1] in pairs:
+                pairs[name] = pairs[two].mean(axis=1)
+                pairs = pairs.drop(columns=two)
+        limits = [name for name in pairs if name.endswith(("_low", "_high"))]
+        return pairs.drop(columns=limits)
+
+    def _bound_means(self, pairs: pd.MultiIndex) -> pd.DataFrame:
+        """Means of bound.csv over the rules for each of these pairs, as bound_…"""
+        bound = self.joined("bound")
+        bound = bound[bound.n == 2]
+        members = bound.tasks.map(frozenset)
+        mean = bound.groupby(members).mean(numeric_only=True)
+        mean = mean.drop(columns=["n", "seed"]).add_prefix("bound_")
+        wanted = [frozenset(pair) for pair in pairs]
+        return mean.reindex(wanted).set_axis(pairs)
 
     @cached_property
     def metrics(self) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers import store
-from helpers.study import design, frames, geometry, losses, plan, schema, scores, visit
+from helpers.study import design, frames, geometry, losses, plan, schema, scores, tasks, visit
 from helpers.study.bench import Bench
 
 GIVEN = {
@@ -55,7 +55,9 @@ def study(tiny_base, tiny_adapters, tmp_path_factory):
 def table(study):
     bench, visits = study
     references = frames.references(visits, bench.tasks)
-    return losses.loss_table(frames.cells(visits), references, frames.doses(visits))
+    collisions = tasks.collisions(bench.tasks)
+    cells = frames.cells(visits, collisions)
+    return losses.loss_table(cells, references, frames.doses(visits))
 
 
 def test_the_parts_of_a_loss_add_up_to_it(study, table):
@@ -83,6 +85,23 @@ def test_alone_is_what_the_rule_leaves_without_a_partner(study, table):
     rows = table[table["merge"].isin(ties["merge"]) & (table["task"] == "a")]
     assert len(rows) == 2
     np.testing.assert_allclose(rows["nll_solo"], solo.examples["nll"].mean())
+
+
+def test_a_cell_is_ambiguous_where_its_task_collides_with_another_of_the_merge(study, table):
+    _, visits = study
+    assert not table["ambiguous"].any()  # the toy tasks share no prompt
+    collisions = pd.DataFrame({"task_a": ["a"], "task_b": ["c"]})
+    merges = frames.merges(visits)[["merge", "tasks"]]
+    cells = frames.cells(visits, collisions).merge(merges, on="merge")
+    both = cells["tasks"].map({"a", "c"}.issubset) & cells["task"].isin(["a", "c"])
+    assert cells["ambiguous"].equals(both) and both.any() and not both.all()
+    pairs = losses.directed(cells)
+    assert set(zip(pairs["victim"], pairs["partner"], strict=True)) == {
+        ("a", "b"),
+        ("b", "a"),
+        ("b", "c"),
+        ("c", "b"),
+    }
 
 
 def test_a_score_is_the_mean_of_its_examples(study, table):
@@ -134,7 +153,8 @@ def test_committed_scores_are_a_join_and_a_sample_of_them_is_scored_again(
     assert list(rest.frame["key"]) == list(ties.frame["key"])
     monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path))  # a machine that has none of it
     sample = asked.select(lambda row: row.tasks == ("a", "b") and row.rule == "ties")
-    again = frames.cells(visit.run(bench, sample + plan.solos(sample)))
+    visits = visit.run(bench, sample + plan.solos(sample))
+    again = frames.cells(visits, tasks.collisions(bench.tasks))
     both = again.merge(held, on=["merge", "task"], suffixes=("", "_committed"))
     assert len(both) == 2
     for name in ("nll", "dose_own", "nll_solo"):
