@@ -156,7 +156,7 @@ def test_a_copy_is_of_an_earlier_merge_of_its_group_and_scores_alike(name, studi
 @each_study
 def test_swaps_start_from_measured_groups_and_each_has_one_newcomer(name, studies):
     study = studies[name]
-    if not study.has("swaps"):
+    if not study.has("swaps") or study.table("swaps").empty:
         pytest.skip("this study swaps nothing")
     swaps = study.table("swaps")
     losses = study.in_arm(table="merges").set_index(["rule", "tasks"])["loss"]
@@ -182,7 +182,8 @@ def test_every_table_is_as_the_schema_describes_it(name, studies):
     for path in sorted((RESULTS / name).iterdir()):
         assert path.name in KNOWN, f"{path.name} is in no schema"
         if ".csv" in path.suffixes:
-            assert len(studies[name].table(KNOWN[path.name])), f"{path.name} is empty"
+            empty = studies[name].table(KNOWN[path.name]).empty
+            assert not empty or path.name == "swaps.csv", f"{path.name} is empty"
         elif path.suffix == ".npz":
             with np.load(path) as arrays:
                 assert set(arrays.files) == set(schema.of("geometry").columns)
@@ -212,7 +213,7 @@ def test_the_prompts_are_said_to_be_bare_where_they_were(name, studies):
 
 # --- no text -------------------------------------------------------------------------------------
 
-NAME = re.compile(r"[\w.:|/@=-]*( \w+)?")  # of a task, merge, layer ("block 3"): no sentence
+NAME = re.compile(r"[\w.:|/@='-]*( \w+)?")  # of a task, layer ("block 3"), kind of failure
 TEXTS = {"answers"}  # BIG-bench's own words stand here, and in no other table
 
 
