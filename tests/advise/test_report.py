@@ -72,7 +72,7 @@ def test_what_every_model_keeps_is_merged_by_the_command_and_by_mergekits(
     content = json.loads(out)
     (merge,) = content["merges"]
     assert code == 0 and merge["verdict"] == "safe"
-    assert content["sentence"].startswith("Merge task1 and task2 by LA")
+    assert content["sentence"].startswith("Merge task1 and task2 by ")
     assert "the base alone gives the answers of task1, task2" in " ".join(content["limits"])
     monkeypatch.chdir(tmp_path)
     assert run(capsys, *shlex.split(merge["command"])[3:])[0] == 0
