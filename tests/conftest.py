@@ -12,6 +12,11 @@ import tiny
 import toy
 
 
+def pytest_collection_modifyitems(items):
+    """The chain is longest: begun first, it runs beside everything else (pytest -n 2)."""
+    items.sort(key=lambda item: item.get_closest_marker("chain") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """Folder of a tiny random Llama with tokenizer."""
