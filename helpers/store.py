@@ -284,32 +284,6 @@ def write_arrays(path: Path, compressed: bool = True, **arrays: Any) -> None:
         (np.savez_compressed if compressed else np.savez)(part, **arrays)
 
 
-RESULT_FIELDS = ("name", "value", "unit", "n", "low", "high", "interval")
-
-
-def write_record(path: Path, results: list[dict]) -> list[dict]:
-    """Write a notebook's named results (record_NN.json) and return them with all fields.
-
-    Each result has `name`, `value`, `unit` and `n` (number of independent units), and, where it has
-    an interval, `low`, `high` and `interval` in words ("95 %, bootstrap over pairs"). An undefined
-    value is None. Raises ValueError for missing or unknown fields and for a name used twice.
-    """
-    rows = []
-    for result in results:
-        missing = [field for field in RESULT_FIELDS[:4] if field not in result]
-        unknown = sorted(set(result) - set(RESULT_FIELDS))
-        if missing or unknown:
-            raise ValueError(f"result {result.get('name')!r}: {missing=}, {unknown=} fields")
-        rows.append({field: result.get(field) for field in RESULT_FIELDS})
-    names = [row["name"] for row in rows]
-    if len(set(names)) < len(names):
-        raise ValueError(f"a result name is used twice in {path.name}: {names}")
-    _check_json(rows, path.name)
-    with atomic_write(path) as part:
-        part.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return rows
-
-
 REVISION = "MERGING_COLLAPSE_REVISION"
 
 

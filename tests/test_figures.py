@@ -124,16 +124,6 @@ def test_harm_maps_put_the_loss_of_the_victim_in_its_row():
     assert framed == [(-0.46, 0.54)]
 
 
-def test_each_rule_is_a_dot_on_the_line_of_its_pair():
-    _, ax = plt.subplots()
-    table = pd.DataFrame(
-        {"linear": [-10.0, -50.0], "ties": [-20.0, np.nan]}, index=["a, b", "a, c"]
-    )
-    figures.rule_dots(ax, table)
-    np.testing.assert_array_equal(ax.lines[0].get_xdata(), [-10, -50])
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["a, b", "a, c"]
-
-
 def test_the_parts_of_a_loss_are_drawn_with_their_sum():
     _, ax = plt.subplots()
     x = pd.Series([0.5, 1.0])
@@ -143,29 +133,6 @@ def test_the_parts_of_a_loss_are_drawn_with_their_sum():
     drawn = {line.get_label(): line.get_ydata() for line in ax.lines}
     total = sum(drawn[name] for name in split)
     assert np.allclose(total, drawn["merging loss"])
-
-
-def test_bars_stand_at_the_parts_with_their_intervals():
-    _, ax = plt.subplots()
-    rows = [("linear", "alone", -20.0), ("linear", "partners", -10.0), ("ties", "alone", 0.0)]
-    rows.append(("ties", "partners", -30.0))
-    parts = pd.DataFrame(rows, columns=["rule", "outcome", "value"])
-    parts = parts.assign(low=parts["value"] - 5, high=parts["value"] + 2)
-    figures.part_bars(ax, parts)
-    assert [bar.get_height() for bar in ax.patches] == [-20, 0, -10, -30]
-    ends = ax.collections[0].get_segments()[0][:, 1]
-    np.testing.assert_allclose(ends, [-25, -18])
-    assert [text.get_text() for text in ax.get_xticklabels()] == ["LA", "TIES"]
-
-
-def test_a_forest_has_a_line_for_every_row():
-    _, ax = plt.subplots()
-    rows = pd.DataFrame({"r": [0.5, np.nan], "r_low": [0.1, np.nan], "r_high": [0.8, np.nan]})
-    rows.index = ["hidden_sim", "cosine"]
-    figures.forest(ax, rows.assign(raw=[0.2, 0.3]), {"r": {"marker": "o"}, "raw": {"marker": "x"}})
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["hidden_sim", "cosine"]
-    np.testing.assert_array_equal(ax.lines[1].get_xdata(), [0.2, 0.3])
-    assert len(ax.collections) == 1  # intervals of r only
 
 
 def test_words_stand_below_the_figure_on_the_page(tmp_path, monkeypatch):

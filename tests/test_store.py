@@ -279,17 +279,3 @@ def test_jsonl_round_trip(tmp_path):
     for row in rows:
         records.append_jsonl(path, row)
     assert records.read_jsonl(path) == rows
-
-
-def test_record_holds_every_field_and_refuses_what_is_incomplete(tmp_path):
-    path = tmp_path / "record_04.json"
-    given = {"name": "radius", "value": 0.5, "unit": "squared distance", "n": 15}
-    rows = records.write_record(path, [given])
-    assert json.loads(path.read_text()) == rows
-    assert rows == [given | {"low": None, "high": None, "interval": None}]
-    with pytest.raises(ValueError, match=r"missing=\['unit', 'n'\]"):
-        records.write_record(path, [{"name": "x", "value": 1}])
-    with pytest.raises(ValueError, match="used twice"):
-        records.write_record(path, [given, given])
-    with pytest.raises(ValueError, match="is nan"):
-        records.write_record(path, [given | {"value": math.nan}])

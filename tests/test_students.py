@@ -74,6 +74,7 @@ def test_a_wrong_answer_is_told_what_does_not_hold(wrong, told):
         run.check(wrong, EVEN)
 
 
-def test_a_stub_is_not_answered_yet(capsys):
-    run.check(..., EVEN)
+@pytest.mark.parametrize("stub", [..., (2, ...)])
+def test_a_stub_is_not_answered_yet(capsys, stub):
+    run.check(stub, EVEN)
     assert capsys.readouterr().out == "not answered yet\n"

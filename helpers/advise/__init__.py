@@ -4,25 +4,13 @@ Read in this order: inputs, merges, trial, search, choices, advice, report.
 predict explains only; validate holds trials to measured merges.
 """
 
-from importlib import import_module
+from helpers.lazy import door
 
-_HOME = {
-    "Advice": "advice",
-    "Merge": "merges",
-    "advise": "advice",
-    "main": "report",
-    "open_panel": "inputs",
-    "page": "report",
-    "references": "trial",
-    "retention": "merges",
-    "text": "report",
-    "trial": "trial",
-    "write_page": "report",
+_NAMES = {
+    "advice": ["Advice", "advise"],
+    "inputs": ["open_panel"],
+    "merges": ["Merge", "retention"],
+    "report": ["main", "page", "text", "write_page"],
+    "trial": ["references", "trial"],
 }
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str):
-    if name in _HOME:  # torch is imported only by what runs a model
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"helpers.advise has no {name!r}")
+__getattr__, __all__ = door(__name__, _NAMES)

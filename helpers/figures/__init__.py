@@ -17,7 +17,7 @@ from helpers.figures.looks import (
     look,
 )
 from helpers.figures.matrix import clustered, harm_maps, heat_map, task_size
-from helpers.figures.plots import dose_curves, forest, part_bars, parts, rule_dots, scatter
+from helpers.figures.plots import dose_curves, parts, scatter
 from helpers.figures.save import STYLE, save, style, words
 
 __all__ = [
@@ -38,15 +38,12 @@ __all__ = [
     "cards_html",
     "clustered",
     "dose_curves",
-    "forest",
     "framed",
     "harm_maps",
     "heat_map",
     "look",
     "playground",
-    "part_bars",
     "parts",
-    "rule_dots",
     "save",
     "scatter",
     "style",

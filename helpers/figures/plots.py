@@ -1,29 +1,14 @@
 """The plots that more than one notebook draws."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from helpers.figures.looks import BLACK, BLUE, GREY, PARTS, SILVER, look
+from helpers.figures.looks import BLUE, GREY, PARTS
 
 NAMED_CURVES = 20  # tasks up to which each curve is named at its end
-
-
-def rule_dots(ax: Axes, table: pd.DataFrame) -> None:
-    """A row of `table` (its index names it) is a line, each column (a rule) a dot on it."""
-    at = np.arange(len(table))
-    ends = table.min(axis=1), table.max(axis=1)
-    ax.hlines(at, *ends, color=SILVER, lw=1, zorder=0)
-    for rule in table.columns:
-        ax.plot(table[rule], at, ls="none", alpha=0.8, **look(rule))
-    size = min(max(11 - len(table) / 12, 4), 9)
-    ax.set_yticks(at, table.index, fontsize=size)
-    ax.set_ylim(len(table) - 0.4, -0.6)
-    ax.axvline(0, color=BLACK, lw=0.8)
-    above = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
-    ax.legend(ncols=len(table.columns), **above)
 
 
 def parts(ax: Axes, x: pd.Series, losses: pd.DataFrame) -> None:
@@ -33,48 +18,6 @@ def parts(ax: Axes, x: pd.Series, losses: pd.DataFrame) -> None:
         ax.plot(x, losses[name], lw=width, **how)
     ax.axhline(0, color=GREY, lw=0.8)
     ax.set_ylabel("percentage points of the specialist's score")
-
-
-def part_bars(ax: Axes, parts: pd.DataFrame) -> None:
-    """What a loss loses alone and through partners, a pair of bars for each rule.
-
-    `parts` has the columns rule, outcome ("alone" or "partners"), value, low, high.
-    """
-    parts = parts.rename(columns={"method": "rule"})  # as older tables have it
-    rules = list(dict.fromkeys(parts["rule"]))
-    _bars(ax, parts, "alone", rules, -0.2, color=SILVER, label="no partner needed")
-    _bars(ax, parts, "partners", rules, 0.2, color=BLACK, label="the partners")
-    ax.set_xticks(range(len(rules)), [look(rule)["label"] for rule in rules])
-    ax.axhline(0, color=BLACK, lw=0.8)
-
-
-def _bars(
-    ax: Axes, parts: pd.DataFrame, outcome: str, rules: list[str], shift: float, **how: str
-) -> None:
-    rows = parts[parts["outcome"] == outcome].set_index("rule").loc[rules]
-    below = rows["value"] - rows["low"]
-    above = rows["high"] - rows["value"]
-    at = np.arange(len(rules)) + shift
-    ax.bar(at, rows["value"], 0.38, yerr=np.stack([below, above]), ecolor=GREY, **how)
-
-
-def forest(ax: Axes, rows: pd.DataFrame, looks: Mapping[str, dict]) -> None:
-    """One line per row of `rows` (its index names it): estimates and their intervals.
-
-    `looks`: column of an estimate -> keywords of its mark; where `rows` has the columns NAME_low
-    and NAME_high the interval is drawn. Undefined estimates leave their line empty.
-    """
-    at = np.arange(len(rows))
-    for name, how in looks.items():
-        ax.plot(rows[name], at, ls="none", **how)
-        if f"{name}_low" in rows:
-            ends = rows[f"{name}_low"], rows[f"{name}_high"]
-            ax.hlines(at, *ends, color=how.get("color"), lw=1, alpha=0.6)
-    ax.axvline(0, color=BLACK, lw=0.8)
-    ax.set_yticks(at, rows.index, fontsize=7)
-    ax.set_ylim(-0.7, len(rows) - 0.3)
-    if any("label" in how for how in looks.values()):
-        ax.legend(loc="lower right", fontsize=8)
 
 
 def scatter(

@@ -66,10 +66,12 @@ def write_copies(folder: Path) -> list[Path]:
 def check(answer: Any, tests: dict[str, Callable[[Any], Any]]) -> None:
     """Say whether an answer holds: each test is a sentence and a function of the answer.
 
-    A stub (`...`) is "not answered yet". Raises AssertionError that names the sentences which do
-    not hold and how many do; a test that an answer cannot even be put to does not hold.
+    A stub (`...`), or a tuple with one, is "not answered yet". Raises AssertionError that names the
+    sentences which do not hold and how many do; a test that an answer cannot even be put to does
+    not hold.
     """
-    if answer is ...:
+    parts = answer if isinstance(answer, tuple) else (answer,)
+    if any(part is ... for part in parts):
         print("not answered yet")
         return
     failed = [sentence for sentence, test in tests.items() if not _holds(test, answer)]

@@ -4,9 +4,9 @@ Names are loaded when they are asked for: what needs no model (bound, rate, meas
 imports no torch.
 """
 
-from importlib import import_module
+from helpers.lazy import door
 
-_ROOMS = {
+_NAMES = {
     "batch": [
         "IGNORED",
         "encode_answer",
@@ -67,13 +67,4 @@ _ROOMS = {
         "staircase",
     ],
 }
-_HOME = {name: room for room, names in _ROOMS.items() for name in names}
-__all__ = sorted([*_ROOMS, *_HOME])
-
-
-def __getattr__(name: str):
-    if name in _ROOMS:
-        return import_module(f"{__name__}.{name}")
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"helpers.states has no {name!r}")
+__getattr__, __all__ = door(__name__, _NAMES)

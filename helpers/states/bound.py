@@ -292,11 +292,3 @@ def flips_bound(rho: ArrayLike, delta: float) -> float:
     t = rho[(rho > 0) & np.isfinite(rho)]
     below = np.searchsorted(rho, t, side="left") / len(rho)
     return float(min(1.0, np.min(below + delta / t**2, initial=1.0)))
-
-
-def __getattr__(name: str):  # old places, until the other rooms have moved on
-    if name not in ("staircase", "models_needed", "rate_distortion", "rate_at", "EXACT_TASKS"):
-        raise AttributeError(name)
-    from helpers.states import rate
-
-    return getattr(rate, name)

@@ -232,11 +232,3 @@ MEASURES = {
     "mutual_knn": Measure("share of nearest probes in common", mutual_knn, False),
     "logit_kl": Measure("symmetric KL of next tokens (nats)", logit_kl, True, "logits"),
 }
-
-
-def __getattr__(name: str):  # old places, until the other rooms have moved on
-    if name not in ("prompt_states", "layer_names", "pool", "blocks_of"):
-        raise AttributeError(name)
-    from helpers.states import read
-
-    return getattr(read, name)

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from helpers.stats.old import *  # noqa: F403  # until no notebook and no test needs it any more
-
 Places = tuple[NDArray, NDArray]
 
 

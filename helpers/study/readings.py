@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import merge, store
-from helpers.states import measures as hidden
+from helpers.states import prompt_states
 from helpers.states.batch import encode_input, encode_prompt
 from helpers.study import identity as keys
 from helpers.study import scores, specialists
@@ -178,7 +178,7 @@ def _prompt_states(
     """States (prompts, layers, d) of the live model at prompts."""
     encode, how = (encode_input, "mean") if bench.encoder else (encode_prompt, "last")
     encoded = [encode(bench.tokenizer, prompt) for prompt in prompts]
-    return hidden.prompt_states(
+    return prompt_states(
         bench.model,
         encoded,
         how,

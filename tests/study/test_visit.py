@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from helpers import merge, store
-from helpers.states import measures as hidden
+from helpers.states import prompt_states
 from helpers.states.batch import encode_input
 from helpers.study import bench as benches
 from helpers.study import deltas, identity, plan, readings, scores, specialists, visit
@@ -370,7 +370,7 @@ def test_an_encoder_is_visited_with_the_head_of_the_task(encoders):
             assert found.examples["nll"][i] == pytest.approx(-float(logprobs[label]), abs=1e-4)
             assert found.examples["correct"][i] == (int(logprobs.argmax()) == label)
         prompts = [encode_input(encoders.tokenizer, p) for p in task.splits["probe"]["prompt"]]
-        expected = hidden.prompt_states(alone, prompts, "mean")
+        expected = prompt_states(alone, prompts, "mean")
         torch.testing.assert_close(found.states[x], expected, atol=1e-5, rtol=1e-4)
     after = dict(encoders.model.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
