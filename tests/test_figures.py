@@ -91,7 +91,7 @@ def test_more_tasks_have_fewer_numbers_written(n, written):
     values[0, 1] = -80
     fig, ax = plt.subplots()
     figures.heat_map(ax, table_of(values, n), "merging loss (%)")
-    assert len(ax.texts) == written
+    assert sum(bool(text.get_text()) for text in ax.texts) == written
     assert figures.task_size(n) <= 16
 
 
@@ -118,10 +118,11 @@ def test_harm_maps_put_the_loss_of_the_victim_in_its_row():
     fell = pd.array([False, True, pd.NA, False], dtype="boolean")
     fig = figures.harm_maps(cells.assign(rule="linear", collapsed=fell), ["a", "b", "c"])
     ax = fig.axes[0]
-    texts = {tuple(map(int, text.get_position())): text.get_text() for text in ax.texts}
+    numbers = [text for text in ax.texts if text.get_text()]
+    texts = {tuple(map(int, text.get_position())): text.get_text() for text in numbers}
     assert texts == {(0, 1): "-80", (1, 0): "-10", (1, 2): "5"}  # (column, row)
     framed = [patch.get_xy() for patch in ax.patches if patch.get_linewidth() == 1.6]
-    assert framed == [(-0.46, 0.54)]
+    assert framed == [(0.04, 1.04)]
 
 
 def test_the_parts_of_a_loss_are_drawn_with_their_sum():

@@ -3,9 +3,9 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from scipy.cluster import hierarchy
@@ -15,7 +15,6 @@ from helpers.figures.looks import BLACK, GREY, look
 ALL_WRITTEN = 8  # tasks up to which every value is written
 LARGE_WRITTEN = 20  # tasks up to which the large values are written
 FRAMED = 40  # tasks up to which cells are framed
-DARK = 0.45  # luminance below which text is white
 
 
 def task_size(n: int) -> float:
@@ -57,46 +56,42 @@ def heat_map(
     own = np.array(table.index)[:, None] == np.array(table.columns)
     undefined = np.isnan(values)
     seen = np.where(own, np.nan, values)
-    image = ax.imshow(seen, cmap=cmap, vmin=limits[0], vmax=limits[1])
+    seaborn.heatmap(
+        pd.DataFrame(seen, table.index, table.columns),
+        vmin=limits[0],
+        vmax=limits[1],
+        cmap=cmap,
+        annot=_numbers(seen, fmt, large),
+        fmt="",
+        annot_kws={"fontsize": 8},
+        cbar=False,
+        square=True,
+        xticklabels=1,
+        yticklabels=1,
+        ax=ax,
+    )
+    if colorbar:
+        ax.figure.colorbar(ax.collections[0], ax=ax, label=label, shrink=0.8)
     _frame(ax, undefined & ~own, hatch="////", edgecolor=GREY, lw=0)
     if marked is not None and n <= FRAMED:
         _frame(ax, marked.to_numpy(bool) & ~own, edgecolor=BLACK, lw=1.6)
-    if n <= ALL_WRITTEN:
-        _write(ax, seen, fmt, image)
-    elif n <= LARGE_WRITTEN:
-        _write(ax, np.where(np.abs(seen) >= large, seen, np.nan), fmt, image)
-    if colorbar:
-        ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
-    _name(ax, table)
+    size = min(max(10 - n / 12, 4), 9)  # names are smaller where there are more
+    ax.tick_params(labelsize=size)
+    ax.grid(False)
+
+
+def _numbers(values: NDArray, fmt: str, large: float) -> NDArray:
+    """What is written in each cell: everything, large values only, or nothing."""
+    n = max(values.shape)
+    least = 0 if n <= ALL_WRITTEN else large if n <= LARGE_WRITTEN else np.inf
+    written = [format(x, fmt) if abs(x) >= least else "" for x in values.flat]
+    return np.array(written).reshape(values.shape)
 
 
 def _frame(ax: Axes, where: NDArray, **kind: object) -> None:
     for i, j in np.argwhere(where):
-        corner = (j - 0.46, i - 0.46)
+        corner = (j + 0.04, i + 0.04)
         ax.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, **kind))
-
-
-def _write(ax: Axes, values: NDArray, fmt: str, image: AxesImage) -> None:
-    for i, j in np.argwhere(~np.isnan(values)):
-        red, green, blue, _ = image.cmap(image.norm(values[i, j]))
-        luminance = 0.3 * red + 0.6 * green + 0.1 * blue
-        ax.text(
-            j,
-            i,
-            format(values[i, j], fmt),
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if luminance < DARK else BLACK,
-        )
-
-
-def _name(ax: Axes, table: pd.DataFrame) -> None:
-    """The tasks beside the rows and below the columns, smaller where there are more."""
-    size = min(max(10 - len(table) / 12, 4), 9)
-    ax.set_xticks(range(table.shape[1]), table.columns, rotation=90, fontsize=size)
-    ax.set_yticks(range(table.shape[0]), table.index, fontsize=size)
-    ax.grid(False)
 
 
 def harm_maps(cells: pd.DataFrame, tasks: list[str]) -> Figure:
