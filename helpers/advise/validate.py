@@ -101,7 +101,7 @@ def pair_options(outcome: Pairs, pool: int = 4, most: int = 500, seed: int = 0) 
 
     Columns as in `partner_options`.
     """
-    pools = list(combinations(outcome.tasks, pool))
+    pools = list(combinations(outcome.tasks, min(pool, len(outcome.tasks))))
     if len(pools) > most:
         drawn = np.random.default_rng(seed).choice(len(pools), most, replace=False)
         pools = [pools[i] for i in sorted(drawn)]
