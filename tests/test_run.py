@@ -27,7 +27,7 @@ def test_the_chain_runs_once_and_again_only_where_something_changed(project, cap
     assert results == project / "data" / "runs" / "demo"
     assert (results / "sum.csv").read_text() == "sum\n3.0\n"
     text = stdout_of(results / "notebooks" / "01_make.ipynb")
-    assert text == "threads 2 words ['a', 'b'] float\n"
+    assert text == "threads 2 PASSIVE\nwords ['a', 'b'] float\n"
     made, read = store.read_jsonl(results / "manifest.jsonl")
     assert made["status"] == read["status"] == "finished"
     assert made["parameters"]["RATE"] == 1.0 and made["peak_gb"] > 0.05
@@ -112,7 +112,7 @@ def test_a_killed_run_leaves_nothing_finished_and_only_one_may_run(project, caps
     assert set(run.finished(results)) == {"01_make", "02_read"} and not part.exists()
 
 
-def test_a_page_that_only_reads_tables_takes_the_committed_ones(project, capsys):
+def test_a_page_that_only_reads_tables_takes_the_committed_ones(project, capsys, monkeypatch):
     tables = project / "data" / "results" / "demo"
     tables.mkdir(parents=True)
     (tables / "numbers.csv").write_text("2\n5\n")
@@ -121,8 +121,10 @@ def test_a_page_that_only_reads_tables_takes_the_committed_ones(project, capsys)
     assert "02_read reads the committed tables in data/results/demo" in capsys.readouterr().out
     run.run("demo", ["02"])
     assert "Nothing to do" in capsys.readouterr().out
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # a user's own setting is kept
     run.run("demo")  # now there is a run of its own to read
     assert (results / "sum.csv").read_text() == "sum\n1.5\n"
+    assert "threads 2 ACTIVE" in stdout_of(results / "notebooks" / "01_make.ipynb")
 
 
 def test_the_page_shows_each_figure_with_its_words_and_the_verdicts(tmp_path):

@@ -3,8 +3,10 @@
 import ast
 import os
 import platform
+import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from importlib import metadata
 
@@ -103,6 +105,33 @@ def test_set_up_happens_once_and_an_interrupted_one_is_taken_up(checkout):
     assert calls.count("-m venv --clear .venv") == 1
     assert calls.count("-m pip install -r requirements.txt -e .") == 2  # the failed one, and once
     assert calls.count("-m helpers run demo") == 2
+
+
+@pytest.mark.parametrize(("given", "passed_on"), [("", "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_kernels_of_the_lab_wait_without_spinning(checkout, monkeypatch, given, passed_on):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    jupyter = checkout / ".venv" / "bin" / "jupyter"
+    jupyter.parent.mkdir(parents=True)
+    jupyter.write_text("#!/bin/sh\necho waits: $OMP_WAIT_POLICY\n")
+    jupyter.chmod(0o755)
+    (checkout / ".venv" / ".ready").touch()
+    assert f"waits: {passed_on}\n" in make(checkout, "lab").stdout
+
+
+def waiting(code: str, policy: str | None) -> str:
+    """What the OpenMP that torch loads says of itself."""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    env |= {"OMP_DISPLAY_ENV": "TRUE"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    return re.search(r"OMP_WAIT_POLICY ?= ?'(\w+)'", done.stderr)[1]
+
+
+@pytest.mark.parametrize("policy", [None, "ACTIVE"])
+def test_torch_is_told_to_wait_without_spinning_by_whatever_loads_it(policy):
+    """The merge and advise commands, and workers, load `helpers` first."""
+    assert waiting("import helpers.merge.engine", policy) == (policy or "PASSIVE")
 
 
 def pins() -> dict[str, str]:

@@ -72,7 +72,8 @@ MAKE = [
     """
     if FAIL != "silent":
         (folder / "count.csv").write_text(f"{PROFILE},{N}\\n")
-    print("threads", os.environ["OMP_NUM_THREADS"], "words", WORDS, type(RATE).__name__)
+    print("threads", os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"])
+    print("words", WORDS, type(RATE).__name__)
     """,
 ]
 

@@ -66,7 +66,6 @@ def kernel_variables(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
         "OPENBLAS_NUM_THREADS": count,
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, whatever else is registered
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }

@@ -95,13 +95,9 @@ def score_entry(
     identity: Identity,
 ) -> Entry:
     """The entry of the examples of one task under the model of a row."""
-    task = identity.tasks[label]
-    what = {
-        "model": model_key(row, identity),
-        "task": task.name,
-        "scores": scores.VERSION,
-    }
-    what |= {"split": getattr(task, row.split), "shots": row.options.get("shots", 0)}
+    what, task = _reading(row, label, identity)
+    what |= {"scores": scores.VERSION, "split": getattr(task, row.split)}
+    what["shots"] = row.options.get("shots", 0)
     probe = identity.encoder and row.kind in ("base", "ability")
     if what["shots"] or probe:
         what["shown"] = task.train
@@ -116,13 +112,18 @@ def state_entry(
     identity: Identity,
 ) -> Entry:
     """The entry of the states of a row's model on the probes of one task."""
+    what, task = _reading(row, label, identity)
+    return "states", VERSION, what | {"probe": task.probe}
+
+
+def _reading(
+    row: Row,
+    label: str,
+    identity: Identity,
+) -> tuple[dict, Task]:
+    """What every entry of a row's model on one task is made of, and the task."""
     task = identity.tasks[label]
-    what = {
-        "model": model_key(row, identity),
-        "task": task.name,
-        "probe": task.probe,
-    }
-    return "states", VERSION, what
+    return {"model": model_key(row, identity), "task": task.name}, task
 
 
 def entries(
