@@ -262,6 +262,18 @@ def answers(
     return first[names].reset_index(drop=True)
 
 
+def prompts(
+    answers: pd.DataFrame,
+    tasks: Mapping[str, Task],
+) -> pd.DataFrame:
+    """The test prompts behind `answers`, with the first accepted answer of each."""
+    asked = answers[["task", "example"]].drop_duplicates(ignore_index=True)
+    rows = {(x, row["id"]): row for x, task in tasks.items() for row in task.splits["test"]}
+    found = [rows[key] for key in asked.itertuples(index=False, name=None)]
+    right = [row["answers"][0] for row in found]
+    return asked.assign(prompt=[row["prompt"] for row in found], right=right)
+
+
 def swap_losses(
     drawn: pd.DataFrame,
     merged: pd.DataFrame,

@@ -126,6 +126,11 @@ def test_the_tables_are_those_of_the_schema(study, table, tmp_path):
     written |= {"examples": examples.drop(columns="answer"), "costs": visit.costs(visits)}
     written["answers"] = frames.answers(examples, 2)
     assert len(written["answers"]) == 2 * examples.groupby(["merge", "task"]).ngroups
+    written["prompts"] = frames.prompts(written["answers"], bench.tasks)
+    asked = {row["id"]: row for row in bench.tasks["a"].splits["test"]}
+    for row in written["prompts"].query("task == 'a'").itertuples():
+        example = asked[row.example]
+        assert (row.prompt, row.right) == (example["prompt"], example["answers"][0])
     states = geometry.pooled(visits, "abc")
     written["distortion"] = geometry.distortion(visits, states)
     for name, frame in written.items():
