@@ -1,0 +1,115 @@
+"""The numbers of the README once more, from the raw tables, by plain loops and least squares."""
+
+import json
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers.store import ROOT
+
+FOLDER = ROOT / "data" / "results" / "tasks14"
+RULE = "linear"
+
+
+@pytest.fixture(scope="module")
+def headlines():
+    """{name: first number} of what notebook 08 wrote down and the README quotes."""
+    frame = pd.read_csv(FOLDER / "findings.csv", dtype=str, keep_default_na=False)
+    texts = zip(frame["name"], frame["text"], strict=True)
+    return {name: text.split()[0].strip("%") for name, text in texts}
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """{(victim, partner): row of losses.csv} of the pairs that were averaged."""
+    merges = pd.read_csv(FOLDER / "merges.csv")
+    chosen = merges[(merges["rule"] == RULE) & (merges["arm"] == "default") & (merges["n"] == 2)]
+    tasks = {row.merge: json.loads(row.tasks) for row in chosen.itertuples()}
+    found = {}
+    for row in pd.read_csv(FOLDER / "losses.csv").itertuples():
+        if row.merge in tasks:
+            (partner,) = set(tasks[row.merge]) - {row.task}
+            found[row.task, partner] = row
+    return found
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """{(model, task): right or wrong, and NLL, of its test examples}."""
+    frame = pd.read_csv(FOLDER / "examples.csv.gz")
+    return {key: group for key, group in frame.groupby(["merge", "task"])}
+
+
+@pytest.fixture(scope="module")
+def lost(cells, answers):
+    """{(victim, partner): loss in percent, from the examples}."""
+    out = {}
+    for (victim, partner), row in cells.items():
+        merged = answers[row.merge, victim]["correct"].mean()
+        own = answers["specialist", victim]["correct"].mean()
+        out[victim, partner] = 100 * (merged / own - 1)
+    return out
+
+
+def of_pairs(column):
+    """A column of pairs.csv by directed pair."""
+    frame = pd.read_csv(FOLDER / "pairs.csv")
+    both = {}
+    for row in frame.itertuples():
+        both[row.task_a, row.task_b] = both[row.task_b, row.task_a] = getattr(row, column)
+    return both
+
+
+def beyond_tasks(values):
+    """What is left of {(victim, partner): value} after effects of victims and partners."""
+    pairs = list(values)
+    tasks = sorted({task for pair in pairs for task in pair})
+    design = np.zeros((len(pairs), 1 + 2 * len(tasks)))
+    design[:, 0] = 1
+    for i, (victim, partner) in enumerate(pairs):
+        design[i, 1 + tasks.index(victim)] = 1
+        design[i, 1 + len(tasks) + tasks.index(partner)] = 1
+    y = np.array([values[pair] for pair in pairs])
+    effects = np.linalg.lstsq(design, y, rcond=None)[0]
+    return y - design @ effects
+
+
+def test_the_cells_are_those_of_all_pairs(headlines, cells):
+    tasks = sorted({victim for victim, _ in cells})
+    assert set(cells) == set(permutations(tasks, 2))
+    assert headlines["tasks"] == str(len(tasks)) and headlines["cells"] == str(len(cells))
+    assert headlines["collapsed"] == str(sum(row.collapsed_corrected for row in cells.values()))
+
+
+def test_the_mean_loss(headlines, lost):
+    assert headlines["loss"] == f"{np.mean(list(lost.values())):.0f}"
+
+
+def test_what_a_task_loses_alone(headlines, cells):
+    alone = [100 * (row.control_ingredient / row.specialist - 1) for row in cells.values()]
+    assert headlines["alone"] == f"{np.mean(alone):.0f}"
+
+
+def test_who_keeps_its_score_harms_its_partners(headlines, lost):
+    tasks = sorted({victim for victim, _ in lost})
+    own = [np.mean([lost[task, x] for x in tasks if x != task]) for task in tasks]
+    harm = [np.mean([lost[x, task] for x in tasks if x != task]) for task in tasks]
+    assert headlines["contest"] == f"{np.corrcoef(own, harm)[0, 1]:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [("hidden_pair", "hidden_sim"), ("sign_pair", "sign_change"), ("cross_pair", "cross_nll")],
+)
+def test_what_foretells_a_pair_beyond_its_tasks(name, column, headlines, cells, answers):
+    worse = {}
+    for (victim, partner), row in cells.items():
+        merged, own = answers[row.merge, victim], answers["specialist", victim]
+        worse[victim, partner] = merged["nll"].mean() - own["nll"].mean()
+    both = {(a, b): (worse[a, b] + worse[b, a]) / 2 for a, b in worse}
+    metric = of_pairs(column)
+    x = beyond_tasks({pair: metric[pair] for pair in both})
+    r = np.corrcoef(x, beyond_tasks(both))[0, 1]
+    assert float(headlines[name]) == pytest.approx(r, abs=0.0051)
