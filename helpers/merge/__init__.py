@@ -1,7 +1,7 @@
 """Merging, the core of the package: task vectors, rules, the engine, the folder it writes.
 
 Imports none of the other rooms. Read in this order: blocks, weights, adapters, vectors (what is
-merged); selection, rules, spectral, methods (how); engine, report (the merge); recipe, folder,
+merged); selection, rules, spectral, plans (how); engine, report (the merge); recipe, folder,
 card, command (from a stated merge to a model on disk).
 """
 
@@ -10,28 +10,20 @@ from helpers.merge.command import main
 from helpers.merge.engine import MATCHES, dose, merge, merge_tensors, rounded
 from helpers.merge.folder import merge_to_folder
 from helpers.merge.mergekit import MERGEKIT, read_mergekit
-from helpers.merge.methods import METHODS, MergePlan, check_method, options_of, plan
+from helpers.merge.plans import RULES, MergePlan, check_rule, options_of, plan
 from helpers.merge.recipe import DTYPES, Recipe
 from helpers.merge.report import Report, delta_digest, same, summary
+from helpers.merge.sources import Source, open_base, open_specialist
 from helpers.merge.spectral import singular_triplets
 from helpers.merge.surroundings import objections
-from helpers.merge.vectors import (
-    Row,
-    Source,
-    applied,
-    check,
-    open_base,
-    open_specialist,
-    stream,
-    views,
-)
+from helpers.merge.vectors import Row, applied, check, stream, views
 from helpers.merge.weights import read_folder
 
 __all__ = [
     "DTYPES",
     "MATCHES",
     "MERGEKIT",
-    "METHODS",
+    "RULES",
     "Factors",
     "Lazy",
     "MergePlan",
@@ -41,7 +33,7 @@ __all__ = [
     "Source",
     "applied",
     "check",
-    "check_method",
+    "check_rule",
     "delta_digest",
     "dose",
     "gram_matrix",

@@ -6,7 +6,6 @@ the names that the base's class gives its tensors.
 
 import math
 import re
-from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from helpers.merge.blocks import Factors
-from helpers.merge.weights import no_weights, read_file, read_json
+from helpers.merge.weights import INDEX, no_weights, read_file, read_json
 
 UNMERGEABLE = {
     "target_parameters": "it adapts parameters that are no layer's weight",
@@ -29,10 +28,14 @@ UNMERGEABLE = {
 }
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # leave the base as it is
 PREFIX = "base_model.model."
-FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
-BIAS = re.compile(r"(.+)\.lora_B\.bias")
-MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
-TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
+KINDS = {  # of an adapter's tensors, by their names below a module's
+    "A": r"lora_(?:embedding_)?A(?:\.weight)?",
+    "B": r"lora_(?:embedding_)?B(?:\.weight)?",
+    "embedding": r"lora_embedding_A",
+    "bias": r"lora_B\.bias",
+    "magnitude": r"lora_magnitude_vector(?:\.weight)?",
+    "tokens": r"token_adapter\.trainable_tokens_delta",
+}
 
 
 class Adapter(NamedTuple):
@@ -50,49 +53,62 @@ class Adapter(NamedTuple):
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
-    return (folder / "adapter_config.json").is_file()
+    """Whether a folder holds an adapter; ValueError if it holds a model as well."""
+    if not (folder / "adapter_config.json").is_file():
+        return False
+    for name in (INDEX, "model.safetensors"):
+        if (folder / name).is_file():
+            raise ValueError(f"{folder} holds an adapter_config.json and a {name}: move one away")
+    return True
 
 
-def read_adapter(folder: Path, label: str) -> Adapter:
+def read_adapter(folder: Path) -> Adapter:
     """An adapter's parts; ValueError, with the reason, for what cannot be merged exactly."""
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"{folder} {no_weights(folder)}")
     config = _config(folder)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    adapter = Adapter({}, {}, {}, {}, {}, frozenset(), config.get("base_model_name_or_path"))
-    embeddings = set()
+    parts, saved = _parts(file)
+    if alone := parts["A"].keys() ^ parts["B"].keys():
+        raise ValueError(f"{file} is incomplete: one factor of {min(alone)} is missing")
+    if alone := (parts["bias"].keys() | parts["magnitude"].keys()) - parts["A"].keys():
+        raise ValueError(f"{file} is incomplete: the factors of {min(alone)} are missing")
+    if parts["magnitude"].keys() != (parts["A"].keys() if config.get("use_dora") else set()):
+        raise ValueError(f"{file} must hold a magnitude for each matrix with use_dora, else none")
+    factors = {}
+    for module in sorted(parts["A"]):
+        pair = _factors(file, config, module, parts["A"][module], parts["B"][module])
+        factors[f"{module}.weight"] = pair
     biases = {}
+    for module, bias in parts["bias"].items():
+        biases[f"{module}.bias"] = bias * factors[f"{module}.weight"].scaling
+    tokens = {}
+    for module, rows in parts["tokens"].items():
+        tokens[f"{module}.weight"] = (_token_numbers(folder, config, module, rows), rows)
+    magnitudes = {f"{module}.weight": x.flatten() for module, x in parts["magnitude"].items()}
+    modules = parts["A"] if config.get("fan_in_fan_out") else parts["embedding"]
+    transposed = frozenset(f"{module}.weight" for module in modules)
+    factors |= {name: turned(factors[name]) for name in transposed}
+    base = config.get("base_model_name_or_path")
+    return Adapter(factors, saved, magnitudes, tokens, biases, transposed, base)
+
+
+def _parts(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors of each kind by module, and those that were saved whole by name."""
+    parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+    saved = {}
     for key, tensor in read_file(file).items():
         name = key.removeprefix(PREFIX)
-        if match := FACTOR.fullmatch(name):
-            module, embedding, letter = match.groups()
-            pairs.setdefault(module, {})[letter] = tensor.float()
-            if embedding:
-                embeddings.add(module)
-        elif match := BIAS.fullmatch(name):
-            biases[match[1]] = tensor.float()
-        elif match := MAGNITUDE.fullmatch(name):
-            adapter.magnitudes[f"{match[1]}.weight"] = tensor.float().flatten()
-        elif match := TOKENS.fullmatch(name):
-            numbers = _token_numbers(folder, config, match[1], len(tensor))
-            adapter.tokens[f"{match[1]}.weight"] = (numbers, tensor.float())
-        elif "lora_" in name or name == key:
-            raise ValueError(f"adapter {label} holds {key}, which is no part of a LoRA adapter")
-        else:
-            adapter.saved[name.replace(".base_layer.", ".")] = tensor
-    for module, pair in sorted(pairs.items()):
-        adapter.factors[f"{module}.weight"] = _factors(label, config, module, pair)
-    for module, bias in biases.items():
-        adapter.biases[f"{module}.bias"] = bias * adapter.factors[f"{module}.weight"].scaling
-    if config.get("use_dora") and adapter.magnitudes.keys() != adapter.factors.keys():
-        raise ValueError(f"{folder} uses DoRA, but does not hold a magnitude for each matrix")
-    modules = pairs if config.get("fan_in_fan_out") else embeddings
-    names = frozenset(f"{module}.weight" for module in modules)
-    for name in names:
-        adapter.factors[name] = turned(adapter.factors[name])
-    return adapter._replace(transposed=names)
+        kinds = {kind: re.fullmatch(rf"(.+)\.{end}", name) for kind, end in KINDS.items()}
+        for kind, match in kinds.items():
+            if match:
+                parts[kind][match[1]] = tensor.float()
+        if any(kinds.values()):
+            continue
+        if "lora_" in name or name == key:
+            raise ValueError(f"{file} holds {key}, which is no part of a LoRA adapter")
+        saved[name.replace(".base_layer.", ".")] = tensor
+    return parts, saved
 
 
 def turned(factors: Factors) -> Factors:
@@ -120,51 +136,54 @@ def _config(folder: Path) -> dict[str, Any]:
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict) or not all(map(_is_size, patterns.values())):
             raise ValueError(f"{file}: {key} must give a number for each pattern")
+        for pattern in patterns:
+            _check_pattern(file, pattern)
     for key in ("r", "lora_alpha"):
         if not _is_size(config.get(key)):
             raise ValueError(f"{file}: {key} must be a number above zero, not {config.get(key)!r}")
     return config
 
 
+def _check_pattern(file: Path, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{file}: {pattern!r} is no regular expression: {error}") from error
+
+
 def _is_size(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < 1e300
 
 
-def _factors(label: str, config: dict, module: str, pair: Mapping[str, Tensor]) -> Factors:
+def _factors(file: Path, config: dict, module: str, A: Tensor, B: Tensor) -> Factors:
     """A module's factors with PEFT's scaling, alpha / r or alpha / sqrt(r)."""
-    if len(pair) != 2:
-        raise ValueError(f"adapter {label} is incomplete: one factor of {module} is missing")
-    A = pair["A"]
-    B = pair["B"]
     if A.ndim != 2 or B.ndim != 2:
-        raise ValueError(f"adapter {label}: the factors of {module} are no matrices")
-    rank = _pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+        raise ValueError(f"{file}: the factors of {module} are no matrices")
+    rank = _pattern(config, "r", "rank_pattern", module)
+    alpha = _pattern(config, "lora_alpha", "alpha_pattern", module)
     if not A.shape[0] == B.shape[1] == rank:
-        raise ValueError(f"adapter {label}: {module} is not of rank {rank}, as its config says")
+        raise ValueError(f"{file}: {module} is not of rank {rank}, as adapter_config.json says")
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
     return Factors(alpha / divisor, B, A)
 
 
-def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+def _pattern(config: dict, default: str, patterns: str, module: str) -> float:
     """PEFT's rule: the first pattern that matches the end of the module's name, or the default."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise ValueError(f"{pattern!r} of an adapter is no pattern: {error}") from error
-    return default
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return config[default]
 
 
-def _token_numbers(folder: Path, config: dict, module: str, count: int) -> Tensor:
+def _token_numbers(folder: Path, config: dict, module: str, rows: Tensor) -> Tensor:
     """Which rows of a module's embedding were trained."""
+    file = folder / "adapter_config.json"
     stated = config.get("trainable_token_indices")
     if isinstance(stated, dict):
         endings = [key for key in stated if f".{module}".endswith(f".{key}")]
         stated = stated[endings[0]] if endings else None
-    if not isinstance(stated, list) or not all(isinstance(x, int) for x in stated):
-        raise ValueError(f"{folder}: trainable_token_indices does not list the tokens of {module}")
-    if len(stated) != count:
-        raise ValueError(f"{folder} states {len(stated)} tokens of {module}, but holds {count}")
-    return torch.tensor(stated)
+    if not isinstance(stated, list) or not all(type(x) is int and 0 <= x < 2**31 for x in stated):
+        raise ValueError(f"{file}: trainable_token_indices does not list the tokens of {module}")
+    if rows.ndim != 2 or len(stated) != len(rows):
+        raise ValueError(f"{file} lists {len(stated)} tokens of {module}, its weights hold others")
+    return torch.tensor(stated, dtype=torch.long)

@@ -5,7 +5,8 @@ copies of tied ones, with buffers that loading computes anew. What counts is wha
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ class Anatomy(NamedTuple):
     ties: Mapping[str, str]  # a copy's name -> the name of the tensor that it is
     recomputed: frozenset[str]  # buffers that no file needs to hold
     ignored: tuple[str, ...]  # patterns of names in files that are not loaded
-    layers: Mapping[str, str]  # a tensor's name -> the class of the layer that owns it
+    transposed: Mapping[str, bool]  # a weight's name -> whether it is stored (in, out) for LoRA
+    vocabulary: frozenset[str]  # tensors with a row for each token
 
     def loaded(self, name: str) -> str:
         """The name under which a file's tensor is loaded: with or without the class's prefix."""
@@ -41,11 +43,6 @@ class Anatomy(NamedTuple):
         if name in self.names:
             return False
         return name in self.recomputed or any(re.search(x, name) for x in self.ignored)
-
-    def is_transposed(self, name: str) -> bool | None:
-        """Whether a weight is stored (in, out) as LoRA sees it; None where the class is silent."""
-        layer = self.layers.get(name)
-        return None if layer is None else layer in ("Conv1D", "Embedding")
 
 
 def anatomy(folder: Path) -> Anatomy | None:
@@ -85,19 +82,33 @@ def _anatomy(file: Path, architecture: str) -> Anatomy | None:
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ())]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
         patterns.append(r"rotary_emb\.inv_freq")  # of each layer, in old files
-    layers = {}
+    ties = dict(model.all_tied_weights_keys)
+    turned = (torch.nn.Embedding, transformers.pytorch_utils.Conv1D)
+    transposed = {}
     for path, module in model.named_modules():
         for name, _ in module.named_parameters(path, recurse=False):
-            layers[name] = type(module).__name__
+            transposed[name] = isinstance(module, turned)
     return Anatomy(
         architecture,
         model.base_model_prefix,
         frozenset(names),
-        dict(model.all_tied_weights_keys),
+        ties,
         frozenset(buffers - names),
         tuple(patterns),
-        layers,
+        transposed,
+        frozenset(ties.get(name, name) for name in _vocabulary(model)),
     )
+
+
+def _vocabulary(model: torch.nn.Module) -> list[str]:
+    """The parameters of the layers that read and write tokens."""
+    ends = []
+    for layer in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):  # a model of no text
+            ends.append(layer())
+    shared = {id(x) for end in ends if end is not None for x in end.parameters(recurse=False)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in parameters if id(parameter) in shared]
 
 
 class Loaded(NamedTuple):
@@ -129,3 +140,26 @@ def as_loaded(where: Path, stored: Mapping[str, Tensor], body: Anatomy | None) -
             raise ValueError(f"{where}: {copy} is tied to {original}, but differs from it")
     recomputed = frozenset(name for name in tensors if body.is_recomputed(name))
     return Loaded(tensors, recomputed, len(tensors.keys() - stored.keys()))
+
+
+# Layers ------------------------------------------------------------------------------------------
+
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def layers_of(names: Sequence[str]) -> int:
+    """How many layers a model with tensors of these names has."""
+    found = [LAYER.search(name) for name in names]
+    return 1 + max((int(match[1]) for match in found if match), default=0)
+
+
+def depths(names: Sequence[str], layers: int) -> dict[str, float]:
+    """How deep each tensor lies: its layer's number / (layers - 1); embeddings 0, the rest 1."""
+    deep = {}
+    for name in names:
+        match = LAYER.search(name)
+        if match:
+            deep[name] = min(int(match[1]) / max(layers - 1, 1), 1.0)
+        else:
+            deep[name] = 0.0 if re.search(r"embed|(^|\.)wte\.|(^|\.)shared\.", name) else 1.0
+    return deep

@@ -1,17 +1,21 @@
-"""What does a merged model say of itself? Its card: base, tags, recipe, and what the merge did."""
+"""What does a merged model say of itself? Its card and its origin: base, recipe, what it did."""
 
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from helpers.merge.recipe import Recipe, Setting, is_layered
+from helpers.merge.recipe import Recipe, Setting
 from helpers.merge.report import Report
+from helpers.merge.weights import sampled_digest
 
 CARD = """---
 {front}---
 # {name}
 
-A merge of {n} models by `{method}`, made with merging-collapse.
+A merge of {n} models by `{rule}`, made with merging-collapse.
 
 | model | weight | dose |
 |---|---|---|
@@ -20,7 +24,8 @@ A merge of {n} models by `{method}`, made with merging-collapse.
 Dose: how far the merge goes along a model's task vector tau, <delta, tau> / ||tau||^2; 1 is all of
 what fine-tuning changed{written}. The merged change is {scale:.3f} times as long as a task vector
 on average, its cosine to their sum is {cos:.3f}, and {kept:.1%} of its entries are not zero.{plain}
-More: `merge_report.json`.
+More: `merge_report.json`. Made again, from where the models are found by these names, by
+`python -m helpers merge --recipe README.md --out AGAIN`:
 
 ```yaml
 {recipe}```
@@ -29,22 +34,11 @@ More: `merge_report.json`.
 
 def model_card(recipe: Recipe, report: Report, name: str) -> str:
     """The README of a merged model: names, no paths."""
-    base = name_of(recipe.base)
-    models = [name_of(model) for model in recipe.models]
-    plan = report.plan
-    front = {"base_model": [base, *models], "tags": ["merge"], "library_name": "transformers"}
-    weights = plan.weights
-    options = plan.options
-    if is_layered(recipe):
-        weights = recipe.weights
-        options = dict(recipe.options)
-    stated = recipe._asdict() | {
-        "base": base,
-        "models": models,
-        "weights": weights,
-        "options": options,
-        "scale": plan.scale,
-    }
+    stated = as_stated(recipe)
+    models = stated["models"]
+    bases = [model.partition("@")[0] for model in (stated["base"], *models)]
+    front = {"base_model": bases, "tags": ["merge"], "library_name": "transformers"}
+    weights = recipe.weights or report.plan.weights
     table = [
         f"| {model} | {_weight_text(weight)} | {dose_text(dose)} |"
         for model, weight, dose in zip(models, weights, report.own, strict=True)
@@ -53,16 +47,49 @@ def model_card(recipe: Recipe, report: Report, name: str) -> str:
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         name=name,
         n=len(models),
-        method=recipe.method,
+        rule=recipe.rule,
         table="\n".join(table),
         scale=report.effective_scale,
         cos=report.cos_sum,
         kept=report.kept,
         written=rounding_text(report),
-        plain=f" {report.plain} tensors that are no matrices took the plain mean."
-        * bool(report.plain),
+        plain=plain_text(report),
         recipe=yaml.safe_dump(stated, sort_keys=False, allow_unicode=True),
     )
+
+
+def as_stated(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says beside the defaults, with names in the place of paths."""
+    named = recipe._replace(
+        base=name_of(recipe.base),
+        models=list(map(name_of, recipe.models)),
+        tokenizer=recipe.tokenizer and name_of(recipe.tokenizer),
+        options=dict(recipe.options),
+    )
+    defaults = Recipe._field_defaults
+    stated = named._asdict()
+    return {key: x for key, x in stated.items() if key not in defaults or x != defaults[key]}
+
+
+def provenance(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
+    """Where a merge comes from: this package's version, the recipe, and what tells the inputs'
+    weights from others (`weights.sampled_digest`), the base's first.
+    """
+    inputs = []
+    for model, folder in zip((recipe.base, *recipe.models), folders, strict=True):
+        about = {"model": name_of(model), "digest": sampled_digest(folder)}
+        inputs.append(about | _revision(folder))
+    try:
+        installed = version("merging-collapse")
+    except PackageNotFoundError:  # a checkout that nobody installed
+        installed = "unknown"
+    return {"merging_collapse": installed, "recipe": as_stated(recipe), "inputs": inputs}
+
+
+def _revision(folder: Path) -> dict[str, str]:
+    """The commit of a folder in the hub's cache."""
+    place = folder.absolute()
+    return {"revision": place.name} if place.parent.name == "snapshots" else {}
 
 
 def _weight_text(weight: Setting) -> str:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from helpers.merge import rules
+from helpers.merge.anatomy import depths, layers_of
 from helpers.merge.blocks import Block, Lazy, Taus, gram_matrix, with_products
-from helpers.merge.methods import METHODS, MergePlan, depths, layers_of, plan
+from helpers.merge.plans import RULES, MergePlan, plan
 from helpers.merge.report import Report, own_doses, record, summary
 from helpers.merge.rounding import Grid
 from helpers.merge.selection import model_cuts
@@ -29,7 +30,7 @@ CANCELLED = 1e-5  # of a task vector's length: a shorter merge is what rounding 
 
 def merge(
     rows: Rows,
-    method: str,
+    rule: str,
     labels: Sequence[str],
     weights: Sequence[float] | None = None,
     seed: int = 0,
@@ -45,12 +46,12 @@ def merge(
     rows: a list of rows (`vectors.views`), or a function that gives them anew, as some rules need
     more than one pass. labels: one per model, in the rows' order. match: one factor for the whole
     model that makes ||delta|| = |scale| * mean_i ||tau_i|| ("norm") or mean_i c_i = scale ("dose").
-    svc, lines: calibrations of the merge (`methods.plan`). entries: of the whole model, changed or
+    svc, lines: calibrations of the merge (`plans.plan`). entries: of the whole model, changed or
     not, over which scope="model" trims; by default those of the rows.
-    Raises ValueError for a choice that the method's contract does not allow and for NaN or infinite
+    Raises ValueError for a choice that the rule's contract does not allow and for NaN or infinite
     values.
     """
-    chosen = plan(method, labels, weights, seed, scale, svc, lines, **options)
+    chosen = plan(rule, labels, weights, seed, scale, svc, lines, **options)
     chosen = chosen._replace(entries=entries)
     check_match(match)
     delta = {}
@@ -104,16 +105,16 @@ def _merge_tensor(
     if len(row.taus) != len(chosen.labels):
         raise ValueError(f"{row.name}: {len(row.taus)} models for {len(chosen.labels)} labels")
     chosen = chosen.at(row.name)
-    contract = METHODS[chosen.method]
-    if not hasattr(contract.rule, "kernel"):  # linear algebra stops at NaN without naming it
+    contract = RULES[chosen.rule]
+    if not hasattr(contract.formula, "kernel"):  # linear algebra stops at NaN without naming it
         _check_finite(row, chosen.labels, gram_matrix(row.taus))
     arguments, notes = contract.state(row, chosen)
     written = partial(_written, row.base, grid, chosen.scale) if grid else None
-    rule = contract.rule
+    formula = contract.formula
     if chosen.svc is not None and len(row.taus[0].shape) == 2:
-        rule = partial(_calibrated, rule, chosen.svc)
+        formula = partial(_calibrated, formula, chosen.svc)
     delta, products = with_products(
-        rule,
+        formula,
         row.taus,
         chosen.weights,
         written,
@@ -138,8 +139,8 @@ def _written(base: Tensor | Lazy, grid: Grid, scale: float, delta: Tensor, at: B
     return grid(block + delta).float() - block
 
 
-def _calibrated(rule: Callable, alpha: float, taus: Taus, weights: Sequence[float], **options):
-    return svc_of(rule(taus, weights, **options), taus, alpha)
+def _calibrated(formula: Callable, alpha: float, taus: Taus, weights: Sequence[float], **options):
+    return svc_of(formula(taus, weights, **options), taus, alpha)
 
 
 def _check_finite(row: Row, labels: Sequence[str], products: np.ndarray) -> None:
@@ -174,7 +175,7 @@ def match_factor(report: Report, match: str) -> float:
     now = report.effective_scale if match == "norm" else report.as_row()["own_mean"]
     asked = abs(scale) if match == "norm" else scale
     if report.effective_scale <= CANCELLED * abs(scale) or not now or asked / now <= 0:
-        raise ValueError(f"{report.plan.method} cannot be matched by {match}: its {match} is {now}")
+        raise ValueError(f"{report.plan.rule} cannot be matched by {match}: its {match} is {now}")
     return asked / now
 
 

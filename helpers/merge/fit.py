@@ -1,56 +1,76 @@
 """Do specialists fit the base? Names brought to the base's; tensors, shapes and kinds compared."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from helpers.merge.adapters import turned
+from helpers.merge.adapters import Adapter, turned
+from helpers.merge.anatomy import LAYER
 from helpers.merge.blocks import Factors
+from helpers.merge.sources import Source
 from helpers.merge.weights import FLOATS
-
-if TYPE_CHECKING:
-    from helpers.merge.vectors import Source
-
 
 HEADS = ("merge", "base")
 
 
-def check(base: "Source", specialists: Sequence["Source"], heads: str = "merge") -> list["Source"]:
-    """The specialists with their tensors under the base's names.
+def check(base: Source, specialists: Sequence[Source], heads: str = "merge") -> list[Source]:
+    """The specialists as they are merged: under the base's names, of its shapes.
 
     heads: "merge" compares and merges what lies outside the body like all else, "base" leaves it
     as the base has it. Raises ValueError naming the first tensor or specialist that does not fit:
     names, shapes and kinds must agree; what is not floating-point must be equal; labels must
     differ.
     """
+    return fitted(base, named(base, specialists, heads))
+
+
+def named(base: Source, specialists: Sequence[Source], heads: str = "merge") -> list[Source]:
+    """The specialists with their tensors under the base's names (`check`), shapes as they are."""
     labels = [s.label for s in specialists]
     if len(set(labels)) != len(labels):
         raise ValueError(f"specialists must have different labels, not {labels}")
-    _check_plain("the base", base)
     _check_bases(base, specialists)
+    _check_plain("the base", base)
     merged = base.tensors.keys() - base.recomputed
     if heads == "base":
         merged = _body(base)
-    fitted = []
+    under_base_names = []
     for specialist in specialists:
         who = f"specialist {specialist.label}"
         _check_plain(who, specialist)
-        if specialist.adapter is None:
-            specialist = _under_base_names(who, base, specialist)
+        if specialist.adapter is not None:
+            skipped = base.tensors.keys() - merged if heads == "base" else None
+            specialist = _adapter_names(who, base, specialist, skipped)
+        else:
+            specialist = _checkpoint_names(who, base, specialist)
             if heads == "base":
                 body = {name: x for name, x in specialist.tensors.items() if name in merged}
                 specialist = specialist._replace(tensors=body)
-            _check_checkpoint(who, base, merged, specialist)
-        else:
-            skipped = merged if heads == "base" else None
-            specialist = _adapter_under_base_names(who, base, specialist, skipped)
-        fitted.append(specialist)
-    return fitted
+            _check_names(who, base, merged, specialist)
+        under_base_names.append(specialist)
+    return under_base_names
 
 
-def _body(base: "Source") -> set[str]:
+def fitted(base: Source, specialists: Sequence[Source]) -> list[Source]:
+    """The specialists, their shapes and kinds checked, without what an adapter saved unchanged."""
+    checked = []
+    for specialist in specialists:
+        who = f"specialist {specialist.label}"
+        _check_tensors(who, base, specialist)
+        if specialist.adapter is not None:
+            _check_adapter(who, base, specialist.adapter)
+            saved = {
+                name: tensor
+                for name, tensor in specialist.tensors.items()
+                if not equal(base.tensors[name], tensor)
+            }
+            specialist = specialist._replace(tensors=saved)
+        checked.append(specialist)
+    return checked
+
+
+def _body(base: Source) -> set[str]:
     """The names of the base's body, below its head if it has one."""
     if base.anatomy is None:
         raise ValueError("which tensors are heads is known of models that transformers knows only")
@@ -59,7 +79,7 @@ def _body(base: "Source") -> set[str]:
     return inside or set(names)
 
 
-def _check_plain(who: str, source: "Source") -> None:
+def _check_plain(who: str, source: Source) -> None:
     """Codes of a quantised model are no weights: nothing can be added to them."""
     for name, tensor in source.tensors.items():
         packed = not tensor.is_floating_point() or tensor.dtype not in FLOATS
@@ -72,7 +92,7 @@ def _check_plain(who: str, source: "Source") -> None:
             raise ValueError(f"{who} stores {name} as {tensor.dtype}: convert it to bfloat16")
 
 
-def _check_bases(base: "Source", specialists: Sequence["Source"]) -> None:
+def _check_bases(base: Source, specialists: Sequence[Source]) -> None:
     """The bases that are recorded must be one."""
     recorded = [source for source in (base, *specialists) if source.base_digest]
     for other in recorded[1:]:
@@ -84,10 +104,15 @@ def _check_bases(base: "Source", specialists: Sequence["Source"]) -> None:
             )
 
 
-# Checkpoints -------------------------------------------------------------------------------------
+def equal(base: Tensor, tuned: Tensor) -> bool:
+    """Whether a tensor holds the base's values, rounded to its own grid where that is coarser."""
+    return torch.equal(base[...].to(tuned.dtype), tuned[...].to(base.device))
 
 
-def _under_base_names(who: str, base: "Source", specialist: "Source") -> "Source":
+# Names -------------------------------------------------------------------------------------------
+
+
+def _checkpoint_names(who: str, base: Source, specialist: Source) -> Source:
     """A checkpoint under the names of the base's class, without what loading computes anew."""
     body = base.anatomy
     if body is None:
@@ -105,128 +130,129 @@ def _under_base_names(who: str, base: "Source", specialist: "Source") -> "Source
     return specialist._replace(tensors=tensors)
 
 
-def _check_checkpoint(who: str, base: "Source", merged: set[str], checkpoint: "Source") -> None:
+def _check_names(who: str, base: Source, merged: set[str], checkpoint: Source) -> None:
     for name in sorted(merged ^ checkpoint.tensors.keys()):
         lacking = who if name in merged else "the base"
         raise ValueError(
             f"{who} and the base must hold the same tensors: {lacking} lacks {name}"
             + _remedy(base, name)
         )
-    for name in sorted(merged):
+
+
+def _remedy(base: Source, name: str) -> str:
+    """What to do about a tensor of another size, or one that is missing."""
+    if base.anatomy is None:
+        return ""
+    if name in base.anatomy.vocabulary:
+        return (
+            ": bring it to the base's vocabulary with python -m helpers merge --tokenizer base, or "
+            "with resize_token_embeddings"
+        )
+    if name not in _body(base) and not LAYER.search(name):
+        return " (a head: --heads base leaves it as the base has it)"
+    return " (is it made of this base?)"
+
+
+def _adapter_names(
+    who: str, base: Source, specialist: Source, skipped: set[str] | None
+) -> Source:
+    """An adapter's parts under the base's names, turned as the base's layers store them."""
+    adapter, body = specialist.adapter, base.anatomy
+    parts = {}
+    for field in ("factors", "saved", "magnitudes", "tokens", "biases"):
+        parts[field] = {}
+        for name, value in getattr(adapter, field).items():
+            base_name = body.loaded(name) if body else name
+            if skipped is not None and _is_head(base, base_name, skipped):
+                continue
+            _check_known(who, base, base_name)
+            parts[field][base_name] = value
+    flipped = {body.loaded(name) if body else name for name in adapter.transposed}
+    for name, pair in parts["factors"].items():
+        parts["factors"][name] = _oriented(base, name, pair, name in flipped)
+    adapter = adapter._replace(**parts)
+    return specialist._replace(tensors=adapter.saved, factors=adapter.factors, adapter=adapter)
+
+
+def _is_head(base: Source, name: str, skipped: set[str]) -> bool:
+    return name in skipped or (name not in base.tensors and not LAYER.search(name))
+
+
+def _check_known(who: str, base: Source, name: str) -> None:
+    if name in base.tensors:
+        return
+    if base.anatomy is not None and name in base.anatomy.ties:
+        raise ValueError(f"{who} adapts {name}, which the base ties to {base.anatomy.ties[name]}")
+    raise ValueError(f"{who} adapts {name}: the base lacks it{_remedy(base, name)}")
+
+
+def _oriented(base: Source, name: str, pair: Factors, flipped: bool) -> Factors:
+    """The factors as the base stores the weight: its layer's class decides, if it is known, and
+    else the adapter's own flag.
+    """
+    transposed = base.anatomy.transposed.get(name) if base.anatomy else None
+    if transposed is None or transposed == flipped:
+        return pair
+    return turned(pair)
+
+
+# Shapes and kinds --------------------------------------------------------------------------------
+
+
+def _check_tensors(who: str, base: Source, specialist: Source) -> None:
+    for name, tensor in sorted(specialist.tensors.items()):
         original = base.tensors[name]
-        tensor = checkpoint.tensors[name]
-        if original.shape != tensor.shape:
-            here, there = tuple(tensor.shape), tuple(original.shape)
-            remedy = _remedy(base, name)
-            raise ValueError(f"{who}: {name} is {here}, in the base {there}{remedy}")
+        _check_shape(who, base, name, tensor.shape)
         if original.is_floating_point() != tensor.is_floating_point():
             raise ValueError(f"{who}: {name} is {tensor.dtype}, in the base {original.dtype}")
         if not original.is_floating_point() and not equal(original, tensor):
             raise ValueError(f"{who}: {name} is not floating-point and differs from the base's")
 
 
-def _remedy(base: "Source", name: str) -> str:
-    """What to do about a tensor of another size, or one that is missing."""
-    if base.anatomy is None:
-        return ""
-    if base.anatomy.layers.get(name) == "Embedding" or name == "lm_head.weight":
-        return ": bring it to the base's vocabulary with resize_token_embeddings, and save it"
-    if name not in _body(base):
-        return " (a head: --heads base leaves it as the base has it)"
-    return ""
+def _check_shape(who: str, base: Source, name: str, shape: Sequence[int]) -> None:
+    expected = tuple(base.tensors[name].shape)
+    if tuple(shape) != expected:
+        remedy = _remedy(base, name)
+        raise ValueError(f"{who}: {name} is {tuple(shape)}, in the base {expected}{remedy}")
 
 
-def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values, on whatever device and in whatever float type."""
-    if a.dtype != b.dtype:
-        a, b = a.double(), b.double()
-    return torch.equal(a, b.to(a.device))
-
-
-# Adapters ----------------------------------------------------------------------------------------
-
-
-def _adapter_under_base_names(
-    who: str, base: "Source", specialist: "Source", merged: set[str] | None
-) -> "Source":
-    """An adapter's parts under the base's names and turned as the base's layers store them; whole
-    tensors only where they differ from the base's. Of `merged` names, if they are given.
-    """
-    adapter = specialist.adapter
-    parts = {}
-    for field in ("factors", "saved", "magnitudes", "tokens", "biases"):
-        parts[field] = {}
-        for name, value in getattr(adapter, field).items():
-            if merged is None or base.anatomy.loaded(name) in merged:
-                parts[field][_base_name(who, base, name)] = value
-    flipped = {base.anatomy.loaded(x) if base.anatomy else x for x in adapter.transposed}
-    factors = {}
-    for name, pair in parts["factors"].items():
-        factors[name] = _oriented(base, name, pair, name in flipped)
-    fitted = adapter._replace(**parts | {"factors": factors})
-    _check_adapter(who, base, fitted)
-    saved = {
-        name: tensor
-        for name, tensor in fitted.saved.items()
-        if not equal(base.tensors[name], tensor)
-    }
-    return specialist._replace(tensors=saved, factors=factors, adapter=fitted)
-
-
-def _base_name(who: str, base: "Source", name: str) -> str:
-    body = base.anatomy
-    if body is not None:
-        name = body.loaded(name)
-    if name in base.tensors:
-        return name
-    if body is not None and name in body.ties:
-        raise ValueError(f"{who} adapts {name}, which the base ties to {body.ties[name]}")
-    raise ValueError(f"{who} adapts {name}: the base lacks it{_remedy(base, name)}")
-
-
-def _oriented(base: "Source", name: str, pair: Factors, flipped: bool) -> Factors:
-    """The factors as the base stores the weight: its layer's class decides, if it is known, and
-    else the adapter's own flag.
-    """
-    transposed = base.anatomy.is_transposed(name) if base.anatomy else None
-    if transposed is None or transposed == flipped:
-        return pair
-    return turned(pair)
-
-
-def _check_adapter(who: str, base: "Source", adapter) -> None:
+def _check_adapter(who: str, base: Source, adapter: Adapter) -> None:
     shapes = {name: (B.shape[0], A.shape[1]) for name, (_, B, A) in adapter.factors.items()}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.saved.items()}
-    shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.biases.items()}
+    shapes |= {name: tensor.shape for name, tensor in adapter.biases.items()}
     for name, shape in shapes.items():
-        original = base.tensors[name]
-        if original.shape != shape:
-            raise ValueError(f"{who}: {name} is {shape}, in the base {tuple(original.shape)}")
-        if not original.is_floating_point():
+        _check_shape(who, base, name, shape)
+        if not base.tensors[name].is_floating_point():
             raise ValueError(
-                f"{who} changes {name}, which the base stores as {original.dtype}: dequantise it "
-                "first"
+                f"{who} changes {name}, which the base stores as {base.tensors[name].dtype}: "
+                "dequantise it first"
             )
     for name, magnitude in adapter.magnitudes.items():
         if name in adapter.transposed or magnitude.shape != base.tensors[name].shape[:1]:
             raise ValueError(f"{who}: the magnitudes of {name} are not one for each of its rows")
     for name, (numbers, values) in adapter.tokens.items():
         rows, width = base.tensors[name].shape
-        if values.shape[1] != width or not bool(((numbers >= 0) & (numbers < rows)).all()):
+        if values.shape[1] != width or not bool((numbers < rows).all()):
             raise ValueError(f"{who} trains tokens of {name} that the base does not have")
 
 
-def changed_names(base: "Source", specialists: Sequence["Source"]) -> list[str]:
+# Values ------------------------------------------------------------------------------------------
+
+
+def changed_names(base: Source, specialists: Sequence[Source]) -> list[str]:
     """Names, sorted, of the tensors that at least one specialist changed; no other takes part."""
+    names = sorted(base.tensors)
+    return [name for name in names if any(_changes(name, base, s) for s in specialists)]
 
-    def changed(name: str, specialist: "Source") -> bool:
-        if name in specialist.factors:
-            return True
-        adapter = specialist.adapter
-        if adapter and (name in adapter.tokens or name in adapter.biases):
-            return True
-        if name not in specialist.tensors:
-            return False
-        return not equal(base.tensors[name], specialist.tensors[name])
 
-    return [name for name in sorted(base.tensors) if any(changed(name, s) for s in specialists)]
+def _changes(name: str, base: Source, specialist: Source) -> bool:
+    factors, adapter = specialist.factors.get(name), specialist.adapter
+    if factors is not None and bool(factors.B.any()) and bool(factors.A.any()):
+        return True
+    if adapter and has_extras(name, adapter):
+        return True
+    return name in specialist.tensors and not equal(base.tensors[name], specialist.tensors[name])
+
+
+def has_extras(name: str, adapter: Adapter) -> bool:
+    """Whether a tensor has a magnitude, trained token rows or an added bias."""
+    return any(name in part for part in (adapter.magnitudes, adapter.tokens, adapter.biases))

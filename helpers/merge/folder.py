@@ -12,43 +12,47 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers.merge import engine
-from helpers.merge.anatomy import config_of
+from helpers.merge import engine, vocabulary
+from helpers.merge.anatomy import config_of, depths, layers_of
 from helpers.merge.blocks import BLOCK
-from helpers.merge.card import model_card, name_of
-from helpers.merge.fit import check
-from helpers.merge.methods import METHODS, MergePlan, depths, layers_of, plan
-from helpers.merge.recipe import DTYPES, Recipe, flat, is_layered, numbers
+from helpers.merge.card import model_card, name_of, provenance
+from helpers.merge.fit import fitted, named
+from helpers.merge.plans import RULES, MergePlan, plan
+from helpers.merge.recipe import DTYPES, GB, Recipe, flat, is_layered, numbers
 from helpers.merge.report import Report, summary
 from helpers.merge.rounding import Grid, grid
 from helpers.merge.shards import Layout, bytes_of, layout, write_tensors
-from helpers.merge.surroundings import (
-    TOKENIZER,
-    belonging,
-    copy_surroundings,
-    losses,
-    objections,
-)
-from helpers.merge.vectors import Row, Source, open_base, open_specialist, views
+from helpers.merge.sources import Source, open_base, open_specialist
+from helpers.merge.surroundings import TOKENIZER, belonging, copy_surroundings, losses, objections
+from helpers.merge.vectors import Row, rows_of
 
 OWNER = ".owner.json"  # in a folder that is being written
-GB = 10**9
+
+
+class Inputs(NamedTuple):
+    """What a merge is made of, opened and checked: the base's folder first, then the models'."""
+
+    base: Source
+    models: list[Source]
+    folders: list[Path]
+    names: list[str]
+    rows: int | None  # of the merge's embedding, where they are others than the base's
+    tokenizer: Path  # the folder whose tokenizer is copied
 
 
 def merge_to_folder(
     recipe: Recipe,
     out: Path,
-    shard_size: int = 5 * GB,
     device: str = "cpu",
     folder_of: Callable[[str], Path] = Path,
     force: bool = False,
@@ -64,28 +68,59 @@ def merge_to_folder(
     chosen = _plan(recipe)
     engine.check_match(recipe.match)
     _check_device(device)
-    base_folder = folder_of(recipe.base)
-    folders = [folder_of(model) for model in recipe.models]
-    tokenizer = _tokenizer_folder(recipe, base_folder, folders)
-    base = open_base(base_folder)
-    specialists = [open_specialist(*pair) for pair in zip(folders, chosen.labels, strict=True)]
-    check(base, specialists, recipe.heads)
-    models = list(zip(map(name_of, recipe.models), folders, specialists, strict=True))
-    _check_meaning(objections(base, base_folder, models, recipe.heads), force)
+    inputs = _open(recipe, folder_of, force)
+    base = inputs.base
+    chosen = _by_tensor(recipe, chosen, base, inputs.folders[0])
     like = layout(base, DTYPES.get(recipe.dtype))
-    chosen = _by_tensor(recipe, chosen, base, base_folder)
     _print_cost(recipe, like, out)
-    _print_notes(base, losses(base_folder, tokenizer, models))
-    rows = views(base, specialists, device, recipe.heads)
+    _print_notes(inputs)
+    rows = rows_of(base, inputs.models, device)
     if not rows:
         raise ValueError("no model differs from the base: there is nothing to merge")
+    about = provenance(recipe, inputs.folders)
     with _complete_or_absent(out) as part:
         if recipe.match:
             chosen = engine.matched(rows, chosen, recipe.match)
-        copy_surroundings(base_folder, tokenizer, part, recipe.dtype)
-        report = _write_merge(part, base, rows, chosen, like, shard_size, recipe.round)
-        _write_report(part, recipe, report, out.name)
+        _copy_surroundings(recipe, inputs, part)
+        report = _write_merge(part, base, rows, chosen, like, recipe, about)
+        _write_report(part, recipe, report, about, out.name)
     return report
+
+
+def _open(recipe: Recipe, folder_of: Callable[[str], Path], force: bool) -> Inputs:
+    """Open and check what a recipe names; ValueError for what does not belong together."""
+    folders = [folder_of(model) for model in (recipe.base, *recipe.models)]
+    names = list(map(name_of, recipe.models))
+    base = open_base(folders[0])
+    opened = []
+    for i, (name, folder) in enumerate(zip(names, folders[1:], strict=True), 1):
+        opened.append(open_specialist(folder, f"{i} ({name})"))
+    models = named(base, opened, recipe.heads)
+    choice = _tokenizer(recipe, names, folders)
+    target, tokens = vocabulary.chosen(choice, [base, *models], folders)
+    whole, models = vocabulary.by_token([base, *models], target, tokens)
+    models = fitted(whole, models)
+    seen = list(zip(names, folders[1:], models, strict=True))
+    by_token = recipe.tokenizer is not None
+    for reason in objections(whole, folders[0], seen, recipe.heads, by_token):
+        if not force:
+            raise ValueError(f"{reason} (--force merges all the same)")
+        print(f"forced: {reason}")
+    rows = None if whole is base else target.rows
+    tokenizer = folders[choice] if isinstance(choice, int) else folders[0]
+    return Inputs(whole, models, folders, names, rows, tokenizer)
+
+
+def _tokenizer(recipe: Recipe, names: list[str], folders: list[Path]) -> str | int | None:
+    """Whose tokenizer the merge takes: as the recipe says, or the number of a folder."""
+    if recipe.tokenizer in (None, "base", "union"):
+        return recipe.tokenizer
+    for i, pair in enumerate(zip(recipe.models, names, strict=True), 1):
+        if recipe.tokenizer in pair:
+            if not belonging(folders[i], TOKENIZER):
+                raise ValueError(f"{pair[1]} has no tokenizer that the merge could take")
+            return i
+    raise ValueError(f"--tokenizer {recipe.tokenizer} is neither base, union nor one of the models")
 
 
 def _plan(recipe: Recipe) -> MergePlan:
@@ -93,7 +128,7 @@ def _plan(recipe: Recipe) -> MergePlan:
     first = flat(recipe)
     labels = [str(i) for i in range(1, len(recipe.models) + 1)]
     return plan(
-        first.method,
+        first.rule,
         labels,
         first.weights,
         first.seed,
@@ -104,9 +139,19 @@ def _plan(recipe: Recipe) -> MergePlan:
     )
 
 
-def _write_report(part: Path, recipe: Recipe, report: Report, name: str) -> None:
+def _copy_surroundings(recipe: Recipe, inputs: Inputs, part: Path) -> None:
+    copy_surroundings(inputs.folders[0], inputs.tokenizer, part, recipe.dtype, inputs.rows)
+    if recipe.tokenizer == "union":
+        union = vocabulary.united(inputs.folders[0], inputs.folders[1:])
+        union.save(str(part / "tokenizer.json"))
+
+
+def _write_report(
+    part: Path, recipe: Recipe, report: Report, about: dict[str, Any], name: str
+) -> None:
     stated = {"weights": recipe.weights} if is_layered(recipe) else {}
-    text = json.dumps(report.as_dict() | stated)
+    earlier = {"method": recipe.rule}  # what rule was called, for readers of that time
+    text = json.dumps(report.as_dict() | stated | about | earlier)
     (part / "merge_report.json").write_text(text + "\n", encoding="utf-8")
     card = model_card(recipe, report, name)
     (part / "README.md").write_text(card, encoding="utf-8")
@@ -120,7 +165,7 @@ def _by_tensor(recipe: Recipe, chosen: MergePlan, base: Source, folder: Path) ->
     names = list(base.tensors)
     deep = depths(names, layers if isinstance(layers, int) else layers_of(names))
     floats = [tensor for tensor in base.tensors.values() if tensor.is_floating_point()]
-    entries = sum(tensor.numel() for tensor in floats)
+    entries = sum(tensor.shape.numel() for tensor in floats)
     chosen = chosen._replace(entries=entries, depths=deep)
     if not is_layered(recipe):
         return chosen
@@ -135,31 +180,16 @@ def _check_device(device: str) -> None:
         raise ValueError(f"torch finds no device {device} on this machine: use cpu")
 
 
-def _check_meaning(reasons: Iterable[str], force: bool) -> None:
-    for reason in reasons:
-        if not force:
-            raise ValueError(f"{reason} (--force merges all the same)")
-        print(f"forced: {reason}")
-
-
-def _tokenizer_folder(recipe: Recipe, base: Path, folders: Sequence[Path]) -> Path:
-    """Whose tokenizer and chat template the merge takes."""
-    if recipe.tokenizer == "base":
-        return base
-    for model, folder in zip(recipe.models, folders, strict=True):
-        if recipe.tokenizer in (model, name_of(model)):
-            if not belonging(folder, TOKENIZER):
-                raise ValueError(f"{model} has no tokenizer that the merge could take")
-            return folder
-    raise ValueError(f"--tokenizer {recipe.tokenizer} is neither base nor one of the models")
-
-
-def _print_notes(base: Source, notes: Iterable[str]) -> None:
+def _print_notes(inputs: Inputs) -> None:
+    base = inputs.base
+    models = list(zip(inputs.names, inputs.folders[1:], inputs.models, strict=True))
     if base.renamed:
         print(f"note: {base.renamed} tensors are named as {base.anatomy.architecture} loads them")
     if base.recomputed:
         print(f"note: {len(base.recomputed)} buffers that loading computes anew stay as they are")
-    for note in notes:
+    if inputs.rows is not None:
+        print(f"note: embeddings have {inputs.rows} rows; models without one have the base's there")
+    for note in losses(base, inputs.folders[0], inputs.tokenizer, models):
         print(f"note: {note}")
 
 
@@ -213,7 +243,7 @@ def _is_dead(part: Path) -> bool:
 
 
 def working_memory(
-    method: str, shapes: Collection[torch.Size], models: int = 8, svc: bool = False
+    rule: str, shapes: Collection[torch.Size], models: int = 8, svc: bool = False
 ) -> int:
     """Bytes that a merge holds at its peak beside Python, torch and memory-mapped files."""
     blocks = 24 * 4 * BLOCK["cpu"]
@@ -221,7 +251,7 @@ def working_memory(
         if len(shape) > 1 and 2 * shape[1:].numel() > BLOCK["cpu"]:  # a block is two whole rows
             rows = min(shape[0], 2) * shape[1:].numel()
             blocks = max(blocks, 4 * (8 + models) * rows)
-    entry = max(METHODS[method].memory, 28 if svc else 0)
+    entry = max(RULES[rule].memory, 28 if svc else 0)
     return blocks + entry * max(shape.numel() for shape in shapes)
 
 
@@ -230,12 +260,12 @@ def _print_cost(recipe: Recipe, like: Layout, out: Path) -> None:
     held = process.rss - getattr(process, "shared", 0)  # by Python and torch; not mapped files
     shapes = [shape for _, shape in like.values()]
     svc = recipe.svc is not None
-    memory = held + working_memory(recipe.method, shapes, len(recipe.models), svc)
+    memory = held + working_memory(recipe.rule, shapes, len(recipe.models), svc)
     disk = sum(map(bytes_of, like.values()))
     place = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(place).free
     print(
-        f"{recipe.method} of {len(recipe.models)} models: {disk / GB:.2f} GB on disk "
+        f"{recipe.rule} of {len(recipe.models)} models: {disk / GB:.2f} GB on disk "
         f"({free / GB:.0f} GB free), {memory / GB:.2f} GB of memory ({held / GB:.2f} GB held now)"
     )
     if disk > free:
@@ -248,11 +278,11 @@ def _write_merge(
     rows: list[Row],
     chosen: MergePlan,
     like: Layout,
-    shard_size: int,
-    rounding: str,
+    recipe: Recipe,
+    about: dict[str, Any],
 ) -> Report:
     def grid_of(name: str) -> Grid:
-        return grid(like[name][0], name, rounding, chosen.seed)
+        return grid(like[name][0], name, recipe.round, chosen.seed)
 
     def coarse(name: str) -> Grid | None:
         return grid_of(name) if like[name][0].itemsize < 4 else None
@@ -261,7 +291,7 @@ def _write_merge(
     records = []
     stream = engine.merge_tensors(rows, chosen, coarse)
     entries = sum(shape.numel() for _, shape in like.values())
-    with tqdm(total=entries, desc=chosen.method, unit="", unit_scale=True, disable=None) as bar:
+    with tqdm(total=entries, desc=chosen.rule, unit="", unit_scale=True, disable=None) as bar:
 
         def delta_of(name: str) -> Tensor | None:
             bar.update(like[name][1].numel())
@@ -271,5 +301,6 @@ def _write_merge(
             records.append(numbers)
             return delta
 
-        write_tensors(out, base, delta_of, like, shard_size, grid_of)
+        metadata = {key: json.dumps(value) for key, value in about.items()}
+        write_tensors(out, base, delta_of, like, recipe.shard_size, grid_of, metadata)
     return summary(chosen, records)

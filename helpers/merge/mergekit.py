@@ -1,14 +1,21 @@
 """What does a mergekit configuration ask for? Its YAML, checked part by part, as a recipe."""
 
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, Field, StrictBool, ValidationError
 
-from helpers.merge.methods import options_of
-from helpers.merge.recipe import DTYPES, Recipe, Setting, is_layered, normalized
+from helpers.merge.plans import options_of
+from helpers.merge.recipe import (
+    DTYPES,
+    Recipe,
+    Setting,
+    first_fault,
+    is_layered,
+    normalized,
+    read_text,
+)
 
 # Its methods that are also ours: our name, its default of `normalize`, options that it implies.
 MERGEKIT = {
@@ -21,33 +28,60 @@ MERGEKIT = {
     "dare_ties": ("dare_ties", False, {"rescale": "l1"}),
     "breadcrumbs": ("breadcrumbs", False, {}),
 }
-KEYS = {
-    "models",
-    "slices",
-    "merge_method",
-    "base_model",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer_source",
-    "tokenizer",
-}
-PARAMETERS = {"weight", "density", "gamma", "lambda", "normalize", "rescale", "t", "int8_mask"}
-FLAGS = {"normalize", "rescale", "int8_mask"}
+Models = list[tuple[str, dict[str, Any]]]  # name and parameters of each
 
-Parameters = dict[str, Any]
-Models = list[tuple[str, Parameters]]  # name and own parameters of each
+
+class Parameters(BaseModel, extra="forbid"):
+    weight: Setting = None
+    density: Setting = None
+    gamma: Setting = None
+    t: Setting = None
+    scale: Setting = Field(None, alias="lambda")
+    normalize: StrictBool = None
+    rescale: StrictBool = None
+    int8_mask: StrictBool = None
+
+    def stated(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
+
+
+class Entry(BaseModel, extra="forbid"):
+    model: Any
+    parameters: Parameters | None = None
+    layer_range: Any = None
+
+
+class Slice(BaseModel, extra="forbid"):
+    sources: list[Entry] = Field(min_length=1)
+
+
+class Configuration(BaseModel, extra="forbid"):
+    merge_method: Any
+    models: list[Entry] | None = Field(None, min_length=1)
+    slices: list[Slice] | None = Field(None, min_length=1)
+    base_model: Any = None
+    parameters: Parameters | None = None
+    dtype: Any = None
+    out_dtype: Any = None
+    tokenizer_source: Any = None
+    tokenizer: Any = None
 
 
 def read_mergekit(file: Path) -> Recipe:
     """The recipe of a mergekit configuration, with the defaults of mergekit 0.1.5.
 
     Raises ValueError naming the first thing that is wrong or that this engine does not have:
-    another method, layers of several models stacked, another tokenizer than the base's.
+    another method, layers of several models stacked.
     """
+    text = read_text(file)
     try:
-        config = yaml.load(file.read_text(encoding="utf-8-sig"), _Loader)
-        return _recipe(config)
+        config = yaml.load(text, _Loader)
+        if not isinstance(config, dict):
+            raise ValueError("a configuration is a mapping with merge_method and models")
+        _check_method(config.get("merge_method"))
+        return _recipe(Configuration.model_validate(config))
+    except ValidationError as error:
+        raise ValueError(f"{file}: {first_fault(error)}") from error
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -63,12 +97,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _recipe(config: Any) -> Recipe:
-    name = _method(config)
-    method, normalizes, implied = MERGEKIT[name]
-    shared = _parameters(config.get("parameters"))
-    stated, layers = _models(config)
-    base, models = _with_base(name, _model_name(config.get("base_model"), None), stated, shared)
+def _check_method(name: Any) -> None:
+    if name == "passthrough":
+        raise ValueError("passthrough stacks layers: the result has no common base to merge into")
+    if not isinstance(name, str) or name not in MERGEKIT:
+        raise ValueError(f"merge_method {name} is not supported: {', '.join(MERGEKIT)} are")
+
+
+def _recipe(config: Configuration) -> Recipe:
+    name = config.merge_method
+    rule, normalizes, implied = MERGEKIT[name]
+    shared = config.parameters.stated() if config.parameters else {}
+    entries, layers = _entries(config)
+    base, models = _with_base(name, config.base_model, entries, shared)
     normalize = shared.get("normalize", normalizes)
     if shared.get("rescale", "rescale" in implied) != ("rescale" in implied):
         raise ValueError(f"rescale: {shared['rescale']} is not supported for {name}")
@@ -77,18 +118,19 @@ def _recipe(config: Any) -> Recipe:
     if name in ("slerp", "nuslerp") and len(models) != 2:
         raise ValueError(f"{name} needs two models beside or with its base_model")
     if name == "slerp":
-        t = shared.get("t", dict(models)[base].get("t"))
-        weights = [_rest(t) if model == base else _stated("t", t) for model, _ in models]
+        t = _stated("t", shared.get("t", dict(models)[base].get("t")))
+        weights = [_rest(t) if model == base else t for model, _ in models]
     else:
         weights = [_stated("weight", own.get("weight")) for _, own in models]
     recipe = Recipe(
-        method,
+        rule,
         base,
         [model for model, _ in models],
         weights,
-        implied | _options(name, method, normalize, models),
-        scale=_constant("lambda", shared.get("lambda", 1.0)),
+        implied | _options(name, rule, normalize, models),
+        scale=_constant("lambda", shared.get("scale", 1.0)),
         dtype=_dtype(config),
+        tokenizer=_tokenizer(config),
         layers=layers,
         normalize=normalize and name not in ("linear", "ties", "dare_ties", "slerp", "nuslerp"),
     )
@@ -98,69 +140,53 @@ def _recipe(config: Any) -> Recipe:
 # The parts ---------------------------------------------------------------------------------------
 
 
-def _method(config: Any) -> str:
-    """The merge method; ValueError for a configuration that is none or that has unknown parts."""
-    if not isinstance(config, dict):
-        raise ValueError("a configuration is a mapping with merge_method and models")
-    name = config.get("merge_method")
-    if name == "passthrough":
-        raise ValueError("passthrough stacks layers: the result has no common base to merge into")
-    if not isinstance(name, str) or name not in MERGEKIT:
-        raise ValueError(f"merge_method {name} is not supported: {', '.join(MERGEKIT)} are")
-    for key in config:
-        if key not in KEYS:
-            raise ValueError(f"{key} is not supported")
-    source = config.get("tokenizer_source")
-    if source is None and config.get("tokenizer") is not None:
-        source = config["tokenizer"]
-        source = source.get("source") if isinstance(source, dict) else source
-    if source not in (None, "base"):
-        raise ValueError(f"tokenizer_source {source} is not supported: base is")
-    if config.get("base_model") is None and name != "linear":
-        raise ValueError(f"{name} needs a base_model")
-    return name
-
-
-def _dtype(config: Mapping[str, Any]) -> str | None:
-    dtype = config.get("out_dtype") or config.get("dtype")
+def _dtype(config: Configuration) -> str | None:
+    dtype = config.out_dtype or config.dtype
     if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
         raise ValueError(f"dtype {dtype} is not supported: {', '.join(DTYPES)} are")
     return dtype
 
 
-def _models(config: Mapping[str, Any]) -> tuple[list[Any], int | None]:
-    """The listed models, and how many layers a slice says that each has."""
-    slices = config.get("slices")
-    if slices is None:
-        models = config.get("models")
-        if not isinstance(models, list) or not models:
+def _tokenizer(config: Configuration) -> str | None:
+    """Whose tokens the merge has, from either way to state it."""
+    source = config.tokenizer_source
+    if source is None and config.tokenizer is not None:
+        if not isinstance(config.tokenizer, dict) or config.tokenizer.keys() != {"source"}:
+            raise ValueError("tokenizer is supported as {source: base, union or a model}")
+        source = config.tokenizer["source"]
+    if source is None or source in ("base", "union"):
+        return source
+    return _model_name(source, None)
+
+
+def _entries(config: Configuration) -> tuple[list[Entry], int | None]:
+    """The models, and how many layers a slice says that each has."""
+    if config.slices is None:
+        if config.models is None:
             raise ValueError("no models are listed: models is a list of {model: …}")
-        return models, None
-    if not isinstance(slices, list) or not all(isinstance(x, dict) for x in slices):
-        raise ValueError("slices is a list of {sources: […]}")
-    if len(slices) != 1:
+        return config.models, None
+    if len(config.slices) != 1:
         raise ValueError("several slices stack layers to another depth: only one, of the whole")
-    sources = slices[0].get("sources")
-    if not isinstance(sources, list) or not sources:
-        raise ValueError("a slice lists its sources: {model: …, layer_range: [0, n]}")
-    ranges = [x.get("layer_range") if isinstance(x, dict) else None for x in sources]
-    whole = ranges[0]
-    if any(x != whole for x in ranges) or not isinstance(whole, list) or len(whole) != 2:
+    sources = config.slices[0].sources
+    whole = sources[0].layer_range
+    if any(x.layer_range != whole for x in sources) or not isinstance(whole, list):
         raise ValueError("the sources of a slice need one layer_range: [0, n]")
-    if whole[0] != 0 or not isinstance(whole[1], int):
+    if len(whole) != 2 or whole[0] != 0 or type(whole[1]) is not int:
         raise ValueError(f"layer_range {whole} is no whole model: [0, n] is")
     return sources, whole[1]
 
 
 def _with_base(
-    name: str, base: str | None, stated: list[Any], shared: Parameters
+    name: str, stated: Any, entries: list[Entry], shared: dict[str, Any]
 ) -> tuple[str, Models]:
+    """The base and the models with a task vector, or of an average all that are averaged."""
+    if stated is None and name != "linear":
+        raise ValueError(f"{name} needs a base_model")
+    base = None if stated is None else _model_name(stated, None)
     models: Models = []
-    for entry in stated:
-        if not isinstance(entry, dict) or "model" not in entry:
-            raise ValueError(f"an entry of models is a mapping with a model, not {entry!r}")
-        own = _parameters(entry.get("parameters"))
-        models.append((_model_name(entry["model"], base), shared | own))
+    for entry in entries:
+        own = entry.parameters.stated() if entry.parameters else {}
+        models.append((_model_name(entry.model, base), shared | own))
     if base is None:
         return models[0][0], models  # of linear: any base gives the same weighted mean
     listed = [model for model, _ in models]
@@ -171,7 +197,7 @@ def _with_base(
     return base, [pair for pair in models if pair[0] != base]  # the base has no task vector
 
 
-def _model_name(stated: Any, base: str | None) -> str | None:
+def _model_name(stated: Any, base: str | None) -> str:
     """A model's name; of mergekit's base+adapter and {model, lora} the adapter's."""
     if isinstance(stated, dict):
         of = stated.get("model", stated)
@@ -179,8 +205,6 @@ def _model_name(stated: Any, base: str | None) -> str | None:
         of = of.get("path") if isinstance(of, dict) else of
         lora = lora.get("path") if isinstance(lora, dict) else lora
         stated = of if lora is None else f"{of}+{lora}"
-    if stated is None and base is None:
-        return None
     if not isinstance(stated, str) or not stated:
         raise ValueError(f"a model is named by text, not by {stated!r}")
     of, plus, adapter = stated.partition("+")
@@ -190,55 +214,6 @@ def _model_name(stated: Any, base: str | None) -> str | None:
 
 
 # Numbers -----------------------------------------------------------------------------------------
-
-
-def _parameters(parameters: Any) -> Parameters:
-    if parameters is None:
-        return {}
-    if not isinstance(parameters, dict):
-        raise ValueError(f"parameters is a mapping of names and values, not {parameters!r}")
-    read: Parameters = {}
-    for name, value in parameters.items():
-        if name not in PARAMETERS:
-            raise ValueError(f"parameter {name} is not supported")
-        if name in FLAGS:
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} must be true or false, not {value!r}")
-            read[name] = value
-        else:
-            read[name] = _setting(name, value)
-    return read
-
-
-def _setting(name: str, value: Any) -> Setting:
-    """A number, numbers along the depth, or values with filters."""
-    if not isinstance(value, list):
-        return _number(name, value)
-    if not value:
-        raise ValueError(f"{name} is an empty list")
-    if not isinstance(value[0], dict):
-        return [_number(name, x) for x in value]
-    conditions = []
-    for condition in value:
-        if not isinstance(condition, dict) or "value" not in condition:
-            raise ValueError(f"a filter of {name} is {{filter: …, value: …}}, not {condition!r}")
-        part = condition.get("filter")
-        if not (part is None or isinstance(part, str)):
-            raise ValueError(f"a filter of {name} is a part of a tensor's name, not {part!r}")
-        conditions.append({"filter": part, "value": _setting(name, condition["value"])})
-    if len(conditions) == 1 and conditions[0]["filter"] in (None, "*"):
-        return conditions[0]["value"]
-    return conditions
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)  # YAML takes 1e-1 for text
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be a number, not {value!r}")
-    return number
 
 
 def _stated(name: str, setting: Setting | None) -> Setting:
@@ -254,9 +229,8 @@ def _simple(setting: Setting) -> Setting:
     return setting
 
 
-def _rest(setting: Setting | None) -> Setting:
+def _rest(setting: Setting) -> Setting:
     """1 - t, of every number in a setting."""
-    setting = _stated("t", setting)
     if not isinstance(setting, list):
         return 1 - setting
     if isinstance(setting[0], dict):
@@ -271,11 +245,11 @@ def _constant(name: str, setting: Setting) -> float:
     return setting
 
 
-def _options(name: str, method: str, normalize: bool, models: Models) -> dict[str, Any]:
+def _options(name: str, rule: str, normalize: bool, models: Models) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if name in ("ties", "dare_ties"):
         options["combine"] = "mean" if normalize else "sum"
-    if "density" in options_of(method):
+    if "density" in options_of(rule):
         densities = [_simple(own.get("density", 1.0)) for _, own in models]
         alike = all(x == densities[0] for x in densities)
         one_number = not isinstance(densities[0], list)

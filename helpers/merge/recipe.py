@@ -1,40 +1,135 @@
 """How do people state a merge? A recipe of names and numbers, some of them by tensor."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import yaml
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+GB = 10**9
+
+
+def number(value: Any) -> float:
+    """A finite number, text too: YAML takes 1e-1 for it. ValueError for anything else."""
+    try:
+        parsed = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        parsed = math.nan
+    if not math.isfinite(parsed):
+        raise ValueError(f"must be a number, not {value!r}")
+    return parsed
+
+
+def setting(value: Any) -> Any:
+    """A number, numbers along the depth, or values with filters; ValueError for anything else."""
+    if not isinstance(value, list):
+        return number(value)
+    if not value:
+        raise ValueError("is an empty list")
+    if not isinstance(value[0], dict):
+        return [number(x) for x in value]
+    conditions = [_condition(x) for x in value]
+    if len(conditions) == 1 and conditions[0]["filter"] in (None, "*"):
+        return conditions[0]["value"]
+    return conditions
+
+
+def _condition(stated: Any) -> dict[str, Any]:
+    if not isinstance(stated, dict) or not {"value"} <= stated.keys() <= {"value", "filter"}:
+        raise ValueError(f"has a filter that is no {{filter: …, value: …}}: {stated!r}")
+    part = stated.get("filter")
+    if not (part is None or isinstance(part, str)):
+        raise ValueError(f"has a filter that is no part of a tensor's name: {part!r}")
+    return {"filter": part, "value": setting(stated["value"])}
+
 
 # A number; numbers along the depth; or [{"filter": part of a name, "value": setting}, …].
-Setting = float | Sequence[Any]
+Setting = Annotated[Any, AfterValidator(setting)]
+Number = Annotated[Any, AfterValidator(number)]
+
+
+def _option(value: Any) -> Any:
+    """A word, a number, or a setting for each model."""
+    if isinstance(value, str):
+        return value
+    return [setting(x) for x in value] if isinstance(value, list) else number(value)
 
 
 class Recipe(NamedTuple):
     """A merge as a user states it. Seeds and reports call the models by position, from "1"."""
 
-    method: str
+    rule: str
     base: str
     models: list[str]
-    weights: list[Setting] | None
-    options: Mapping[str, Any]
-    scale: float = 1.0
+    weights: list[Setting] | None = None
+    options: dict[str, Annotated[Any, AfterValidator(_option)]] = {}  # noqa: RUF012 (never written to)
+    scale: Number = 1.0
     match: str | None = None
     seed: int = 0
     dtype: str | None = None  # of the output; None: as the base is stored
     round: str = "nearest"  # to that dtype, or "stochastic"
     heads: str = "merge"  # or "base": what lies outside the body stays as the base has it
-    tokenizer: str = "base"  # or the model whose tokenizer and chat template are taken
-    svc: float | None = None  # calibrations of the merge: see `methods.plan`
-    lines: Sequence[float] | None = None
+    # whose tokens and chat template: "base", "union" or a model's name, rows matched by token;
+    # None: the base's, row by row
+    tokenizer: str | None = None
+    svc: Number | None = None  # calibrations of the merge: see `plans.plan`
+    lines: list[Number] | None = None
     layers: int | None = None  # that the recipe speaks of: the base must have as many
     normalize: bool = False  # whether the weights are divided by their sum
+    shard_size: int = 5 * GB  # bytes of a file
+
+
+def read_recipe(file: Path) -> Recipe:
+    """The recipe in a YAML file or in the card of a merge; ValueError, naming it, for any other."""
+    text = read_text(file)
+    if file.suffix == ".md":
+        _, _, block = text.partition("```yaml\n")
+        text, _, _ = block.partition("```")
+    try:
+        return TypeAdapter(Recipe).validate_python(yaml.safe_load(text))
+    except ValidationError as error:
+        raise ValueError(f"{file}: {first_fault(error)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+
+
+def read_text(file: Path) -> str:
+    """A text file; ValueError, naming it, if it cannot be read as one."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+FAULTS = {
+    "extra_forbidden": "is not supported",
+    "missing": "is missing",
+    "invalid_key": "is not supported",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "model_type": "must be a mapping of names and values",
+    "unexpected_keyword_argument": "is not supported",
+    "missing_argument": "is missing",
+}
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault that was found, where it is and what it is."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "the whole"
+    text = FAULTS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    return f"{place} {text}"
+
+
+# Numbers by tensor -------------------------------------------------------------------------------
 
 
 def at_tensor(setting: Setting, name: str, depth: float) -> float:
@@ -67,12 +162,26 @@ def is_layered(recipe: Recipe) -> bool:
 
 def flat(recipe: Recipe) -> Recipe:
     """The recipe with the first number of each setting: for checks before the tensors are known."""
-    weights = recipe.weights
-    if weights is not None:
-        weights = [_first(weight) for weight in weights]
+    return _with_numbers(recipe, _first)
+
+
+def numbers(
+    recipe: Recipe, depths: Mapping[str, float]
+) -> Callable[[str], tuple[list[float], dict[str, Any]]]:
+    """A function that gives weights and options of one tensor by its name."""
+
+    def of(name: str) -> tuple[list[float], dict[str, Any]]:
+        local = _with_numbers(recipe, lambda setting: at_tensor(setting, name, depths[name]))
+        return local.weights, local.options
+
+    return of
+
+
+def _with_numbers(recipe: Recipe, number_of: Callable[[Setting], float]) -> Recipe:
     options = dict(recipe.options)
     if isinstance(options.get("density"), list):
-        options["density"] = [_first(density) for density in options["density"]]
+        options["density"] = [number_of(setting) for setting in options["density"]]
+    weights = recipe.weights and [number_of(setting) for setting in recipe.weights]
     return normalized(recipe._replace(weights=weights, options=options))
 
 
@@ -88,19 +197,3 @@ def normalized(recipe: Recipe) -> Recipe:
     if not recipe.normalize or total == 0:
         return recipe
     return recipe._replace(weights=[weight / total for weight in recipe.weights])
-
-
-def numbers(
-    recipe: Recipe, depths: Mapping[str, float]
-) -> Callable[[str], tuple[list[float], dict[str, Any]]]:
-    """A function that gives weights and options of one tensor by its name."""
-
-    def of(name: str) -> tuple[list[float], dict[str, Any]]:
-        depth = depths[name]
-        weights = [at_tensor(weight, name, depth) for weight in recipe.weights]
-        options = dict(recipe.options)
-        if isinstance(options.get("density"), list):
-            options["density"] = [at_tensor(x, name, depth) for x in options["density"]]
-        return normalized(recipe._replace(weights=weights)).weights, options
-
-    return of

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.merge.methods import METHODS, MergePlan
+from helpers.merge.plans import RULES, MergePlan
 
 SKETCH = 251  # prime, so that no row length lines up with it
 
@@ -90,7 +90,7 @@ class Report:
 
     @property
     def ingredient(self) -> list[float]:
-        coefficients = METHODS[self.plan.method].coefficients
+        coefficients = RULES[self.plan.rule].coefficients
         if coefficients and self.plan.is_uniform:
             return [self.plan.scale * c for c in coefficients(self.plan.weights)]
         inverse = np.linalg.pinv(self.gram, rcond=1e-10, hermitian=True)
@@ -149,7 +149,7 @@ class Report:
         rounded = {"left": self.left, "cos_written": self.cos_written}
         steps = {f"{key}_steps": count for key, count in self.slerp.items()}
         return {
-            "method": self.plan.method,
+            "rule": self.plan.rule,
             "scale": self.plan.scale,
             "norm": self.norm,
             "effective_scale": self.effective_scale,

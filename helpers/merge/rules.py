@@ -22,8 +22,13 @@ from torch import Tensor
 from helpers.merge.blocks import Block, Kernel, Lazy, Taus, blockwise, gram_matrix
 from helpers.merge.selection import Cut, cut_at, drop, drop_factor, magnitude_cut, share, trim
 
-Fraction = Annotated[float, (0.0, 1.0)]  # an option's range: part of a rule's contract
+# Options and their ranges: part of a rule's contract.
+Fraction = Annotated[float, (0.0, 1.0)]
+Scope = Literal["tensor", "model"]
+Combine = Literal["mean", "sum"]
+Rescale = Literal["inverse", "l1"]
 Weights = Sequence[float]
+Seeds = Sequence[int]  # one for each model
 
 
 def each(value: float | Sequence[float], n: int) -> list[float]:
@@ -71,8 +76,7 @@ class Arc(NamedTuple):
 
     on_base: float
     on_taus: list[float]
-    lerp: int
-    slerp: int
+    steps: dict[str, int]  # how many were linear, how many spherical
 
 
 def spherical(gram: np.ndarray, weights: Weights) -> tuple[np.ndarray, int]:
@@ -118,13 +122,13 @@ def model_arc(taus: Taus, weights: Weights, base: Tensor | Lazy) -> Arc:
     gram = models @ gram_matrix([base, *taus]) @ models.T
     coefficients, lerp = spherical(gram, weights)
     on_base = 0.0 if lerp == n - 1 else float(coefficients.sum()) - 1
-    return Arc(on_base, coefficients.tolist(), lerp, n - 1 - lerp)
+    return Arc(on_base, coefficients.tolist(), {"lerp": lerp, "slerp": n - 1 - lerp})
 
 
 def task_arc(taus: Taus, weights: Weights) -> Arc:
     """The arc between the task vectors."""
     coefficients, lerp = spherical(gram_matrix(taus), weights)
-    return Arc(0.0, coefficients.tolist(), lerp, len(taus) - 1 - lerp)
+    return Arc(0.0, coefficients.tolist(), {"lerp": lerp, "slerp": len(taus) - 1 - lerp})
 
 
 @blockwise
@@ -180,8 +184,8 @@ def ties(
     weights: Weights,
     *,
     density: Fraction = 0.2,
-    scope: Literal["tensor", "model"] = "tensor",
-    combine: Literal["mean", "sum"] = "mean",
+    scope: Scope = "tensor",
+    combine: Combine = "mean",
     cuts: Sequence[Cut] | None = None,
 ) -> Kernel:
     """TIES (Yadav et al. 2023, alg. 1): trim each task vector, elect signs, average who agrees.
@@ -253,9 +257,9 @@ def dare(
     taus: Taus,
     weights: Weights,
     *,
-    seeds: Sequence[int],
+    seeds: Seeds,
     density: Fraction = 0.2,
-    rescale: Literal["inverse", "l1"] = "inverse",
+    rescale: Rescale = "inverse",
 ) -> Kernel:
     """DARE (Yu et al. 2024): drop entries at random, rescale the rest, then sum_i w_i tau_i.
 
@@ -270,10 +274,10 @@ def dare_ties(
     taus: Taus,
     weights: Weights,
     *,
-    seeds: Sequence[int],
+    seeds: Seeds,
     density: Fraction = 0.2,
-    rescale: Literal["inverse", "l1"] = "inverse",
-    combine: Literal["mean", "sum"] = "mean",
+    rescale: Rescale = "inverse",
+    combine: Combine = "mean",
 ) -> Kernel:
     """DARE's drop in place of TIES' trim, then sign election as in TIES.
 

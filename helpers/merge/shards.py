@@ -5,29 +5,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from helpers.merge.blocks import row_blocks
 from helpers.merge.rounding import Grid
-from helpers.merge.vectors import Source
+from helpers.merge.sources import Source
 
-CODES = {  # safetensors' names
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.complex64: "C64",
-    torch.bool: "BOOL",
-}
+CODES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
 Layout = dict[str, tuple[torch.dtype, torch.Size]]  # of each tensor, by name, sorted
 
 
@@ -52,8 +38,9 @@ def write_tensors(
     like: Layout,
     limit: int,
     grid_of: Callable[[str], Grid],
+    metadata: Mapping[str, str],
 ) -> None:
-    """base + delta as safetensors in `out`, in shards of `limit` bytes.
+    """base + delta as safetensors in `out`, in shards of `limit` bytes, each with the metadata.
 
     `delta_of(name)` is asked once for every tensor, in order; None leaves the tensor as it is.
     """
@@ -65,7 +52,7 @@ def write_tensors(
         place = f"model{suffix}.safetensors"
         places |= dict.fromkeys(names, place)
         with (out / place).open("wb") as file:
-            file.write(_header({name: like[name] for name in names}))
+            file.write(_header({name: like[name] for name in names}, metadata))
             for name in names:
                 _write_tensor(file, name, base.tensors[name], delta_of(name), grid_of(name))
     if len(parts) > 1:
@@ -87,8 +74,8 @@ def shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return parts
 
 
-def _header(like: Layout) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(like: Layout, metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
     end = 0
     for name, (dtype, shape) in like.items():
         start = end

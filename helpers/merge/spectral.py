@@ -106,6 +106,7 @@ def _outside(tau: Tensor | Lazy, shared: Tensor) -> Tensor | Lazy:
         shared = shared.to(dense)
         return dense - shared @ (shared.T @ dense)
     B = factors.B.double().cpu()
+    shared = shared.double().cpu()
     outside = factors._replace(B=B - shared @ (shared.T @ B))
     return Lazy(tau.shape, tau.device, tau.read, outside)
 

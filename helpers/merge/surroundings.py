@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers.merge.anatomy import config_of
-from helpers.merge.vectors import Source
+from helpers.merge.sources import Source
+from helpers.merge.vocabulary import tokenizer_of
 from helpers.merge.weights import read_json
 
 TOKENIZER = (
@@ -72,29 +73,39 @@ def belonging(folder: Path, patterns: Sequence[str]) -> list[Path]:
     )
 
 
-def copy_surroundings(base: Path, tokenizer: Path, out: Path, dtype: str | None) -> None:
-    """Config, licence and the like of the base, and a model's tokenizer: only what belongs."""
+def copy_surroundings(
+    base: Path, tokenizer: Path, out: Path, dtype: str | None, vocabulary: int | None
+) -> None:
+    """Config, licence and the like of the base, and a model's tokenizer with the ids that it ends
+    answers with: only what belongs. vocabulary: how many rows the merge's embedding has.
+    """
     copies = [(base, file) for file in belonging(base, BELONGS)]
     copies += [(tokenizer, file) for file in belonging(tokenizer, TOKENIZER)]
+    copies += [(tokenizer, file) for file in belonging(tokenizer, ["generation_config.json"])]
     for folder, file in copies:
         (out / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / file, out / file)
-    changes: dict[str, Any] = {}
+    config = config_of(out)
+    stale = ["auto_map", "quantization_config", "transformers_weights"]
+    changes = {key: x for key, x in config_of(tokenizer).items() if key.endswith("_token_id")}
     if dtype is not None:
         changes["dtype"] = dtype
-    stale = ["auto_map", "quantization_config", "transformers_weights"]
-    _edit(out / "config.json", changes, [*stale, "torch_dtype"] if dtype else stale)
+        stale.append("torch_dtype")
+    if vocabulary is not None and "vocab_size" in config:
+        changes["vocab_size"] = vocabulary
+    text = config.get("text_config")
+    if vocabulary is not None and isinstance(text, dict) and "vocab_size" in text:
+        changes["text_config"] = text | {"vocab_size": vocabulary}
+    _edit(out / "config.json", config, changes, stale)
 
 
-def _edit(file: Path, changes: dict[str, Any], without: Sequence[str]) -> None:
-    """Change a JSON file; where there is nothing to change, its bytes stay."""
-    if not file.is_file():
-        return
-    config = read_json(file)
-    if not changes and not config.keys() & set(without):
-        return
-    kept = {key: value for key, value in config.items() if key not in without}
-    file.write_text(json.dumps(kept | changes, indent=2) + "\n", encoding="utf-8")
+def _edit(
+    file: Path, config: dict[str, Any], changes: dict[str, Any], without: Sequence[str]
+) -> None:
+    """Write a changed configuration; where there is nothing to change, its bytes stay."""
+    changed = {key: value for key, value in config.items() if key not in without} | changes
+    if file.is_file() and changed != config:
+        file.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
 
 # Comparing ---------------------------------------------------------------------------------------
@@ -103,10 +114,16 @@ def _edit(file: Path, changes: dict[str, Any], without: Sequence[str]) -> None:
 Models = Sequence[tuple[str, Path, Source]]  # name, folder and weights of each
 
 
-def objections(base: Source, base_folder: Path, models: Models, heads: str) -> Iterator[str]:
-    """Why a merge with these models would mean nothing: one sentence for each reason."""
+def objections(
+    base: Source, base_folder: Path, models: Models, heads: str, by_token: bool = False
+) -> Iterator[str]:
+    """Why a merge with these models would mean nothing: one sentence for each reason.
+
+    by_token: whether rows of embeddings are matched by token.
+    """
     for name, folder, source in models:
-        yield from _other_vocabulary(name, base_folder, folder)
+        if not by_token:
+            yield from _other_vocabulary(name, base_folder, folder)
         if source.adapter is None:
             yield from _other_function(name, config_of(base_folder), config_of(folder))
             yield from _unrelated(name, base, source)
@@ -115,29 +132,21 @@ def objections(base: Source, base_folder: Path, models: Models, heads: str) -> I
 
 
 def _other_vocabulary(name: str, base: Path, folder: Path) -> Iterator[str]:
-    tokens = _vocabulary(base)
-    others = _vocabulary(folder)
+    vocabularies = [tokenizer_of(place) for place in (base, folder)]
+    if None in vocabularies:
+        return
+    tokens, others = (
+        {number: token for token, number in tokenizer.get_vocab().items()}
+        for tokenizer in vocabularies
+    )
     for number in sorted(tokens.keys() & others.keys()):
         if tokens[number] != others[number]:
             yield (
                 f"{name} has another vocabulary than the base (token {number} is "
-                f"{others[number]!r}, not {tokens[number]!r}): they do not read the same input"
+                f"{others[number]!r}, not {tokens[number]!r}): --tokenizer base, or a model's "
+                "name, matches rows by token"
             )
             return
-
-
-def _vocabulary(folder: Path) -> dict[int, str]:
-    """Token by number; empty where no tokenizer lies beside the weights, as with most adapters."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return {}
-    from tokenizers import Tokenizer
-
-    try:
-        vocabulary = Tokenizer.from_file(str(file)).get_vocab()
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{file} is no tokenizer: {error}") from error
-    return {number: token for token, number in vocabulary.items()}
 
 
 def _other_function(name: str, base: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
@@ -190,23 +199,34 @@ def _unrelated(name: str, base: Source, source: Source) -> Iterator[str]:
         )
 
 
-def losses(base: Path, tokenizer: Path, models: Models) -> Iterator[str]:
+def losses(
+    weights: Source, base: Path, tokenizer: Path, models: Models
+) -> Iterator[str]:
     """What a merge leaves behind, or what is odd about its models: one sentence each."""
     template = _template(tokenizer)
     for name, folder, source in models:
         if _template(folder) not in (None, template):
             yield (
                 f"{name} has a chat template that is not the merge's: --tokenizer {name} takes its "
-                "tokenizer and template"
+                "tokenizer, template and end tokens"
             )
         for file in ("generation_config.json", "config.json"):
-            ends = [_eos(place / file) for place in (base, folder)]
-            if ends[1] is not None and ends[0] != ends[1]:
-                yield f"{name} ends answers with token {ends[1]}, the merge with {ends[0]} ({file})"
+            merged, own = _eos(tokenizer / file), _eos(folder / file)
+            if merged is None:
+                merged = _eos(base / file)
+            if own is not None and own != merged:
+                yield f"{name} ends answers with token {own}, the merge with {merged} ({file})"
         if source.adapter is not None:
             yield from _other_base(name, source.adapter.base, base)
+        if source.adapter is None and _is_coarser(source, weights):
+            yield f"{name} is stored more coarsely than the base: what that rounds off is no change"
     if config_of(base).get("auto_map"):
         yield "the base's own code is not copied, and auto_map is left out of the config"
+
+
+def _is_coarser(source: Source, base: Source) -> bool:
+    shared = source.tensors.keys() & base.tensors.keys()
+    return any(source.tensors[x].dtype.itemsize < base.tensors[x].dtype.itemsize for x in shared)
 
 
 def _template(folder: Path) -> str | None:

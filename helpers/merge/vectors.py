@@ -9,31 +9,15 @@ for: files stay memory-mapped, adapters stay factors, and a `Lazy` tensor reads 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from helpers.merge.adapters import Adapter, is_adapter, read_adapter
-from helpers.merge.anatomy import Anatomy, anatomy, as_loaded, config_of
+from helpers.merge.adapters import Adapter
 from helpers.merge.blocks import Factors, Lazy, zero
-from helpers.merge.fit import changed_names, check
-from helpers.merge.weights import read_folder, recorded_digest, without_aliases
-
-
-class Source(NamedTuple):
-    """A base or a specialist: its tensors as loaded, or an adapter's factors, by base name."""
-
-    label: str
-    tensors: Mapping[str, Tensor]
-    factors: Mapping[str, Factors]
-    base_digest: str | None = None  # parameter digest of the base it belongs to, if it is recorded
-    adapter: Adapter | None = None
-    anatomy: Anatomy | None = None
-    recomputed: frozenset[str] = frozenset()  # tensors in the file that loading leaves aside
-    renamed: int = 0  # tensors whose names in the file are others
-    quantised: str | None = None  # by which method
+from helpers.merge.fit import changed_names, check, has_extras
+from helpers.merge.sources import Source
 
 
 class Row(NamedTuple):
@@ -42,50 +26,6 @@ class Row(NamedTuple):
     name: str
     base: Tensor | Lazy
     taus: list[Tensor] | list[Lazy]
-
-
-def open_base(source: Path | str | Mapping[str, Tensor], label: str = "base") -> Source:
-    """The base model from a safetensors folder or a state dict; nothing is read yet.
-
-    Tensors have the names that the model's class loads them under, tied ones appear once. Raises
-    ValueError for pickles and adapters.
-    """
-    if isinstance(source, Mapping):
-        return Source(label, without_aliases(source), {})
-    folder = Path(source)
-    if is_adapter(folder):
-        raise ValueError(f"{folder} is an adapter: give the model that it was trained on")
-    sealed = (folder / "seals.json").is_file()  # elsewhere base.json tells of another model
-    body = anatomy(folder)
-    loaded = as_loaded(folder, read_folder(folder), body)
-    quantised = config_of(folder).get("quantization_config")
-    return Source(
-        label,
-        loaded.tensors,
-        {},
-        recorded_digest(folder) if sealed else None,
-        anatomy=body,
-        recomputed=loaded.recomputed,
-        renamed=loaded.renamed,
-        quantised=str(quantised.get("quant_method")) if isinstance(quantised, dict) else None,
-    )
-
-
-def open_specialist(source: Path | str | Mapping[str, Tensor], label: str | None = None) -> Source:
-    """A specialist from a PEFT LoRA folder, a safetensors folder, or a state dict.
-
-    `label` names it in reports and seeds its random masks; a folder's own name by default. Raises
-    ValueError, with the reason, for what cannot be merged exactly and for pickles.
-    """
-    if isinstance(source, Mapping):
-        return open_base(source, label or "specialist")
-    folder = Path(source)
-    label = label or folder.resolve().name
-    digest = recorded_digest(folder)
-    if not is_adapter(folder):
-        return open_base(folder, label)._replace(base_digest=digest)
-    adapter = read_adapter(folder, label)
-    return Source(label, adapter.saved, adapter.factors, digest, adapter)
 
 
 # The stream --------------------------------------------------------------------------------------
@@ -98,13 +38,17 @@ def views(
 
     Checked first (`fit.check`, which says what `heads` means).
     """
-    fitted = check(base, specialists, heads)
+    return rows_of(base, check(base, specialists, heads), device)
+
+
+def rows_of(base: Source, fitted: Sequence[Source], device: str = "cpu") -> list[Row]:
+    """The rows of specialists that `fit.check` has seen."""
     read = _reader(base, device)
     rows = []
     for name in changed_names(base, fitted):
-        shape = base.tensors[name].shape
-        origin = Lazy(shape, device, partial(read, name))
-        taus = [_task_vector(name, origin, specialist) for specialist in fitted]
+        tensor = base.tensors[name]
+        origin = Lazy(tensor.shape, device, partial(read, name))
+        taus = [_task_vector(name, origin, specialist, tensor.dtype) for specialist in fitted]
         rows.append(Row(name, origin, taus))
     return rows
 
@@ -115,45 +59,53 @@ def stream(base: Source, specialists: Sequence[Source], device: str = "cpu") -> 
         yield Row(row.name, row.base[...], [tau[...] for tau in row.taus])
 
 
-def _task_vector(name: str, origin: Lazy, specialist: Source) -> Lazy:
-    """What a specialist changed in one tensor of the base."""
+def _task_vector(name: str, origin: Lazy, specialist: Source, stored: torch.dtype) -> Lazy:
+    """What a specialist changed in one tensor of the base, which is stored in that type."""
     shape, device = origin.shape, origin.device
     factors = specialist.factors.get(name)
     saved = specialist.tensors.get(name)
-    if _has_extras(name, specialist):
-        return _whole_change(name, origin, specialist)
-    if factors is not None and saved is None:
-        scaling = factors.scaling
-        B = factors.B.to(device)
-        A = factors.A.to(device)
-        low_rank = Factors(scaling, B, A)
-        return Lazy(shape, device, lambda rows: (B[rows] @ A).mul_(scaling), low_rank)
-    if saved is None:
+    if specialist.adapter is not None and has_extras(name, specialist.adapter):
+        plain = _task_vector(name, origin, specialist._replace(adapter=None), stored)
+        return _whole_change(name, origin, plain, specialist.adapter)
+    if saved is not None:
+        return _saved_change(origin, saved, factors, stored)
+    if factors is None:
         return zero(shape, device)
+    scaling = factors.scaling
+    B = factors.B.to(device)
+    A = factors.A.to(device)
+    low_rank = Factors(scaling, B, A)
+    return Lazy(shape, device, lambda rows: (B[rows] @ A).mul_(scaling), low_rank)
+
+
+def _saved_change(
+    origin: Lazy, saved: Tensor, factors: Factors | None, stored: torch.dtype
+) -> Lazy:
+    """The change to a tensor that was saved whole, with an adapter's factors beside it or without.
+
+    Saved on a coarser grid than the base's, what that grid makes of the base is no change.
+    """
+    device = origin.device
+    coarse = saved.dtype != stored and saved.dtype.itemsize < 4
 
     def difference(rows) -> Tensor:
-        tuned = saved[rows].to(device, torch.float32)
+        base = origin[rows]
+        block = saved[rows].to(device)
+        tuned = block.to(torch.float32)
+        if coarse:
+            tuned = torch.where(base.to(block.dtype) == block, base, tuned)
         if factors is not None:
             tuned = tuned + (factors.B[rows] @ factors.A).mul_(factors.scaling).to(device)
-        return tuned - origin[rows]
+        return tuned - base
 
-    return Lazy(shape, device, difference)
-
-
-def _has_extras(name: str, specialist: Source) -> bool:
-    adapter = specialist.adapter
-    if adapter is None:
-        return False
-    return any(name in part for part in (adapter.magnitudes, adapter.tokens, adapter.biases))
+    return Lazy(origin.shape, device, difference)
 
 
-def _whole_change(name: str, origin: Lazy, specialist: Source) -> Lazy:
+def _whole_change(name: str, origin: Lazy, change: Lazy, adapter: Adapter) -> Lazy:
     """The change of a tensor with a magnitude (DoRA: m (W + s B A) / ||W + s B A|| by rows; Liu et
     al. 2024, eq. 5), with trained token rows or with an added bias, as PEFT merges them.
     """
-    shape, device, adapter = origin.shape, origin.device, specialist.adapter
-    plain = specialist._replace(adapter=None)
-    change = _task_vector(name, origin, plain)
+    shape, device = origin.shape, origin.device
     magnitude = adapter.magnitudes.get(name)
     bias = adapter.biases.get(name)
     numbers, values = adapter.tokens.get(name, (torch.tensor([]), None))

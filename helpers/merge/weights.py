@@ -1,5 +1,6 @@
 """Which files hold a model's weights? Safetensors, as transformers finds them, never pickles."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
+MIB = 1 << 20
+SAMPLE = 1 << 12
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -99,11 +102,38 @@ def read_json(file: Path, kind: type = dict) -> Any:
     """What a JSON file holds; ValueError, naming it, if that is no JSON or of another kind."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, kind):
         raise ValueError(f"{file} must hold a JSON {kind.__name__}, not {type(content).__name__}")
     return content
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights, sorted; of an adapter its settings, too."""
+    adapter = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    if adapter[0].is_file():
+        return adapter
+    file = _weights_file(folder)
+    if not file.name.endswith(".index.json"):
+        return [file]
+    return [folder / shard for shard in sorted(set(_places(file).values()))]
+
+
+def sampled_digest(folder: Path) -> str:
+    """What tells a folder's weights from others: SHA-256 of their files' sizes and, of every MiB,
+    the first 4 KiB; of files up to 64 MiB all. A whole model is read more slowly than merged.
+    """
+    digest = hashlib.sha256()
+    for path in weights_files(folder):
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8))
+        step = SAMPLE if size <= 64 * MIB else MIB
+        with path.open("rb") as file:
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
 
 
 def recorded_digest(folder: Path) -> str | None:

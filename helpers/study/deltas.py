@@ -113,15 +113,15 @@ def recipe(
     bench: Bench,
     row: Row,
 ) -> dict[str, Any]:
-    """What `merge.merge` takes for a merge or solo: method, seed, options, and a scale to match."""
+    """What `merge.merge` takes for a merge or solo: rule, seed, options, and a scale to match."""
     options = {name: x for name, x in row.options.items() if name not in ("n", "group")}
-    chosen = {"method": row.rule, "seed": row.seed} | options
+    chosen = {"rule": row.rule, "seed": row.seed} | options
     if row.arm.startswith("mask"):
         chosen["seed"] += int(row.arm.removeprefix("mask"))
     if row.arm in MATCHED:
         chosen |= _matched(bench, row)
     if row.rule == keys.CHEBYSHEV:
-        chosen |= {"method": "linear", "weights": chebyshev_weights(bench, row.tasks)}
+        chosen |= {"rule": "linear", "weights": chebyshev_weights(bench, row.tasks)}
     return chosen
 
 

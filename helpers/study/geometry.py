@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from helpers.merge import METHODS
+from helpers.merge import RULES
 from helpers.states import bound, squared_distances
 from helpers.study.frames import BASE, of_kind, specialists
 from helpers.study.visit import Visit
@@ -120,7 +120,7 @@ def _readings(
     order = [task for task in pool.models if task in members]
     states = visit.states
     merged = torch.cat([states[task] for task in order]).double().numpy()
-    weighted = METHODS[visit.report["method"]].coefficients
+    weighted = RULES.get(visit.row.rule, RULES["linear"]).coefficients  # chebyshev is linear
     weights = visit.report["ingredient"] if weighted else None
     flipped = rho = None
     if answers:

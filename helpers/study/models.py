@@ -37,7 +37,8 @@ def resolve_model(name: str) -> str:
     """What `from_pretrained` takes for a model's name: a local folder, or a hub id as it is.
 
     `name` is an embedded model (fetched and converted at the first call), a folder with
-    safetensors or one GGUF file, a .gguf file, or a hub id "org/name". Raises AssetError.
+    safetensors or one GGUF file, a .gguf file, or a hub id "org/name", "org/name@revision". Raises
+    AssetError.
     """
     embedded = archives.CATALOGUE["models"]
     for short, entry in embedded.items():
@@ -46,7 +47,7 @@ def resolve_model(name: str) -> str:
     path = Path(name).expanduser()
     if path.exists():
         return str(_local(path))
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", name):
         return name
     raise AssetError(
         f"there is no model {name!r}: name one of {', '.join(embedded)}, a local folder, or a hub "
@@ -62,7 +63,13 @@ def model_folder(name: str) -> Path:
     wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     unwanted = ["*/*", "consolidated*"]  # other formats and second copies of the weights
     try:
-        folder = snapshot_download(resolved, allow_patterns=wanted, ignore_patterns=unwanted)
+        repository, _, revision = resolved.partition("@")
+        folder = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=wanted,
+            ignore_patterns=unwanted,
+        )
     except OSError as error:
         raise AssetError(
             f"cannot fetch {resolved!r} from the hub ({type(error).__name__}): connect to the "

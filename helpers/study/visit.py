@@ -109,7 +109,7 @@ def _units(plan: Plan) -> list[list[Row]]:
 def check(plan: Plan) -> None:
     """Refuse, before any work, what no merge can be made of: ValueError in a sentence."""
     for row in plan.kinds("merge"):
-        if row.arm.startswith("mask") and not merge.METHODS[row.rule].random:
+        if row.arm.startswith("mask") and not merge.RULES[row.rule].random:
             raise ValueError(f"{row.rule} drops nothing at random: it has no arm {row.arm!r}")
 
 

@@ -119,7 +119,7 @@ def checkpoint(folder: Path, size: str, dtype: torch.dtype, seed: int) -> Path:
     base, change = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    parts, places = shards.shards(sizes, 4 * folder.GB), {}
+    parts, places = shards.shards(sizes, 4_000_000_000), {}
     for i, names in enumerate(parts):
         file = f"model-{i}.safetensors" if len(parts) > 1 else "model.safetensors"
         places |= dict.fromkeys(names, file)

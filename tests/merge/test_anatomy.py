@@ -109,7 +109,7 @@ def test_the_hubs_layout_without_prefix_and_with_old_buffers_is_one_model(tmp_pa
     plain = {name.removeprefix("transformer."): x for name, x in stored(base).items()}
     buffers = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64) for i in range(2)}
     hub = edited(base, tmp_path / "hub", plain | buffers)
-    flags = ["--method", "task_arithmetic", "--base", str(hub), "--models", str(tuned)]
+    flags = ["--rule", "task_arithmetic", "--base", str(hub), "--models", str(tuned)]
     merging.main([*flags, "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert "named as GPT2LMHeadModel loads them" in said and "2 buffers" in said
@@ -179,8 +179,8 @@ def test_a_malformed_index_is_named(tmp_path, text):
 def test_codes_of_a_quantised_model_are_refused_with_the_remedy(tiny_base, tiny_adapters, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     codes = stored(tiny_base) | {name: stored(tiny_base)[name].to(torch.int8)}
-    method = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    eight = edited(tiny_base, tmp_path / "eight", codes, quantization_config=method)
+    rule = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    eight = edited(tiny_base, tmp_path / "eight", codes, quantization_config=rule)
     adapter = merging.open_specialist(tiny_adapters[0])
     with pytest.raises(ValueError, match="quantised .bitsandbytes.*dequantize"):
         merging.views(merging.open_base(eight), [adapter])

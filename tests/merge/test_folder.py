@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -17,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import merge as merging
 from helpers.__main__ import main
-from helpers.merge import folder, rules
+from helpers.merge import folder, rules, weights
 from helpers.merge.selection import magnitude_cut, trim
 
 
@@ -47,7 +49,7 @@ def full_models(tiny_base, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"),
+    ("rule", "options"),
     [
         ("linear", {"weights": [2, 1]}),
         ("ties", {"density": 0.3, "shard_size": "20KB"}),
@@ -59,7 +61,7 @@ def full_models(tiny_base, tmp_path_factory):
 )
 @pytest.mark.parametrize("kind", ["adapters", "full"])
 def test_transformers_loads_the_merge_and_gives_its_logits(
-    method, options, kind, tiny_base, tiny_adapters, full_models, tmp_path
+    rule, options, kind, tiny_base, tiny_adapters, full_models, tmp_path
 ):
     models = tiny_adapters[:2] if kind == "adapters" else full_models
     flags = [
@@ -67,7 +69,7 @@ def test_transformers_loads_the_merge_and_gives_its_logits(
         for name, value in options.items()
         for part in (f"--{name.replace('_', '-')}", *(value if name == "weights" else [value]))
     ]
-    out = merge(tiny_base, models, tmp_path / "out", "--method", method, *flags)
+    out = merge(tiny_base, models, tmp_path / "out", "--rule", rule, *flags)
     assert (out / "model.safetensors.index.json").exists() == ("shard_size" in options)
 
     base = merging.open_base(tiny_base)
@@ -75,7 +77,7 @@ def test_transformers_loads_the_merge_and_gives_its_logits(
     rows = merging.views(base, specialists)
     same = {name: value for name, value in options.items() if name != "shard_size"}
     entries = sum(tensor.numel() for tensor in base.tensors.values())  # the paper's flat vector
-    delta, report = merging.merge(rows, method, ["1", "2"], entries=entries, **same)
+    delta, report = merging.merge(rows, rule, ["1", "2"], entries=entries, **same)
     model = llama(tiny_base)
     with merging.applied(model, delta):
         torch.testing.assert_close(logits(llama(out)), logits(model), rtol=1e-5, atol=1e-5)
@@ -85,34 +87,38 @@ def test_transformers_loads_the_merge_and_gives_its_logits(
 
 
 def test_the_written_file_holds_what_the_base_holds(tiny_base, tiny_adapters, tmp_path):
-    out = merge(tiny_base, tiny_adapters, tmp_path / "out", "--method", "linear")
+    out = merge(tiny_base, tiny_adapters, tmp_path / "out", "--rule", "linear")
     ours, base = load_file(out / "model.safetensors"), load_file(tiny_base / "model.safetensors")
     assert ours.keys() == base.keys()
     assert torch.equal(ours["model.norm.weight"], base["model.norm.weight"])
     with safe_open(out / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        metadata = file.metadata()
+    report = json.loads((out / "merge_report.json").read_text())
+    assert metadata["format"] == "pt"
+    for key in ("recipe", "inputs", "merging_collapse"):
+        assert json.loads(metadata[key]) == report[key]
 
 
 def test_a_merge_of_one_adapter_is_what_peft_merges(tiny_base, tiny_adapters, tmp_path):
     from peft import PeftModel
 
-    out = merge(tiny_base, tiny_adapters[:1], tmp_path / "out", "--method", "task_arithmetic")
+    out = merge(tiny_base, tiny_adapters[:1], tmp_path / "out", "--rule", "task_arithmetic")
     theirs = PeftModel.from_pretrained(llama(tiny_base), tiny_adapters[0]).merge_and_unload()
     for name, tensor in llama(out).state_dict().items():
         torch.testing.assert_close(tensor, theirs.state_dict()[name], rtol=0, atol=1e-7)
 
 
 def test_bf16_output_is_the_fp32_merge_cast_once(tiny_base, full_models, tmp_path):
-    exact = merge(tiny_base, full_models, tmp_path / "fp32", "--method", "ties")
+    exact = merge(tiny_base, full_models, tmp_path / "fp32", "--rule", "ties")
     out = merge(
-        tiny_base, full_models, tmp_path / "bf16", "--method", "ties", "--dtype", "bfloat16"
+        tiny_base, full_models, tmp_path / "bf16", "--rule", "ties", "--dtype", "bfloat16"
     )
     cast = load_file(out / "model.safetensors")
     for name, tensor in load_file(exact / "model.safetensors").items():
         assert torch.equal(cast[name], tensor.bfloat16())
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
     # and a base that is stored in bf16 gives bf16 again, added in fp32
-    again = merge(out, full_models, tmp_path / "again", "--method", "linear")
+    again = merge(out, full_models, tmp_path / "again", "--rule", "linear")
     assert {t.dtype for t in load_file(again / "model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -126,7 +132,7 @@ def test_models_in_bf16_are_merged_in_fp32(tmp_path):
         stored = {k: (v + change[k]).bfloat16() for k, v in state.items()}
         save_file(stored, tmp_path / name / "model.safetensors")
     models = [tmp_path / "one", tmp_path / "two"]
-    flags = ["--method", "ties", "--density", "0.5", "--weights", "2", "1", "--dtype", "float32"]
+    flags = ["--rule", "ties", "--density", "0.5", "--weights", "2", "1", "--dtype", "float32"]
     out = merge(tmp_path / "base", models, tmp_path / "out", *flags)
     ours = load_file(out / "model.safetensors")
     base, one, two = (load_file(tmp_path / m / "model.safetensors") for m in ("base", "one", "two"))
@@ -149,7 +155,7 @@ def test_integer_buffers_are_copied(tmp_path):
         (tmp_path / name / "config.json").write_text("{}")
     models = [tmp_path / "one", tmp_path / "two"]
     out = load_file(
-        merge(tmp_path / "base", models, tmp_path / "o", "--method", "linear") / "model.safetensors"
+        merge(tmp_path / "base", models, tmp_path / "o", "--rule", "linear") / "model.safetensors"
     )
     assert (
         out["w"].unique().tolist() == [1.5]
@@ -158,21 +164,71 @@ def test_integer_buffers_are_copied(tmp_path):
     )
 
 
+def test_the_card_run_again_gives_the_same_file(tiny_base, tiny_adapters, tmp_path, monkeypatch):
+    flags = ["--rule", "dare", "--match", "norm", "--weights", "1", "2", "--seed", "5"]
+    grid = ["--dtype", "bfloat16", "--round", "stochastic", "--shard-size", "5KB"]
+    merge(tiny_base, tiny_adapters[:2], tmp_path / "one", *flags, *grid)
+    for model in (tiny_base, *tiny_adapters[:2]):
+        (tmp_path / model.name).symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    merging.main(["--recipe", str(tmp_path / "one" / "README.md"), "--out", str(tmp_path / "two")])
+    files = {file.name for file in (tmp_path / "one").iterdir()} - {"README.md"}
+    assert len([name for name in files if name.endswith(".safetensors")]) > 1
+    for name in files:
+        one, two = (tmp_path / folder / name for folder in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_digests_tell_the_inputs_apart(tiny_base, tiny_adapters, tmp_path):
+    digests = [weights.sampled_digest(folder) for folder in (tiny_base, *tiny_adapters)]
+    assert len(set(digests)) == 4
+    copy = shutil.copytree(tiny_base, tmp_path / "copy")
+    assert weights.sampled_digest(copy) == digests[0]
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    assert weights.sampled_digest(copy) != digests[0]
+
+
+def test_a_revision_of_a_hub_model_is_taken_and_named(
+    tiny_base, tiny_adapters, tmp_path, monkeypatch
+):
+    """From the hub's cache alone, as a machine without network has it."""
+    cache = tmp_path / "hub" / "models--our--base"
+    commits = {"v1": "a" * 40, "main": "b" * 40}
+    shutil.copytree(tiny_base, cache / "snapshots" / commits["v1"])
+    tiny.save_base(cache / "snapshots" / commits["main"], seed=4)
+    (cache / "refs").mkdir()
+    for name, commit in commits.items():
+        (cache / "refs" / name).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    out = tmp_path / "out"
+    flags = ["--rule", "linear", "--models", str(tiny_adapters[0]), "--out", str(out)]
+    assert main(["merge", "--base", "our/base@v1", *flags]) == 0
+    expected = merge(tiny_base, tiny_adapters[:1], tmp_path / "plain", "--rule", "linear")
+    ours, theirs = (load_file(x / "model.safetensors") for x in (out, expected))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    report = json.loads((out / "merge_report.json").read_text())
+    assert report["inputs"][0]["revision"] == commits["v1"]
+    assert report["recipe"]["base"] == "our/base@v1"
+    front = yaml.safe_load((out / "README.md").read_text().split("---\n")[1])
+    assert front["base_model"][0] == "our/base"
+
+
 def test_the_card_states_base_tag_and_recipe_without_paths(tiny_base, tiny_adapters, tmp_path):
     out = merge(
-        tiny_base, tiny_adapters[:2], tmp_path / "out", "--method", "ties", "--scale", "0.5"
+        tiny_base, tiny_adapters[:2], tmp_path / "out", "--rule", "ties", "--scale", "0.5"
     )
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == [tiny_base.name, "task1", "task2"] and front["tags"] == ["merge"]
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
-    assert recipe["method"] == "ties" and recipe["scale"] == 0.5
-    assert recipe["options"]["density"] == 0.2 and recipe["weights"] == [1, 1]
+    assert recipe["rule"] == "ties" and recipe["scale"] == 0.5
     assert str(tmp_path) not in card and str(tiny_base.parent) not in card
 
 
 def test_cost_is_shown_first_and_the_effect_last(tiny_base, tiny_adapters, tmp_path, capsys):
-    merge(tiny_base, tiny_adapters[:2], tmp_path / "out", "--method", "linear")
+    merge(tiny_base, tiny_adapters[:2], tmp_path / "out", "--rule", "linear")
     lines = capsys.readouterr().out.splitlines()
     assert "GB on disk" in lines[0] and "GB of memory" in lines[0]
     assert lines[1].startswith("task1: dose 0.5") and "cosine to their sum 1.000" in lines[3]
@@ -186,7 +242,7 @@ def test_a_failed_merge_leaves_nothing(tiny_base, tmp_path):
     broken.model.norm.weight.data[0] = float("nan")  # met at the end, when most is written
     broken.save_pretrained(tmp_path / "broken")
     with pytest.raises(ValueError, match="model.norm.weight: 1 holds NaN"):
-        merge(tiny_base, [tmp_path / "broken"], tmp_path / "out", "--method", "linear")
+        merge(tiny_base, [tmp_path / "broken"], tmp_path / "out", "--rule", "linear")
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 
@@ -196,14 +252,14 @@ def test_a_killed_merge_leaves_no_folder_that_looks_finished(tiny_base, tiny_ada
         "shards._write_tensor = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "merge.main(sys.argv[1:])"
     )
-    arguments = ["--method", "linear", "--base", tiny_base, "--models", tiny_adapters[0]]
+    arguments = ["--rule", "linear", "--base", tiny_base, "--models", tiny_adapters[0]]
     done = subprocess.run([sys.executable, "-c", code, *arguments, "--out", tmp_path / "out"])
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert [p.name.startswith(".out.part-") for p in tmp_path.iterdir()] == [True]
     running = tmp_path / f".out.part-{os.getppid()}"  # another process may still write this one
     running.mkdir()
-    merge(tiny_base, tiny_adapters[:1], tmp_path / "out", "--method", "linear")
+    merge(tiny_base, tiny_adapters[:1], tmp_path / "out", "--rule", "linear")
     assert llama(tmp_path / "out")
     assert set(tmp_path.iterdir()) == {tmp_path / "out", running}
 
@@ -212,12 +268,12 @@ def test_requests_are_refused_before_any_work(tiny_base, tiny_adapters, tmp_path
     out = tmp_path / "out"
     fine = ["merge", "--base", str(tiny_base), "--out", str(out), "--models", str(tiny_adapters[0])]
     for more, message in [
-        (["--method", "slerp"], "slerp needs at least 2 models"),
-        (["--method", "ties", "--density", "2"], "density of ties must be a number from 0 to 1"),
-        (["--method", "linear", "--density", ".2"], "linear has no option 'density'"),
-        (["--method", "linear", "--weights", "1", "1"], "2 weights for 1 models"),
-        (["--method", "linear", "--device", "gpu"], "device must be cpu, cuda, or one of"),
-        (["--method", "linear", "--device", "cuda:99"], "finds no device cuda:99"),
+        (["--rule", "slerp"], "slerp needs at least 2 models"),
+        (["--rule", "ties", "--density", "2"], "density of ties must be a number from 0 to 1"),
+        (["--rule", "linear", "--density", ".2"], "linear has no option 'density'"),
+        (["--rule", "linear", "--weights", "1", "1"], "2 weights for 1 models"),
+        (["--rule", "linear", "--device", "gpu"], "device must be cpu, cuda, or one of"),
+        (["--rule", "linear", "--device", "cuda:99"], "finds no device cuda:99"),
     ]:
         assert main([*fine, *more]) == 2
         assert message in capsys.readouterr().err
@@ -226,7 +282,7 @@ def test_requests_are_refused_before_any_work(tiny_base, tiny_adapters, tmp_path
     assert main([*fine, "--mergekit", str(file)]) == 2
     assert "leave them out" in capsys.readouterr().err
     out.mkdir()
-    assert main([*fine, "--method", "linear"]) == 2
+    assert main([*fine, "--rule", "linear"]) == 2
     assert "exists" in capsys.readouterr().err
 
 
@@ -234,7 +290,7 @@ def test_a_full_disk_is_noticed_first(tiny_base, tiny_adapters, tmp_path, monkey
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: usage)
     with pytest.raises(ValueError, match="the merge needs"):
-        merge(tiny_base, tiny_adapters, tmp_path / "new" / "out", "--method", "linear")
+        merge(tiny_base, tiny_adapters, tmp_path / "new" / "out", "--rule", "linear")
 
 
 MEASURE = """
@@ -257,8 +313,8 @@ print(peak[0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("method", ["linear", "ties"])
-def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path, method):
+@pytest.mark.parametrize("rule", ["linear", "ties"])
+def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path, rule):
     """And within 20 % of what is shown before the merge."""
     generator = torch.Generator().manual_seed(0)
     shape = torch.Size((2000, 1000))
@@ -266,9 +322,9 @@ def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path, method)
         (tmp_path / model).mkdir()
         tensors = {f"w{i}": torch.randn(shape, generator=generator) for i in range(8)}
         save_file(tensors, tmp_path / model / "model.safetensors")
-    command = ["--method", method, "--base", "base", "--models", "one", "two", "three", "--force"]
+    command = ["--rule", rule, "--base", "base", "--models", "one", "two", "three", "--force"]
     run = [sys.executable, "-c", MEASURE, *command, "--out", "out"]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert folder.working_memory(method, [shape]) < 20e6 < 64e6  # a model has 64 MB
+    assert folder.working_memory(rule, [shape]) < 20e6 < 64e6  # a model has 64 MB
     stated = float(re.search(r"([\d.]+) GB of memory", done.stdout)[1]) * 1e9
     assert 0.8 * stated < int(done.stdout.split()[-1]) < 1.2 * stated

@@ -26,7 +26,7 @@ MODELS = "models: [{model: a}, {model: b}]"
 
 
 @pytest.mark.parametrize(
-    ("text", "method", "weights", "options", "scale"),
+    ("text", "rule", "weights", "options", "scale"),
     [
         (
             "merge_method: linear\n"
@@ -60,10 +60,10 @@ MODELS = "models: [{model: a}, {model: b}]"
     ids=["linear", "task_arithmetic", "ties", "dare_ties", "breadcrumbs"],
 )
 def test_mergekit_configurations_are_read_with_mergekits_defaults(
-    tmp_path, text, method, weights, options, scale
+    tmp_path, text, rule, weights, options, scale
 ):
     recipe = merging.read_mergekit(config(tmp_path, text))
-    assert (recipe.method, recipe.options, recipe.scale) == (method, options, scale)
+    assert (recipe.rule, recipe.options, recipe.scale) == (rule, options, scale)
     assert recipe.weights == weights and recipe.models == ["a", "b"]
 
 
@@ -73,10 +73,10 @@ def test_mergekit_counts_a_base_model_of_linear_among_the_models(tmp_path):
     assert recipe.models == ["a", "b", "base"] and recipe.weights == [1, 1, 1]
 
 
-@pytest.mark.parametrize("method", sorted(merging.MERGEKIT.keys() - {"slerp"}))
-def test_a_mergekit_configuration_gives_each_model_its_weight(tmp_path, method):
+@pytest.mark.parametrize("rule", sorted(merging.MERGEKIT.keys() - {"slerp"}))
+def test_a_mergekit_configuration_gives_each_model_its_weight(tmp_path, rule):
     text = (
-        f"merge_method: {method}\nbase_model: base\nparameters: {{normalize: true, density: 0.5}}\n"
+        f"merge_method: {rule}\nbase_model: base\nparameters: {{normalize: true, density: 0.5}}\n"
         "models: [{model: base, parameters: {weight: 0}}, {model: a, parameters: {weight: 0.3}},"
         " {model: b, parameters: {weight: 0.7}}]"
     )
@@ -120,7 +120,11 @@ def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, tmp_path):
     [
         ("merge_method: della\nbase_model: b\nmodels: [{model: a}]", "merge_method della is not"),
         ("merge_method: ties\nmodels: [{model: a}]", "ties needs a base_model"),
-        ("merge_method: slerp\nbase_model: b\nslices: []", "several slices"),
+        (
+            "merge_method: slerp\nbase_model: b\n"
+            "slices: [{sources: [{model: a}]}, {sources: [{model: b}]}]",
+            "several slices",
+        ),
         ("merge_method: passthrough\nslices: [{}, {}]", "passthrough stacks layers"),
         (
             "merge_method: linear\ndtype: float8\nmodels: [{model: a, parameters: {weight: 1}}]",
@@ -133,19 +137,26 @@ def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, tmp_path):
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: ['0,5']}}]", "a number"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: .nan}}]", "a number"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: true}}]", "a number"),
-        ("merge_method: linear\nmodels: [{parameters: {weight: 1}}]", "mapping with a model"),
-        ("merge_method: linear\nmodels: [a, b]", "mapping with a model"),
+        ("merge_method: linear\nmodels: [{parameters: {weight: 1}}]", "model is missing"),
+        ("merge_method: linear\nmodels: [a, b]", "models.0 must be a mapping"),
         ("merge_method: linear\nmodels: [{model: 7}]", "named by text"),
         ("merge_method: [linear]\nmodels: [{model: a}]", "merge_method .'linear'. is not"),
-        ("merge_method: linear\nmodels: a", "no models are listed"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: [weight]}]", "parameters is a map"),
+        ("merge_method: linear\nmodels: a", "models must be a list"),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: [weight]}]",
+            "parameters must be a map",
+        ),
         ("merge_method: linear\nmerge_method: ties\nmodels: [{model: a}]", "stated twice"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {1: 2}}]", "parameter 1 is not"),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {1: 2}}]", "parameters.1 is not"),
         ("- model: a", "a configuration is a mapping"),
         ("", "a configuration is a mapping"),
         ("!!python/object/apply:os.system ['echo hi']", "config.yml"),
         ("a: 1\n---\nb: 2", "config.yml"),
-        ("merge_method: linear\ntokenizer_source: union\nmodels: [{model: a}]", "tokenizer_source"),
+        (
+            "merge_method: linear\ntokenizer: {tokens: {}}\n"
+            "models: [{model: a, parameters: {weight: 1}}]",
+            "tokenizer is supported",
+        ),
         (
             "merge_method: ties\nbase_model: b\nmodels: [{model: a, parameters: {epsilon: 1}}]",
             "epsilon",
@@ -213,7 +224,8 @@ models:
 
 
 plain = st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.text(max_size=3)
-names = st.sampled_from(sorted(mergekit.KEYS | mergekit.PARAMETERS | {"model", "filter", "value"}))
+fields = mergekit.Configuration.model_fields | mergekit.Parameters.model_fields
+names = st.sampled_from(sorted(fields.keys() | {"lambda", "model", "filter", "value"}))
 words = st.sampled_from(["linear", "ties", "slerp", "base", "a", "b", "float32"])
 trees = st.recursive(
     plain | words,
@@ -237,4 +249,4 @@ def test_whatever_a_configuration_holds_it_is_a_recipe_or_a_sentence(tree):
         except ValueError as error:
             assert str(file) in str(error)
         else:
-            assert recipe.models and recipe.method in merging.METHODS
+            assert recipe.models and recipe.rule in merging.RULES

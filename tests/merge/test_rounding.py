@@ -19,7 +19,7 @@ def model(folder, tensors):
 
 def merge(base, models, out, *flags):
     named = ["--base", str(base), "--models", *map(str, models), "--out", str(out)]
-    merging.main(["--method", "linear", *named, *flags])
+    merging.main(["--rule", "linear", *named, *flags])
     return load_file(out / "model.safetensors"), json.loads((out / "merge_report.json").read_text())
 
 

@@ -22,9 +22,9 @@ def rows(*taus, base=None):
     return [merging.Row("w", torch.ones(taus[0].shape) if base is None else base, taus)]
 
 
-def merged(method, *taus, weights=None, base=None, labels=None, **options):
+def merged(rule, *taus, weights=None, base=None, labels=None, **options):
     labels = labels or [f"m{i}" for i in range(len(taus))]
-    delta, _ = merging.merge(rows(*taus, base=base), method, labels, weights, **options)
+    delta, _ = merging.merge(rows(*taus, base=base), rule, labels, weights, **options)
     return delta["w"]
 
 
@@ -214,48 +214,48 @@ def test_dare_ties_mean_and_sum():
     torch.testing.assert_close(ratio, ratio.round())
 
 
-@pytest.mark.parametrize("method", merging.METHODS)
-def test_zero_task_vectors_give_a_zero_delta(method):
+@pytest.mark.parametrize("rule", merging.RULES)
+def test_zero_task_vectors_give_a_zero_delta(rule):
     zero = torch.zeros(4, 6)
-    delta, report = merging.merge(rows(zero, zero), method, BOTH)
+    delta, report = merging.merge(rows(zero, zero), rule, BOTH)
     assert not delta["w"].any()
     assert report.effective_scale == report.rho2 == 0
-    beside, told = merging.merge(rows(zero, torch.ones(4, 6)), method, BOTH)
+    beside, told = merging.merge(rows(zero, torch.ones(4, 6)), rule, BOTH)
     assert beside["w"].isfinite().all() and json.dumps(told.as_dict())
 
 
-@pytest.mark.parametrize("method", merging.METHODS)
-def test_every_method_takes_vectors_scalars_and_lazy_tensors(method, tiny_base, tiny_adapters):
+@pytest.mark.parametrize("rule", merging.RULES)
+def test_every_method_takes_vectors_scalars_and_lazy_tensors(rule, tiny_base, tiny_adapters):
     for shape in [(7,), ()]:
-        assert merged(method, *random_taus(2, shape)).shape == shape
+        assert merged(rule, *random_taus(2, shape)).shape == shape
     base = merging.open_base(tiny_base)
     specialists = [merging.open_specialist(path) for path in tiny_adapters[:2]]
-    lazy, _ = merging.merge(merging.views(base, specialists), method, BOTH)
-    dense, _ = merging.merge(lambda: merging.stream(base, specialists), method, BOTH)
+    lazy, _ = merging.merge(merging.views(base, specialists), rule, BOTH)
+    dense, _ = merging.merge(lambda: merging.stream(base, specialists), rule, BOTH)
     assert lazy.keys() == dense.keys()
     for name, delta in lazy.items():
         torch.testing.assert_close(delta, dense[name])
 
 
-def weighted(method, *weights):
+def weighted(rule, *weights):
     """A merge of as many models as there are weights, the same models in every call."""
     n = len(weights)
-    return merged(method, *random_taus(n), weights=weights, base=torch.zeros(40, 30))
+    return merged(rule, *random_taus(n), weights=weights, base=torch.zeros(40, 30))
 
 
-@pytest.mark.parametrize("method", merging.METHODS)
-def test_every_method_takes_a_weight_for_each_model(method):
+@pytest.mark.parametrize("rule", merging.RULES)
+def test_every_method_takes_a_weight_for_each_model(rule):
     """Weights tell models apart; a model of weight zero takes no part; their common factor is the
     merge's where the rule adds up, and cancels where it takes a mean.
     """
-    mine = weighted(method, 0.2, 0.7, 0.1)
-    assert not torch.allclose(mine, weighted(method, 0.7, 0.2, 0.1), rtol=1e-3)
-    if method not in ("tsv", "iso_cts"):  # whose shares of a rank are by the number of models
-        without = weighted(method, 0.2, 0.7)
-        torch.testing.assert_close(weighted(method, 0.2, 0.7, 0), without)
-    mean = merging.METHODS[method].divides or method in ("ties", "dare_ties")
+    mine = weighted(rule, 0.2, 0.7, 0.1)
+    assert not torch.allclose(mine, weighted(rule, 0.7, 0.2, 0.1), rtol=1e-3)
+    if rule not in ("tsv", "iso_cts"):  # whose shares of a rank are by the number of models
+        without = weighted(rule, 0.2, 0.7)
+        torch.testing.assert_close(weighted(rule, 0.2, 0.7, 0), without)
+    mean = merging.RULES[rule].divides or rule in ("ties", "dare_ties")
     factor = 1 if mean else 2
-    torch.testing.assert_close(weighted(method, 0.4, 1.4, 0.2), factor * mine)
+    torch.testing.assert_close(weighted(rule, 0.4, 1.4, 0.2), factor * mine)
 
 
 # Beyond the five --------------------------------------------------------------------------------
@@ -323,11 +323,11 @@ def low_rank(n, shape=(20, 12), rank=2, seed=0):
     return lazy, [tau[...] for tau in lazy]
 
 
-@pytest.mark.parametrize("method", [spectral.iso_c, spectral.tsv])
-def test_singular_methods_give_the_same_for_factors_and_dense_matrices(method):
+@pytest.mark.parametrize("rule", [spectral.iso_c, spectral.tsv])
+def test_singular_methods_give_the_same_for_factors_and_dense_matrices(rule):
     lazy, dense = low_rank(3)
     weights = [1.0, 0.5, 2.0]
-    torch.testing.assert_close(method(lazy, weights), method(dense, weights), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rule(lazy, weights), rule(dense, weights), rtol=1e-4, atol=1e-4)
 
 
 def test_iso_c_flattens_the_spectrum_of_the_sum_on_its_rank():
@@ -347,17 +347,17 @@ def test_tsv_keeps_an_equal_share_of_each_rank_and_leaves_orthogonal_models_alon
     torch.testing.assert_close(spectral.tsv([dense[0]], [1.0]), dense[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", merging.METHODS)
-def test_matched_merges_have_the_norm_or_the_dose_asked_for(method):
+@pytest.mark.parametrize("rule", merging.RULES)
+def test_matched_merges_have_the_norm_or_the_dose_asked_for(rule):
     a, b = random_taus(2)
     b = b + 0.3 * a
-    plain, before = merging.merge(rows(a, b), method, BOTH)
+    plain, before = merging.merge(rows(a, b), rule, BOTH)
     for match, asked in [("norm", "effective_scale"), ("dose", "own_mean")]:
-        delta, report = merging.merge(rows(a, b), method, BOTH, match=match, scale=0.5)
+        delta, report = merging.merge(rows(a, b), rule, BOTH, match=match, scale=0.5)
         assert report.as_row()[asked] == pytest.approx(0.5)
         factor = 0.5 * before.plan.scale / before.as_row()[asked]
         torch.testing.assert_close(delta["w"], factor * plain["w"])
-        _, again = merging.merge(rows(a, b), method, BOTH, scale=report.plan.scale)
+        _, again = merging.merge(rows(a, b), rule, BOTH, scale=report.plan.scale)
         assert again.own == pytest.approx(report.own)
         assert again.norm == pytest.approx(report.norm)
 
@@ -438,7 +438,7 @@ def test_equal_to_peft_where_the_conventions_agree(n, density):
 several = st.integers(2, 5)
 seeds = st.integers(0, 10_000)
 quick = settings(max_examples=25, deadline=None)
-DETERMINISTIC = [m for m in merging.METHODS if not m.startswith("dare")]
+DETERMINISTIC = [m for m in merging.RULES if not m.startswith("dare")]
 
 
 @quick
@@ -463,14 +463,14 @@ def test_slerp_of_close_models_is_linear(n, seed):
 
 
 @quick
-@given(st.sampled_from(sorted(merging.METHODS.keys() - {"slerp", "task_slerp"})), several, seeds)
-def test_the_order_of_models_does_not_matter(method, n, seed):
+@given(st.sampled_from(sorted(merging.RULES.keys() - {"slerp", "task_slerp"})), several, seeds)
+def test_the_order_of_models_does_not_matter(rule, n, seed):
     taus, weights = random_taus(n, seed=seed), [1.0 + i for i in range(n)]
     labels = [f"m{i}" for i in range(n)]
     order = np.random.default_rng(seed).permutation(n)
-    ours = merged(method, *taus, weights=weights, labels=labels)
+    ours = merged(rule, *taus, weights=weights, labels=labels)
     theirs = merged(
-        method,
+        rule,
         *[taus[i] for i in order],
         weights=[weights[i] for i in order],
         labels=[labels[i] for i in order],
@@ -482,27 +482,27 @@ def test_the_order_of_models_does_not_matter(method, n, seed):
 @given(seeds)
 def test_slerp_at_one_half_is_symmetric(seed):
     a, b = random_taus(2, seed=seed)
-    for method in ("slerp", "task_slerp"):
-        torch.testing.assert_close(merged(method, a, b), merged(method, b, a))
+    for rule in ("slerp", "task_slerp"):
+        torch.testing.assert_close(merged(rule, a, b), merged(rule, b, a))
 
 
 @quick
 @given(st.sampled_from(DETERMINISTIC), seeds, st.sampled_from([0.5, 2.0, -4.0]))
-def test_merges_scale_with_the_task_vectors(method, seed, factor):
+def test_merges_scale_with_the_task_vectors(rule, seed, factor):
     a, b = random_taus(2, seed=seed)
     base = torch.zeros_like(a)
-    ours = merged(method, factor * a, factor * b, base=base)
-    theirs = factor * merged(method, a, b, base=base)
-    rounding = {"rtol": 1e-4, "atol": 1e-4} if method == "tsv" else {}  # its SVDs, by processor
+    ours = merged(rule, factor * a, factor * b, base=base)
+    theirs = factor * merged(rule, a, b, base=base)
+    rounding = {"rtol": 1e-4, "atol": 1e-4} if rule == "tsv" else {}  # its SVDs, by processor
     torch.testing.assert_close(ours, theirs, **rounding)
 
 
 @quick
 @given(st.sampled_from(["linear", "slerp", "task_slerp", "ties"]), several, seeds)
-def test_merging_copies_gives_the_model_back(method, n, seed):
+def test_merging_copies_gives_the_model_back(rule, n, seed):
     tau = random_taus(1, seed=seed)[0]
-    options = {"density": 1.0} if method == "ties" else {}
-    torch.testing.assert_close(merged(method, *[tau] * n, **options), tau)
+    options = {"density": 1.0} if rule == "ties" else {}
+    torch.testing.assert_close(merged(rule, *[tau] * n, **options), tau)
 
 
 # The report --------------------------------------------------------------------------------------
@@ -528,18 +528,18 @@ def test_own_dose_adds_the_partners_overlap():
     assert report.own == pytest.approx([1, 0.75])
 
 
-@pytest.mark.parametrize("method", merging.METHODS)
-def test_report_totals_are_those_of_the_flattened_model(method):
+@pytest.mark.parametrize("rule", merging.RULES)
+def test_report_totals_are_those_of_the_flattened_model(rule):
     taus = [random_taus(2, seed=1), random_taus(2, (20,), seed=2)]
     model = [merging.Row(n, torch.zeros(t[0].shape), t) for n, t in zip("vw", taus, strict=True)]
-    delta, report = merging.merge(model, method, BOTH, scale=0.7)
+    delta, report = merging.merge(model, rule, BOTH, scale=0.7)
     flat = torch.cat([delta["v"].flatten(), delta["w"].flatten()]).double()
     a, b = (torch.cat([taus[0][i].flatten(), taus[1][i].flatten()]).double() for i in (0, 1))
     assert report.norm == pytest.approx(flat.norm().item())
     assert report.own == pytest.approx([(flat @ t / (t @ t)).item() for t in (a, b)])
     basis = torch.stack([a, b], 1)
     inside = basis @ torch.linalg.lstsq(basis, flat[:, None]).solution
-    if method not in ("linear", "task_arithmetic"):
+    if rule not in ("linear", "task_arithmetic"):
         assert report.rho2 == pytest.approx((inside.norm() ** 2 / flat.norm() ** 2).item())
     assert json.loads(json.dumps(report.as_dict()))["own"] == report.own
 
@@ -572,9 +572,9 @@ def test_sketches_and_digests_tell_merges_apart():
 
 
 @pytest.mark.parametrize(
-    ("method", "n", "weights", "options", "message"),
+    ("rule", "n", "weights", "options", "message"),
     [
-        ("median", 2, None, {}, "unknown method 'median'"),
+        ("median", 2, None, {}, "unknown rule 'median'"),
         ("slerp", 1, None, {}, "at least 2 models"),
         ("ties", 2, None, {"densty": 0.1}, "no option 'densty'"),
         ("ties", 2, None, {"density": 1.5}, "number from 0 to 1"),
@@ -588,18 +588,18 @@ def test_sketches_and_digests_tell_merges_apart():
         ("iso_c", 2, None, {"density": 0.5}, "it has none"),
     ],
 )
-def test_what_the_contract_forbids_is_refused(method, n, weights, options, message):
+def test_what_the_contract_forbids_is_refused(rule, n, weights, options, message):
     with pytest.raises(ValueError, match=message):
-        merging.check_method(method, n, weights, options)
+        merging.check_rule(rule, n, weights, options)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("method", merging.METHODS)
-def test_nan_and_infinity_are_refused_by_name(method, bad):
+@pytest.mark.parametrize("rule", merging.RULES)
+def test_nan_and_infinity_are_refused_by_name(rule, bad):
     fine, broken = random_taus(2)
     broken[3, 4] = bad
     with pytest.raises(ValueError, match="w: b holds NaN or infinite"):
-        merging.merge(rows(fine, broken), method, BOTH)
+        merging.merge(rows(fine, broken), rule, BOTH)
 
 
 def test_calls_that_make_no_sense_are_refused():

@@ -91,16 +91,16 @@ def test_rotating_rows_and_columns_rotates_the_merge(rule):
     torch.testing.assert_close(turned, left @ rule(taus, weights) @ right, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv", "actmerge"])
-def test_experts_are_taken_one_by_one_and_other_stacks_are_said(method):
+@pytest.mark.parametrize("rule", ["iso_c", "iso_cts", "tsv", "actmerge"])
+def test_experts_are_taken_one_by_one_and_other_stacks_are_said(rule):
     taus = random_taus(2, (3, 6, 5))
     row = merging.Row("mlp.experts.up", torch.zeros(3, 6, 5), taus)
-    delta, report = merging.merge([row], method, BOTH)
+    delta, report = merging.merge([row], rule, BOTH)
     for i in range(3):
-        one, _ = merging.merge(rows(taus[0][i], taus[1][i]), method, BOTH)
+        one, _ = merging.merge(rows(taus[0][i], taus[1][i]), rule, BOTH)
         torch.testing.assert_close(delta["mlp.experts.up"][i], one["w"])
     assert report.plain == 0
-    mean, report = merging.merge([row._replace(name="conv")], method, BOTH)
+    mean, report = merging.merge([row._replace(name="conv")], rule, BOTH)
     torch.testing.assert_close(mean["conv"], sum(taus) / 2)
     assert report.plain == 1
 

@@ -13,7 +13,7 @@ from helpers import merge as merging
 
 def merge(base, models, out, *flags):
     named = ["--base", str(base), "--models", *map(str, models), "--out", str(out)]
-    merging.main(["--method", "linear", *named, *flags])
+    merging.main(["--rule", "linear", *named, *flags])
     return out
 
 
@@ -110,7 +110,7 @@ def test_what_the_merge_loses_is_said_and_a_tokenizer_can_be_chosen(tiny_base, t
     assert AutoTokenizer.from_pretrained(out).chat_template is None
     chosen = merge(tiny_base, [model], tmp_path / "chosen", "--tokenizer", str(model))
     assert AutoTokenizer.from_pretrained(chosen).chat_template == template
-    with pytest.raises(ValueError, match="neither base nor one of the models"):
+    with pytest.raises(ValueError, match="neither base, union nor"):
         merge(tiny_base, [model], tmp_path / "no", "--tokenizer", "x")
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from helpers import merge as merging
 from helpers.merge import blocks, vectors
 
 
@@ -29,7 +30,7 @@ def taus(base, specialist):
 
 @pytest.fixture
 def base(tiny_base):
-    return vectors.open_base(tiny_base)
+    return merging.open_base(tiny_base)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_an_adapter_is_what_peft_merges(tmp_path, options):
     base = tiny.save_base(tmp_path / "base", tie_word_embeddings=False)
     adapter = tiny.save_adapter(tmp_path / "adapter", base, 1, **options)
     merged, plain = merged_by_peft(base, adapter), llama(base).state_dict()
-    ours = taus(vectors.open_base(base), vectors.open_specialist(adapter))
+    ours = taus(merging.open_base(base), merging.open_specialist(adapter))
     for name, tensor in plain.items():
         if name in ours:
             torch.testing.assert_close(tensor + ours[name], merged[name], rtol=0, atol=1e-7)
@@ -74,7 +75,7 @@ def test_adapters_that_hold_more_than_factors_are_what_peft_merges(tmp_path, mon
     base = tiny.save_base(tmp_path / "base", **shape)
     adapter = tiny.save_adapter(tmp_path / "adapter", base, 1, everything=True, **options)
     merged, plain = merged_by_peft(base, adapter), llama(base).state_dict()
-    rows = vectors.views(vectors.open_base(base), [vectors.open_specialist(adapter)])
+    rows = vectors.views(merging.open_base(base), [merging.open_specialist(adapter)])
     changed = {row.name: blocks.in_blocks(lambda parts, _: parts[0], row.taus) for row in rows}
     for name, tensor in plain.items():
         tuned = tensor + changed.get(name, 0)
@@ -101,14 +102,14 @@ def test_the_layers_class_decides_how_factors_are_stored(tmp_path):
     merged = PeftModel.from_pretrained(base, tmp_path / "a").merge_and_unload().state_dict()[name]
     before = load_file(tmp_path / "base" / "model.safetensors")[name]
     for folder in (tmp_path / "a", kinds):
-        change = taus(vectors.open_base(tmp_path / "base"), vectors.open_specialist(folder))
+        change = taus(merging.open_base(tmp_path / "base"), merging.open_specialist(folder))
         torch.testing.assert_close(before + change[name], merged)
 
 
 def test_an_embedding_adapter_is_what_peft_merges(tmp_path):
     base = tiny.save_base(tmp_path / "base", tie_word_embeddings=False)
     adapter = tiny.save_adapter(tmp_path / "a", base, 1, target_modules=["embed_tokens"])
-    ours = taus(vectors.open_base(base), vectors.open_specialist(adapter))
+    ours = taus(merging.open_base(base), merging.open_specialist(adapter))
     name = "model.embed_tokens.weight"
     merged = merged_by_peft(base, adapter)[name]
     torch.testing.assert_close(llama(base).state_dict()[name] + ours[name], merged)
@@ -118,10 +119,10 @@ def test_an_embedding_adapter_is_what_peft_merges(tmp_path):
 def test_files_and_state_dicts_give_the_same_stream(tmp_path, tiny_base, shards):
     folder = tiny.save_base(tmp_path / "fine", seed=1, max_shard_size=shards)
     assert len(list(folder.glob("*.safetensors"))) == (1 if shards == "5GB" else 2)
-    from_files = vectors.open_base(tiny_base), vectors.open_specialist(folder)
+    from_files = merging.open_base(tiny_base), merging.open_specialist(folder)
     in_memory = (
-        vectors.open_base(llama(tiny_base).state_dict()),
-        vectors.open_specialist(llama(folder).state_dict(), "fine"),
+        merging.open_base(llama(tiny_base).state_dict()),
+        merging.open_specialist(llama(folder).state_dict(), "fine"),
     )
     ours = list(vectors.stream(from_files[0], [from_files[1]]))
     theirs = list(vectors.stream(in_memory[0], [in_memory[1]]))
@@ -135,7 +136,7 @@ def test_files_and_state_dicts_give_the_same_stream(tmp_path, tiny_base, shards)
 
 def test_views_give_any_block_of_rows(base, tiny_adapters, tmp_path, tiny_base):
     full = tiny.save_base(tmp_path / "full", seed=3)
-    specialists = [vectors.open_specialist(path) for path in (tiny_adapters[0], full)]
+    specialists = [merging.open_specialist(path) for path in (tiny_adapters[0], full)]
     for view, row in zip(
         vectors.views(base, specialists), vectors.stream(base, specialists), strict=True
     ):
@@ -144,14 +145,14 @@ def test_views_give_any_block_of_rows(base, tiny_adapters, tmp_path, tiny_base):
 
 
 def test_only_changed_tensors_take_part(base, tiny_adapters, tiny_base):
-    adapters = [vectors.open_specialist(path) for path in tiny_adapters]
+    adapters = [merging.open_specialist(path) for path in tiny_adapters]
     names = vectors.changed_names(base, adapters)
     assert len(names) == 14 and names == sorted(names)  # 7 matrices in each of 2 layers
     state = {
         k: v.clone() for k, v in llama(tiny_base).state_dict().items() if k != "lm_head.weight"
     }
     state["model.norm.weight"][0] += 1
-    one = vectors.open_specialist(state, "one")
+    one = merging.open_specialist(state, "one")
     assert vectors.changed_names(base, [one]) == ["model.norm.weight"]
     rows = list(vectors.stream(base, [one, adapters[0]]))
     assert len(rows) == 15 and not rows[0].taus[0].any()  # what a model left alone has tau = 0
@@ -160,8 +161,8 @@ def test_only_changed_tensors_take_part(base, tiny_adapters, tiny_base):
 def test_a_bf16_checkpoint_is_promoted_before_the_subtraction(tiny_base, tmp_path):
     model = llama(tiny_base).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "bf16")
-    specialist = vectors.open_specialist(tmp_path / "bf16")
-    for row in vectors.stream(vectors.open_base(tiny_base), [specialist]):
+    specialist = merging.open_specialist(tmp_path / "bf16")
+    for row in vectors.stream(merging.open_base(tiny_base), [specialist]):
         assert row.taus[0].dtype == torch.float32
         exact = model.get_parameter(row.name).detach().float() - row.base
         assert torch.equal(row.taus[0], exact)
@@ -193,7 +194,7 @@ def edited(folder, target, **changes):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"use_dora": True}, "does not hold a magnitude"),
+        ({"use_dora": True}, "must hold a magnitude"),
         ({"target_parameters": ["mlp.down_proj.weight"]}, "no layer's weight"),
         ({"r": "8"}, "r must be a number"),
         ({"lora_alpha": None}, "lora_alpha must be a number"),
@@ -205,7 +206,7 @@ def edited(folder, target, **changes):
 )
 def test_adapters_that_are_not_b_times_a_are_refused(tiny_adapters, tmp_path, change, reason):
     with pytest.raises(ValueError, match=reason):
-        vectors.open_specialist(edited(tiny_adapters[0], tmp_path / "a", **change))
+        merging.open_specialist(edited(tiny_adapters[0], tmp_path / "a", **change))
 
 
 def test_pickles_are_refused_unopened(tmp_path, tiny_adapters):
@@ -215,18 +216,18 @@ def test_pickles_are_refused_unopened(tmp_path, tiny_adapters):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     for folder in (tmp_path / "model", adapter):
         with pytest.raises(ValueError, match="a pickle, which can run code"):
-            vectors.open_specialist(folder)
+            merging.open_specialist(folder)
 
 
 def test_folders_without_weights_or_with_missing_shards_are_refused(tmp_path, tiny_adapters):
     with pytest.raises(ValueError, match="not a folder with safetensors"):
-        vectors.open_base(tmp_path / "nowhere")
+        merging.open_base(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is an adapter"):
-        vectors.open_base(tiny_adapters[0])
+        merging.open_base(tiny_adapters[0])
     folder = tiny.save_base(tmp_path / "base", max_shard_size="20KB")
     sorted(folder.glob("*.safetensors"))[1].unlink()
     with pytest.raises(ValueError, match="in its index, but it is not there"):
-        vectors.open_base(folder)
+        merging.open_base(folder)
 
 
 def test_damaged_files_are_refused(tmp_path, tiny_base, tiny_adapters):
@@ -237,7 +238,7 @@ def test_damaged_files_are_refused(tmp_path, tiny_base, tiny_adapters):
     for file in (base / "model.safetensors", adapter / "adapter_model.safetensors"):
         file.write_bytes(file.read_bytes()[:-100])  # a copy that broke off
         with pytest.raises(ValueError, match="damaged or cut short"):
-            vectors.open_specialist(file.parent)
+            merging.open_specialist(file.parent)
 
 
 def plain_state():
@@ -256,27 +257,27 @@ def plain_state():
 )
 def test_what_does_not_fit_the_base_is_named(change, message):
     state = {k: v for k, v in (plain_state() | change).items() if v is not None}
-    base = vectors.open_base(plain_state())
+    base = merging.open_base(plain_state())
     with pytest.raises(ValueError, match=message):
-        vectors.check(base, [vectors.open_specialist(state, "x")])
+        merging.check(base, [merging.open_specialist(state, "x")])
 
 
 def test_a_base_in_eight_bits_is_refused_and_float_types_may_differ():
     state = {"a": torch.ones(2, 3)}
-    other = vectors.open_specialist({"a": torch.zeros(2, 3, dtype=torch.float16)}, "x")
-    assert taus(vectors.open_base(state), other)["a"].unique().tolist() == [-1]
-    eight = vectors.open_base({"a": torch.ones(2, 3).to(torch.float8_e4m3fn)})
+    other = merging.open_specialist({"a": torch.zeros(2, 3, dtype=torch.float16)}, "x")
+    assert taus(merging.open_base(state), other)["a"].unique().tolist() == [-1]
+    eight = merging.open_base({"a": torch.ones(2, 3).to(torch.float8_e4m3fn)})
     with pytest.raises(ValueError, match="the base stores a as torch.float8_e4m3fn"):
-        vectors.check(eight, [other])
+        merging.check(eight, [other])
 
 
 def test_equal_labels_and_foreign_bases_are_refused(tiny_base, tiny_adapters, tmp_path):
-    base = vectors.open_base(tiny_base)
+    base = merging.open_base(tiny_base)
     with pytest.raises(ValueError, match="different labels"):
-        vectors.check(base, [vectors.open_specialist(p, "x") for p in tiny_adapters[:2]])
-    other = vectors.open_base(tiny.save_base(tmp_path / "wide", hidden_size=32))
+        merging.check(base, [merging.open_specialist(p, "x") for p in tiny_adapters[:2]])
+    other = merging.open_base(tiny.save_base(tmp_path / "wide", hidden_size=32))
     with pytest.raises(ValueError, match="in the base"):
-        vectors.check(other, [vectors.open_specialist(tiny_adapters[0])])
+        merging.check(other, [merging.open_specialist(tiny_adapters[0])])
     ours, theirs = (
         shutil.copytree(tiny_base, tmp_path / "b"),
         edited(tiny_adapters[0], tmp_path / "a"),
@@ -285,20 +286,20 @@ def test_equal_labels_and_foreign_bases_are_refused(tiny_base, tiny_adapters, tm
     (ours / "seals.json").write_text("{}")
     (theirs / "base.json").write_text('{"name": "base", "digest": "11"}')
     with pytest.raises(ValueError, match="trained from another base than this one"):
-        vectors.check(vectors.open_base(ours), [vectors.open_specialist(theirs)])
+        merging.check(merging.open_base(ours), [merging.open_specialist(theirs)])
     alike = edited(tiny_adapters[1], tmp_path / "c")
     (alike / "base.json").write_text('{"name": "base", "digest": "00"}')
     (ours / "seals.json").unlink()  # nothing is known of the base, but the two disagree
     with pytest.raises(ValueError, match="specialist a was trained from another base than c"):
-        vectors.check(vectors.open_base(ours), [*map(vectors.open_specialist, (alike, theirs))])
+        merging.check(merging.open_base(ours), [*map(merging.open_specialist, (alike, theirs))])
 
 
 def test_an_adapter_of_a_tied_head_is_refused(tmp_path):
     untied = tiny.save_base(tmp_path / "untied", tie_word_embeddings=False)
     adapter = tiny.save_adapter(tmp_path / "a", untied, 1, target_modules=["q_proj", "lm_head"])
-    tied = vectors.open_base(tiny.save_base(tmp_path / "tied"))
+    tied = merging.open_base(tiny.save_base(tmp_path / "tied"))
     with pytest.raises(ValueError, match="adapts lm_head.weight, which the base ties"):
-        vectors.check(tied, [vectors.open_specialist(adapter)])
+        merging.check(tied, [merging.open_specialist(adapter)])
 
 
 def test_a_copy_of_a_tied_head_on_disk_is_dropped_or_refused(tmp_path):
@@ -307,10 +308,10 @@ def test_a_copy_of_a_tied_head_on_disk_is_dropped_or_refused(tmp_path):
     state = load_file(file)
     head = state["model.embed_tokens.weight"].clone()
     save_file(state | {"lm_head.weight": head}, file, metadata={"format": "pt"})
-    assert "lm_head.weight" not in vectors.open_base(folder).tensors
+    assert "lm_head.weight" not in merging.open_base(folder).tensors
     save_file(state | {"lm_head.weight": head + 1}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="tied"):
-        vectors.open_base(folder)
+        merging.open_base(folder)
 
 
 # Into a live model -------------------------------------------------------------------------------
@@ -319,8 +320,8 @@ def test_a_copy_of_a_tied_head_on_disk_is_dropped_or_refused(tmp_path):
 def test_applied_writes_the_merge_and_restores_the_base_bit_for_bit(tiny_base, tiny_adapters):
     model = llama(tiny_base)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    specialist = vectors.open_specialist(tiny_adapters[0])
-    delta = taus(vectors.open_base(model.state_dict()), specialist)
+    specialist = merging.open_specialist(tiny_adapters[0])
+    delta = taus(merging.open_base(model.state_dict()), specialist)
     merged = merged_by_peft(tiny_base, tiny_adapters[0])
     with pytest.raises(RuntimeError, match="midway"), vectors.applied(model, delta):
         for name, tensor in model.state_dict().items():

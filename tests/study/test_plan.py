@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.merge import METHODS
+from helpers.merge import RULES
 from helpers.study import costs, design, groups, plan
 
 LABELS = list("abcdefg")
@@ -110,7 +110,7 @@ def test_groups_of_one_size_share_a_rule_alone_unless_it_is_matched():
 
 
 def test_the_plan_knows_which_rules_are_weighted_sums():
-    weighted = {rule for rule, method in METHODS.items() if method.coefficients}
+    weighted = {rule for rule, contract in RULES.items() if contract.coefficients}
     assert {*plan.WEIGHTED} == weighted | {"chebyshev"}
 
 

@@ -241,7 +241,7 @@ def test_arms_bring_rules_to_the_scale_of_the_average(bench):
     (row,) = alone
     factor = norm.report["norm"] / ties.report["norm"]
     assert deltas.recipe(bench, row) == {
-        "method": "ties",
+        "rule": "ties",
         "seed": 0,
         "density": 0.5,
         "scale": pytest.approx(factor),

@@ -2,8 +2,8 @@
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from helpers.merge.vectors import Row
 class MergePlan(NamedTuple):
     """A merge with every choice resolved and checked: `plan` makes it."""
 
-    method: str
+    rule: str
     labels: list[str]
     weights: list[float]
     seed: int
@@ -33,9 +33,10 @@ class MergePlan(NamedTuple):
 
     def choices(self) -> dict[str, Any]:
         """The plan without what is computed from the models' data."""
-        names = ["method", "labels", "weights", "seed", "scale", "options"]
-        names += [name for name in ("svc", "lines") if getattr(self, name) is not None]
-        return {name: getattr(self, name) for name in names}
+        stated = self._fields[: self._fields.index("cuts")]
+        calibrations = ("svc", "lines")
+        chosen = {name: getattr(self, name) for name in stated}
+        return {name: x for name, x in chosen.items() if x is not None or name not in calibrations}
 
     @property
     def is_uniform(self) -> bool:
@@ -47,7 +48,7 @@ class MergePlan(NamedTuple):
         local = self
         if self.at_tensor is not None:
             weights, options = self.at_tensor(name)
-            weights, options = check_method(self.method, len(self.labels), weights, options)
+            weights, options = check_rule(self.rule, len(self.labels), weights, options)
             local = local._replace(weights=weights, options=options)
         if self.lines is not None:
             alpha, beta = self.lines
@@ -59,10 +60,10 @@ class MergePlan(NamedTuple):
 State = Callable[[Row, MergePlan], tuple[dict[str, Any], dict[str, Any]]]
 
 
-class Method(NamedTuple):
+class Contract(NamedTuple):
     """A merge rule and its contract. Options, ranges and defaults are in the rule's annotations."""
 
-    rule: Callable[..., Tensor]
+    formula: Callable[..., Tensor]
     fewest: int = 1  # models
     weight: Callable[[int], float] = lambda n: 1.0  # default weight of each of n models
     signed: bool = True  # whether a weight may be negative
@@ -71,27 +72,6 @@ class Method(NamedTuple):
     coefficients: Callable[[Sequence[float]], list[float]] | None = None  # of a plain weighted sum
     state: State = lambda row, plan: ({}, {})  # (arguments of the rule, notes) for one tensor
     memory: int = 4  # bytes held at the peak per entry of a tensor: the fp32 delta and scratch
-
-
-LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-
-
-def layers_of(names: Sequence[str]) -> int:
-    """How many layers a model with tensors of these names has."""
-    found = [LAYER.search(name) for name in names]
-    return 1 + max((int(match[1]) for match in found if match), default=0)
-
-
-def depths(names: Sequence[str], layers: int) -> dict[str, float]:
-    """How deep each tensor lies: its layer's number / (layers - 1); embeddings 0, the rest 1."""
-    deep = {}
-    for name in names:
-        match = LAYER.search(name)
-        if match:
-            deep[name] = min(int(match[1]) / max(layers - 1, 1), 1.0)
-        else:
-            deep[name] = 0.0 if re.search(r"embed|(^|\.)wte\.|(^|\.)shared\.", name) else 1.0
-    return deep
 
 
 # What a rule is given for one tensor, and what the report notes of it ----------------------------
@@ -111,18 +91,18 @@ def _ties_state(row: Row, plan: MergePlan):
 
 
 def _dare_state(row: Row, plan: MergePlan):
-    seeds = [stream_seed(plan.seed, plan.method, row.name, label) for label in plan.labels]
+    seeds = [stream_seed(plan.seed, plan.rule, row.name, label) for label in plan.labels]
     return {"seeds": seeds}, {}
 
 
 def _slerp_state(row: Row, plan: MergePlan):
     arc = rules.model_arc(row.taus, plan.weights, row.base)
-    return {"base": row.base, "arc": arc}, {"lerp": arc.lerp, "slerp": arc.slerp}
+    return {"base": row.base, "arc": arc}, arc.steps
 
 
 def _task_slerp_state(row: Row, plan: MergePlan):
     arc = rules.task_arc(row.taus, plan.weights)
-    return {"arc": arc}, {"lerp": arc.lerp, "slerp": arc.slerp}
+    return {"arc": arc}, arc.steps
 
 
 def _spectral_state(row: Row, plan: MergePlan):
@@ -137,42 +117,21 @@ def _shares(weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-METHODS = {
-    "linear": Method(rules.linear, divides=True, coefficients=_shares),
-    "task_arithmetic": Method(rules.task_arithmetic, coefficients=list),
-    "slerp": Method(
-        rules.slerp,
-        fewest=2,
-        signed=False,
-        divides=True,
-        state=_slerp_state,
-    ),
-    "task_slerp": Method(
-        rules.task_slerp,
-        fewest=2,
-        signed=False,
-        divides=True,
-        state=_task_slerp_state,
-    ),
-    "ties": Method(rules.ties, state=_ties_state),
-    "dare": Method(
-        rules.dare,
-        weight=lambda n: 1 / n,
-        random=True,
-        state=_dare_state,
-    ),
-    "dare_ties": Method(rules.dare_ties, random=True, state=_dare_state),
-    "breadcrumbs": Method(rules.breadcrumbs),
-    "iso_c": Method(spectral.iso_c, state=_spectral_state, memory=20),
-    "iso_cts": Method(spectral.iso_cts, state=_spectral_state, memory=28),
-    "tsv": Method(spectral.tsv, state=_spectral_state, memory=28),
-    "actmerge": Method(
-        spectral.actmerge,
-        signed=False,
-        divides=True,
-        state=_spectral_state,
-        memory=28,
-    ),
+_averaging = partial(Contract, signed=False, divides=True)
+_on_spectra = partial(Contract, state=_spectral_state, memory=28)
+RULES = {
+    "linear": Contract(rules.linear, divides=True, coefficients=_shares),
+    "task_arithmetic": Contract(rules.task_arithmetic, coefficients=list),
+    "slerp": _averaging(rules.slerp, fewest=2, state=_slerp_state),
+    "task_slerp": _averaging(rules.task_slerp, fewest=2, state=_task_slerp_state),
+    "ties": Contract(rules.ties, state=_ties_state),
+    "dare": Contract(rules.dare, weight=lambda n: 1 / n, random=True, state=_dare_state),
+    "dare_ties": Contract(rules.dare_ties, random=True, state=_dare_state),
+    "breadcrumbs": Contract(rules.breadcrumbs),
+    "iso_c": _on_spectra(spectral.iso_c, memory=20),
+    "iso_cts": _on_spectra(spectral.iso_cts),
+    "tsv": _on_spectra(spectral.tsv),
+    "actmerge": _on_spectra(spectral.actmerge, signed=False, divides=True),
 }
 
 
@@ -180,7 +139,7 @@ METHODS = {
 
 
 def plan(
-    method: str,
+    rule: str,
     labels: Sequence[str],
     weights: Sequence[float] | None = None,
     seed: int = 0,
@@ -189,7 +148,7 @@ def plan(
     lines: Sequence[float] | None = None,
     **options: Any,
 ) -> MergePlan:
-    """A merge with every choice resolved and checked (`check_method`), before anything is read.
+    """A merge with every choice resolved and checked (`check_rule`), before anything is read.
 
     svc: alpha of singular value calibration after the rule (2602.05536). lines: alpha and beta of
     layer scaling, alpha + beta * depth, the depth from 0 to 1 (LiNeS, Wang et al. 2024, eq. 3).
@@ -205,50 +164,50 @@ def plan(
         raise ValueError(f"svc must be above zero, not {svc}")
     if lines is not None and len(lines) != 2:
         raise ValueError(f"lines takes two numbers, alpha and beta, not {len(lines)}")
-    weights, options = check_method(method, len(labels), weights, options)
+    weights, options = check_rule(rule, len(labels), weights, options)
     by_depth = None if lines is None else (float(lines[0]), float(lines[1]))
-    return MergePlan(method, list(labels), weights, seed, float(scale), options, svc, by_depth)
+    return MergePlan(rule, list(labels), weights, seed, float(scale), options, svc, by_depth)
 
 
-def check_method(
-    method: str,
+def check_rule(
+    rule: str,
     n_models: int,
     weights: Sequence[float] | None,
     options: Mapping[str, Any],
 ) -> tuple[list[float], dict[str, Any]]:
     """Weights and options, defaults filled in; ValueError for a wrong one, before any reading."""
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    contract = METHODS[method]
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}: choose one of {', '.join(RULES)}")
+    contract = RULES[rule]
     if n_models < contract.fewest:
-        raise ValueError(f"{method} needs at least {contract.fewest} models, not {n_models}")
-    available = options_of(method)
+        raise ValueError(f"{rule} needs at least {contract.fewest} models, not {n_models}")
+    available = options_of(rule)
     for name, value in options.items():
         if name not in available:
             names = ", ".join(available) or "none"
-            raise ValueError(f"{method} has no option {name!r}: it has {names}")
-        for single in _singles(method, name, value, n_models):
-            _check_option(method, name, single, available[name].annotation)
+            raise ValueError(f"{rule} has no option {name!r}: it has {names}")
+        for single in _singles(rule, name, value, n_models):
+            _check_option(rule, name, single, available[name].annotation)
     if weights is None:
         weights = [contract.weight(n_models)] * n_models
     weights = list(map(float, weights))
-    _check_weights(method, n_models, weights)
+    _check_weights(rule, n_models, weights)
     defaults = {name: option.default for name, option in available.items()}
     return weights, defaults | dict(options)
 
 
-def _singles(method: str, name: str, value: Any, n_models: int) -> list[Any]:
+def _singles(rule: str, name: str, value: Any, n_models: int) -> list[Any]:
     """An option's values: of a density there may be one for each model."""
     if name != "density" or not isinstance(value, list):
         return [value]
     if len(value) != n_models:
-        raise ValueError(f"{method} got {len(value)} densities for {n_models} models")
+        raise ValueError(f"{rule} got {len(value)} densities for {n_models} models")
     return value
 
 
-def options_of(method: str) -> dict[str, inspect.Parameter]:
-    """The options of a method that a caller may set, from its rule's annotations."""
-    parameters = inspect.signature(METHODS[method].rule).parameters
+def options_of(rule: str) -> dict[str, inspect.Parameter]:
+    """The options of a rule that a caller may set, from its rule's annotations."""
+    parameters = inspect.signature(RULES[rule].formula).parameters
     return {
         name: parameter
         for name, parameter in parameters.items()
@@ -256,7 +215,7 @@ def options_of(method: str) -> dict[str, inspect.Parameter]:
     }
 
 
-def _check_option(method: str, name: str, value: Any, annotation: Any) -> None:
+def _check_option(rule: str, name: str, value: Any, annotation: Any) -> None:
     if get_origin(annotation) is Literal:
         right = value in get_args(annotation)
         kind = f"one of {get_args(annotation)}"
@@ -266,16 +225,16 @@ def _check_option(method: str, name: str, value: Any, annotation: Any) -> None:
         right = number and low <= value <= high
         kind = f"a number from {low:g} to {high:g}"
     if not right:
-        raise ValueError(f"{name} of {method} must be {kind}, not {value!r}")
+        raise ValueError(f"{name} of {rule} must be {kind}, not {value!r}")
 
 
-def _check_weights(method: str, n_models: int, weights: list[float]) -> None:
-    contract = METHODS[method]
+def _check_weights(rule: str, n_models: int, weights: list[float]) -> None:
+    contract = RULES[rule]
     if len(weights) != n_models:
-        raise ValueError(f"{method} got {len(weights)} weights for {n_models} models")
+        raise ValueError(f"{rule} got {len(weights)} weights for {n_models} models")
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be finite, not {weights}")
     if not contract.signed and min(weights) < 0:
-        raise ValueError(f"the weights of {method} must not be negative, not {weights}")
+        raise ValueError(f"the weights of {rule} must not be negative, not {weights}")
     if contract.divides and math.fsum(weights) == 0:
-        raise ValueError(f"the weights of {method} must not sum to zero")
+        raise ValueError(f"the weights of {rule} must not sum to zero")
