@@ -254,11 +254,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def append_jsonl(path: Path, row: dict) -> None:
-    """Append one row as one line of canonical JSON, in one write."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = (canonical(row) + "\n").encode()
-    with path.open("ab", buffering=0) as file:
-        file.write(line)
+    """Append one row as one line of canonical JSON; on a full disk the file stays as it was."""
+    before = path.read_bytes() if path.exists() else b""
+    with atomic_write(path) as part:
+        part.write_bytes(before + (canonical(row) + "\n").encode())
 
 
 def read_jsonl(path: Path) -> list[dict]:

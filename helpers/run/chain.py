@@ -270,13 +270,17 @@ def _begin(step: Step, results: Path) -> dict[str, Any]:
 
 
 def _forget(notebook: Notebook, results: Path) -> None:
-    """Take away what says that this notebook, and those that read its files, are finished."""
-    stale = {notebook.name}
+    """Take away what says that this notebook, and those that read its files, are finished.
+
+    The last first: a run killed in the middle leaves no page, nor a notebook, without its sources.
+    """
+    stale = {notebook.name: None}
     for other in notebooks():
-        if stale & {other.name, *other.needs}:
-            stale.add(other.name)
-            executed(results, other.name).unlink(missing_ok=True)
+        if stale.keys() & set(other.needs):
+            stale[other.name] = None
     (results / "index.html").unlink(missing_ok=True)
+    for name in reversed(stale):
+        executed(results, name).unlink(missing_ok=True)
 
 
 def _check_written(notebook: Notebook, results: Path) -> None:

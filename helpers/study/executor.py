@@ -16,7 +16,7 @@ from concurrent.futures import (
 )
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import cache
+from functools import cache, lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Lock
@@ -102,12 +102,12 @@ def call_each(
     }
     if pool is None or not calls:
         return [function(bench, *call) for call in tqdm(calls, **bar)]
-    opened = _as_data(bench)
+    root, key = str(store.store().absolute()), _keep(bench)
     results = [None] * len(calls)
     pending: dict[Any, int] = {}
     try:
         for i, call in enumerate(calls):
-            pending[pool.submit(_call, opened, function, *call)] = i
+            pending[pool.submit(_call, root, key, function, *call)] = i
         for done in tqdm(as_completed(pending), **bar):
             results[pending[done]] = done.result()
     except Exception as error:
@@ -128,23 +128,34 @@ def _is_loss(error: Exception) -> bool:
     return of_dask or isinstance(error, BrokenExecutor | CancelledError)
 
 
-# --- a bench as data, and opened again by a worker ----------------------------------------------
+# --- a bench in the store, and opened again by a worker -----------------------------------------
+
+VERSION = 1  # raised by hand whenever what is kept of a bench changes
+
+
+def _keep(bench: Bench) -> str:
+    """What a worker needs to open the same bench, as a result of the store; its key."""
+    about = _as_data(bench)
+
+    def compute(folder: Path) -> None:
+        content = about | {"tasks": {x: _rows(task) for x, task in bench.tasks.items()}}
+        (folder / "bench.json").write_text(json.dumps(content), encoding="utf-8")
+
+    return store.cached("bench", VERSION, about, compute).name
 
 
 def _as_data(bench: Bench) -> dict[str, Any]:
-    """What a worker needs to open the same bench: names, and folders of the store."""
+    """A bench in names, digests, and folders of the store."""
     embedded = {entry["name"] for entry in archives.CATALOGUE["models"].values()}
     name = bench.base["name"]
-    folders = {label: _relative(folder) for label, folder in bench.specialists.items()}
     return {
-        "store": str(store.store().absolute()),
         "model": name if name in embedded else bench.model.config.name_or_path,
         "dtype": str(bench.model.dtype).removeprefix("torch."),
         "device": bench.model.device.type,
         "threads": torch.get_num_threads(),
         "batch_size": bench.batch_size,
-        "tasks": _keep_tasks(bench.tasks).name,
-        "specialists": folders,
+        "tasks": {label: [task.name, task.digest()] for label, task in bench.tasks.items()},
+        "specialists": {label: _relative(folder) for label, folder in bench.specialists.items()},
     }
 
 
@@ -154,38 +165,32 @@ def _relative(folder: Path) -> str:
     return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
 
 
-def _keep_tasks(tasks: dict[str, Task]) -> Path:
-    """The tasks as a result of the store."""
-
-    def compute(folder: Path) -> None:
-        content = {}
-        for label, task in tasks.items():
-            about = {field.name: getattr(task, field.name) for field in fields(task)}
-            splits = {split: rows.to_list() for split, rows in task.splits.items()}
-            content[label] = about | {"splits": splits}
-        (folder / "tasks.json").write_text(json.dumps(content), encoding="utf-8")
-
-    digests = {label: [task.name, task.digest()] for label, task in tasks.items()}
-    return store.cached("tasks", 1, digests, compute)
+def _rows(task: Task) -> dict[str, Any]:
+    """A task as JSON."""
+    about = {field.name: getattr(task, field.name) for field in fields(task)}
+    return about | {"splits": {split: rows.to_list() for split, rows in task.splits.items()}}
 
 
 _alone = Lock()  # threads of one worker share its model, which a visit changes in place
 
 
-def _call(opened: dict[str, Any], function: Callable, *arguments: Any) -> Any:
-    """Run by a worker."""
-    os.environ.setdefault("MERGING_COLLAPSE_STORE", opened["store"])
+def _call(root: str, key: str, function: Callable, *arguments: Any) -> Any:
+    """Run by a worker: `function` on the bench of this key."""
+    os.environ.setdefault("MERGING_COLLAPSE_STORE", root)
     with _alone:
-        torch.set_num_threads(opened["threads"])
-        return function(_opened(json.dumps(opened)), *arguments)
+        bench, threads = _opened(key)
+        torch.set_num_threads(threads)
+        return function(bench, *arguments)
 
 
-@cache
-def _opened(text: str) -> Bench:
-    opened = json.loads(text)
+@lru_cache(maxsize=4)  # a bench for training, for screening, for visits; twins come and go
+def _opened(key: str) -> tuple[Bench, int]:
+    file = store.store() / "bench" / key / "bench.json"
+    opened = json.loads(file.read_text(encoding="utf-8"))
     base = _base(opened["model"], opened["dtype"], opened["device"])
     folders = {x: store.store() / path for x, path in opened["specialists"].items()}
-    return Bench(*base, _tasks(opened["tasks"]), folders, opened["batch_size"])
+    tasks = {x: _task(about) for x, about in opened["tasks"].items()}
+    return Bench(*base, tasks, folders, opened["batch_size"]), opened["threads"]
 
 
 @cache
@@ -197,11 +202,6 @@ def _base(
     return load_base(model, dtype, device)
 
 
-@cache
-def _tasks(key: str) -> dict[str, Task]:
-    file = store.store() / "tasks" / key / "tasks.json"
-    tasks = {}
-    for label, about in json.loads(file.read_text(encoding="utf-8")).items():
-        splits = {split: Dataset.from_list(rows) for split, rows in about.pop("splits").items()}
-        tasks[label] = Task(splits=DatasetDict(splits), **about)
-    return tasks
+def _task(about: dict[str, Any]) -> Task:
+    splits = {split: Dataset.from_list(rows) for split, rows in about.pop("splits").items()}
+    return Task(splits=DatasetDict(splits), **about)
