@@ -2,6 +2,7 @@
 
 from helpers.run.chain import executed, finished, run
 from helpers.run.execute import NotebookFailed, machine, versions
+from helpers.run.folders import study_folder
 from helpers.run.overview import cost_table
 from helpers.run.profiles import all_profiles, costs, declared, notebooks, steps, typed
 from helpers.run.students import check
@@ -19,6 +20,7 @@ __all__ = [
     "all_profiles",
     "run",
     "steps",
+    "study_folder",
     "typed",
     "versions",
 ]
