@@ -1,16 +1,18 @@
 """Which models to merge, measured: trial merges on prompts without labels, search, verdict, report.
 
-Read in this order: inputs, merges, trial, search, choices, advice, report.
-predict explains only; validate holds trials to measured merges.
+Read in this order: prompts, panel, merges, answers, trials, search, choices, advice, report.
+explain only explains; validate holds trials to measured merges.
 """
 
 from helpers.lazy import door
 
 _NAMES = {
     "advice": ["Advice", "advise"],
-    "inputs": ["open_panel"],
+    "command": ["main"],
     "merges": ["Merge", "retention"],
-    "report": ["main", "page", "text", "write_page"],
-    "trial": ["references", "trial"],
+    "panel": ["Panel", "folder_of", "labels_of", "open_panel"],
+    "prompts": ["prompts_of"],
+    "report": ["page", "sentence", "text", "write_page"],
+    "trials": ["references", "trial", "try_pairs"],
 }
 __getattr__, __all__ = door(__name__, _NAMES)

@@ -3,8 +3,6 @@
 The content is one `Advice`; `report` shows it as text, JSON and a page.
 """
 
-import math
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,15 +11,16 @@ from itertools import combinations
 from typing import NamedTuple
 
 import pandas as pd
-import yaml
 from tqdm import tqdm
 
-from helpers.advise import choices, inputs, predict
-from helpers.advise.inputs import Panel
+from helpers.advise import choices, explain, recipes
 from helpers.advise.merges import Merge, alone
+from helpers.advise.panel import Panel, folder_of, open_panel
+from helpers.advise.prompts import Prompt
 from helpers.advise.search import Search, propose
-from helpers.advise.trial import references, trial
-from helpers.merge import plan
+from helpers.advise.trials import references, trial
+
+CELL = ["victim", "partner", "kept", "low", "high", "rise", "dose", "prompts", "cause"]
 
 
 class Advice(NamedTuple):
@@ -29,7 +28,7 @@ class Advice(NamedTuple):
 
     models: `choices.decide`. merges: a dict per proposal (verdict, models, rule, weights, scale,
     prompts wanted, command, mergekit). cells: victim, partner, kept, low, high, rise, cause of
-    every pair under LA. trials: the same of every trial. pairs, explained, studies: `predict`.
+    every pair under LA. trials: the same of every trial. pairs, studies: `explain`.
     """
 
     base: str
@@ -41,7 +40,6 @@ class Advice(NamedTuple):
     cells: pd.DataFrame
     trials: pd.DataFrame
     pairs: pd.DataFrame
-    explained: pd.DataFrame
     studies: pd.DataFrame
     minutes: float
     limits: list[str]
@@ -50,7 +48,7 @@ class Advice(NamedTuple):
 def advise(
     base: str,
     models: Mapping[str, str],
-    prompts: Mapping[str, Sequence[inputs.Prompt]],
+    prompts: Mapping[str, Sequence[Prompt]],
     keep: float = 0.9,
     budget: float = 10,
     notes: Sequence[str] = (),
@@ -58,38 +56,34 @@ def advise(
 ) -> Advice:
     """Advice on models (label -> folder, adapter, hub id or embedded name) of one base.
 
-    prompts: of each model (`inputs.read_prompts`). keep: retention asked of every model. budget:
-    minutes of search. notes: limits to tell beside those that are seen here. settings: device,
-    dtype, tokens (`inputs.open_panel`). Raises ValueError, before any pass, for anything that
-    cannot be advised on.
+    prompts: of each model. keep: retention asked of every model. budget: minutes of search. notes:
+    limits to tell beside those that are seen here. settings: device, dtype, tokens (`open_panel`).
+    Raises ValueError, before any pass, for anything that cannot be advised on.
     """
     check(keep, budget)
     started = time.monotonic()
-    panel = inputs.open_panel(base, models, prompts, **settings)
-    chosen = {x: choices.split(len(panel.inputs[x])) for x in models}
-    _say_costs(panel, keep, budget, chosen)
+    panel = open_panel(base, models, prompts, **settings)
+    parts = {x: choices.split(len(panel.inputs[x])) for x in models}
+    _print_costs(panel, keep, budget, parts)
     for label in tqdm(panel.labels, desc="own answers", unit="model", disable=None):
         references(panel, label)
     with tqdm(desc="trial merges", unit="trial", disable=None) as bar:
-        search = Search(partial(_measure, panel, chosen, 0, bar), keep, 60 * budget)
+        search = Search(partial(_measure, panel, parts, 0, bar), keep, 60 * budget)
         proposals = propose(panel.labels, search)
         cells = pair_cells(search)
         unmoved = [x for x in panel.labels if not search.failing(alone(x, 0.0))]
-        judged = choices.verdicts(proposals, search, partial(_measure, panel, chosen, 1, bar))
-    pairs, explained = predict.explain(panel)
-    rows = [_merge_row(i, verdict, base, models) for i, verdict in enumerate(judged, 1)]
+        judged = choices.verdicts(proposals, search, partial(_measure, panel, parts, 1, bar))
     return Advice(
         base=base,
         sources=dict(models),
         keep=keep,
         prompts={x: len(panel.inputs[x]) for x in models},
         models=choices.decide(panel.labels, judged, search),
-        merges=rows,
+        merges=_merge_rows(judged, base, models),
         cells=cells,
         trials=trial_table(search),
-        pairs=pairs,
-        explained=explained,
-        studies=predict.verdicts(),
+        pairs=explain.pairs(panel),
+        studies=explain.verdicts(),
         minutes=(time.monotonic() - started) / 60,
         limits=[*notes, *limits_of(panel, prompts, search, unmoved)],
     )
@@ -103,29 +97,29 @@ def check(keep: float, budget: float) -> None:
         raise ValueError(f"the budget is in minutes, above 0, not {budget}")
 
 
-def _measure(panel: Panel, chosen: Mapping, which: int, bar: tqdm, merge: Merge) -> pd.DataFrame:
+def _measure(panel: Panel, parts: Mapping, which: int, bar: tqdm, merge: Merge) -> pd.DataFrame:
     """A trial on the prompts that choose (0) or that judge (1)."""
-    parts = {model: chosen[model][which] for model in merge.models}
-    rows = trial(panel, merge, parts)
+    chosen = {model: parts[model][which] for model in merge.models}
+    rows = trial(panel, merge, chosen)
     bar.update()
     return rows
 
 
-def _say_costs(panel: Panel, keep: float, budget: float, chosen: Mapping[str, tuple]) -> None:
+def _print_costs(panel: Panel, keep: float, budget: float, parts: Mapping) -> None:
     """On stderr, before the search: what it may take, and whether the prompts can suffice."""
     n = len(panel.labels)
-    parameters = sum(p.numel() * p.element_size() for p in panel.model.parameters())
-    fewest = min(len(panel.inputs[x][chosen[x][1]]) for x in panel.labels)
+    size = sum(p.numel() * p.element_size() for p in panel.model.parameters())
     print(
         f"{n} models, {n * (n - 1) // 2} pairs: at most {budget:g} minutes of trial merges beside "
-        f"the models' own answers, about {2 * parameters / 1e9:.1f} GB of memory",
+        f"the models' own answers, about {2 * size / 1e9:.1f} GB of memory",
         file=sys.stderr,
     )
+    judging = [len(panel.inputs[x][parts[x][1]]) for x in panel.labels]
     needed = choices.prompts_needed(1.0, keep, choices.ALPHA * choices.FIRST)
-    if fewest < needed:
+    if min(judging) < needed:
         print(
-            f"{fewest} prompts are left to judge by: to be sure of {keep:.0%}, {needed} are needed "
-            f"though every answer is kept, so give {needed + needed // 3} or a lower --keep",
+            f"{min(judging)} prompts are left to judge by: to be sure of {keep:.0%}, {needed} are "
+            f"needed though every answer is kept, so give {needed + needed // 3} or a lower --keep",
             file=sys.stderr,
         )
 
@@ -135,80 +129,47 @@ def _say_costs(panel: Panel, keep: float, budget: float, chosen: Mapping[str, tu
 
 def pair_cells(search: Search) -> pd.DataFrame:
     """victim, partner, kept, low, high, rise, cause of every pair that was tried under LA."""
+    averages = [m for m in search.trials if len(m.models) == 2 and m == Merge(m.models)]
     rows = []
-    for merge in [m for m in search.trials if m == Merge(m.models) and len(m.models) == 2]:
+    for merge in averages:
         failing = search.failing(merge)
         for row in search.trials[merge].to_dict("records"):
             victim = row.pop("model")
             (partner,) = set(merge.models) - {victim}
             cause = search.cause(merge, victim) if victim in failing else ""
-            rows.append({"victim": victim, "partner": partner, **row, "cause": cause})
-    columns = ["victim", "partner", "kept", "low", "high", "rise", "dose", "prompts", "cause"]
-    return pd.DataFrame(rows, columns=columns)
+            rows.append(row | {"victim": victim, "partner": partner, "cause": cause})
+    return pd.DataFrame(rows, columns=CELL)
 
 
 def trial_table(search: Search) -> pd.DataFrame:
     """Every trial of the search: models, rule, weights, scale, and a row for each model."""
     rows = []
     for merge, table in search.trials.items():
-        about = {"models": list(merge.models), "rule": merge.rule, "scale": merge.scale}
-        about["weights"] = None if merge.weights is None else list(merge.weights)
+        about = merge._asdict() | {"models": list(merge.models)}
+        about["weights"] = merge.weights and list(merge.weights)
         rows += [about | row for row in table.to_dict("records")]
     return pd.DataFrame(rows)
 
 
-def _merge_row(number: int, verdict: choices.Verdict, base: str, sources: Mapping) -> dict:
-    merge = verdict.merge
-    return {
-        "verdict": verdict.verdict,
-        "models": list(merge.models),
-        "rule": merge.rule,
-        "weights": merge.weights and list(merge.weights),
-        "scale": merge.scale,
-        "more_prompts": verdict.more,
-        "kept": verdict.table.to_dict("records"),
-        "command": merge_command(merge, base, sources, f"merged-{number}"),
-        "mergekit": mergekit_yaml(merge, base, sources),
-    }
-
-
-def merge_command(merge: Merge, base: str, sources: Mapping[str, str], out: str) -> str:
-    """The command line that makes the merge."""
-    words = ["python", "-m", "helpers", "merge", "--method", merge.rule, "--base", base]
-    words += ["--models", *(sources[model] for model in merge.models)]
-    if merge.weights is not None:
-        words += ["--weights", *map(str, merge.weights)]
-    if merge.scale != 1:
-        words += ["--scale", str(merge.scale)]
-    return shlex.join([*words, "--out", out])
-
-
-def mergekit_yaml(merge: Merge, base: str, sources: Mapping[str, str]) -> str:
-    """The same merge as a mergekit configuration.
-
-    Averaging is stated as task arithmetic at weights of sum 1: the same model, and mergekit's
-    `linear` would take the base for one more.
-    """
-    chosen = plan(merge.rule, merge.models, merge.weights)
-    average = merge.rule == "linear"
-    total = math.fsum(chosen.weights) if average else 1.0
-    models = []
-    for model, weight in zip(merge.models, chosen.weights, strict=True):
-        source = sources[model]
-        if (inputs.folder_of(source) / "adapter_config.json").is_file():
-            source = f"{base}+{source}"
-        models.append({"model": source, "parameters": {"weight": weight / total}})
-    shared: dict[str, float | bool] = {"lambda": merge.scale}
-    if merge.rule == "ties":
-        shared["density"] = chosen.options["density"]
-        shared["normalize"] = chosen.options["combine"] == "mean"
-    config = {
-        "merge_method": "task_arithmetic" if average else merge.rule,
-        "base_model": base,
-        "models": models,
-        "parameters": shared,
-    }
-    return yaml.safe_dump(config, sort_keys=False)
+def _merge_rows(judged: Sequence[choices.Verdict], base: str, sources: Mapping) -> list[dict]:
+    folders = {model: folder_of(source) for model, source in sources.items()}
+    adapters = {x for x, folder in folders.items() if (folder / "adapter_config.json").is_file()}
+    rows = []
+    for number, verdict in enumerate(judged, 1):
+        merge = verdict.merge
+        row = {
+            "verdict": verdict.verdict,
+            "models": list(merge.models),
+            "rule": merge.rule,
+            "weights": merge.weights and list(merge.weights),
+            "scale": merge.scale,
+            "more_prompts": verdict.more,
+            "kept": verdict.table.to_dict("records"),
+            "command": recipes.command(merge, base, sources, f"merged-{number}"),
+            "mergekit": recipes.mergekit(merge, base, sources, adapters),
+        }
+        rows.append(row)
+    return rows
 
 
 # --- limits --------------------------------------------------------------------------------------
@@ -234,7 +195,11 @@ def limits_of(
             f"the base alone gives the answers of {', '.join(unmoved)} on these prompts: they do "
             "not show what these models have learned"
         )
-    out += [_collision(*pair) for pair in collisions(panel)]
+    for a, b, count in collisions(panel):
+        out.append(
+            f"{a} and {b} answer {count} of the same prompts differently: no merge keeps both "
+            "unless the prompt says which task it is"
+        )
     if search.spent:
         out.append("the budget ended the search: the same command goes on where it stopped")
     out.append(
@@ -256,8 +221,9 @@ def collisions(panel: Panel) -> list[tuple[str, str, int]]:
     """Pairs of models that share prompts and answer them differently: (a, b, how many)."""
     answers = {}
     for model in panel.labels if not panel.encoder else ():
-        own = references(panel, model)["answer"].map(tuple)
-        answers[model] = dict(zip(map(tuple, panel.inputs[model]), own, strict=True))
+        prompts = map(tuple, panel.inputs[model])
+        own = references(panel, model)["answer"]
+        answers[model] = dict(zip(prompts, own, strict=True))
     out = []
     for a, b in combinations(answers, 2):
         shared = answers[a].keys() & answers[b].keys()
@@ -265,10 +231,3 @@ def collisions(panel: Panel) -> list[tuple[str, str, int]]:
         if differ:
             out.append((a, b, differ))
     return out
-
-
-def _collision(a: str, b: str, count: int) -> str:
-    return (
-        f"{a} and {b} answer {count} of the same prompts differently: no merge keeps both unless "
-        "the prompt says which task it is"
-    )

@@ -15,6 +15,7 @@ true retention of .9 in 7.2 % of draws of 25 prompts.
 
 import math
 from collections.abc import Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +55,7 @@ def verdicts(groups: Sequence[Merge], search: Search, measure: Measure) -> list[
 
     `measure` reads the prompts that judge, `search` those that chose.
     """
-    out = []
+    judged = []
     for group in groups:
         alpha = ALPHA / len(groups)
         verdict = judge(group, measure(group), search.keep, alpha * FIRST)
@@ -62,8 +63,8 @@ def verdicts(groups: Sequence[Merge], search: Search, measure: Measure) -> list[
         if verdict.verdict != "safe" and smaller is not None:
             second = judge(smaller, measure(smaller), search.keep, alpha * SECOND)
             verdict = second if second.verdict == "safe" else verdict
-        out.append(verdict)
-    return out
+        judged.append(verdict)
+    return judged
 
 
 def judge(merge: Merge, trial: pd.DataFrame, keep: float, alpha: float) -> Verdict:
@@ -76,20 +77,23 @@ def judge(merge: Merge, trial: pd.DataFrame, keep: float, alpha: float) -> Verdi
         return Verdict(merge, "safe", table, math.nan)
     if (upper_end(count, n, alpha) < keep).any():
         return Verdict(merge, "unsafe", table, math.nan)
-    more = prompts_needed(table["kept"].min(), keep, alpha) - n.min()
-    return Verdict(merge, "undecided", table, max(float(more), 1.0))
+    needed = prompts_needed(table["kept"].min(), keep, alpha)
+    more = max(needed - int(n.min()), 1)
+    return Verdict(merge, "undecided", table, float(more))
 
 
 def lower_end(count, n, alpha: float) -> np.ndarray:
     """Exact lower end: at this share, `count` or more of n would have probability alpha."""
     count, n = np.asarray(count, float), np.asarray(n, float)
-    return np.where(count > 0, beta.ppf(alpha, count, n - count + 1), 0.0)
+    end = beta.ppf(alpha, count, n - count + 1)
+    return np.where(count > 0, end, 0.0)
 
 
 def upper_end(count, n, alpha: float) -> np.ndarray:
     """Exact upper end: at this share, `count` or fewer of n would have probability alpha."""
     count, n = np.asarray(count, float), np.asarray(n, float)
-    return np.where(count < n, beta.ppf(1 - alpha, count + 1, n - count), 1.0)
+    end = beta.ppf(1 - alpha, count + 1, n - count)
+    return np.where(count < n, end, 1.0)
 
 
 def prompts_needed(share: float, keep: float, alpha: float) -> int:
@@ -108,11 +112,10 @@ def without_weakest(merge: Merge, search: Search) -> Merge | None:
     if len(merge.models) < 3 or table.empty:
         return None
     table = table.sort_values(["kept", "rise"], ascending=[True, False])
-    place = merge.models.index(table["model"].iloc[0])
-    models = merge.models[:place] + merge.models[place + 1 :]
-    weights = merge.weights
-    if weights is not None:
-        weights = weights[:place] + weights[place + 1 :]
+    weakest = table["model"].iloc[0]
+    stay = [model != weakest for model in merge.models]
+    models = tuple(compress(merge.models, stay))
+    weights = merge.weights and tuple(compress(merge.weights, stay))
     return merge._replace(models=models, weights=weights)
 
 
@@ -125,28 +128,29 @@ def decide(models: Sequence[str], judged: Sequence[Verdict], search: Search) -> 
     merge, reweight (with weights other than the rule's own), leave out (others merge without it),
     keep apart (no other does, either), or abstain: an interval spans the threshold.
     """
-    place = {model: i for i, verdict in enumerate(judged) for model in verdict.merge.models}
-    merged = any(verdict.verdict == "safe" for verdict in judged)
+    some_merge = any(verdict.verdict == "safe" for verdict in judged)
     rows = []
     for model in models:
-        verdict = judged[place[model]] if model in place else None
-        row = {"model": model, "merge": place.get(model, -1)}
-        row["decision"] = _decision(model, verdict, merged, search)
-        if verdict is not None:
-            row |= verdict.table.set_index("model").loc[model, ["kept", "least"]].to_dict()
+        row = {"model": model, "decision": "", "merge": -1, "kept": math.nan, "least": math.nan}
+        verdict = None
+        for place, candidate in enumerate(judged):
+            if model in candidate.merge.models:
+                verdict = candidate
+                of_model = verdict.table.set_index("model").loc[model]
+                row |= {"merge": place, "kept": of_model["kept"], "least": of_model["least"]}
+        row["decision"] = _decision(model, verdict, some_merge, search)
         rows.append(row)
-    columns = ["model", "decision", "merge", "kept", "least"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows)
 
 
-def _decision(model: str, verdict: Verdict | None, merged: bool, search: Search) -> str:
+def _decision(model: str, verdict: Verdict | None, some_merge: bool, search: Search) -> str:
     if verdict is not None and verdict.verdict == "safe":
         return "merge" if verdict.merge.weights is None else "reweight"
     if verdict is not None and verdict.verdict == "undecided":
         return "abstain"
     if verdict is None and _may_fit(model, search):
         return "abstain"
-    return "leave out" if merged else "keep apart"
+    return "leave out" if some_merge else "keep apart"
 
 
 def _may_fit(model: str, search: Search) -> bool:

@@ -26,17 +26,13 @@ def alone(model: str, dose: float) -> Merge:
 def retention(frame: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
     """One row per model of a trial: model, kept (share), rise, dose, prompts, low, high (Wilson's).
 
-    frame: rows of a trial, each model's one after the other.
+    frame: rows of a trial.
     """
-    models, starts = np.unique(frame["model"].to_numpy(str), return_index=True)
-    models, starts = models[np.argsort(starts)], np.sort(starts)
-    count = np.diff([*starts, len(frame)])
-    columns = {"model": models}
-    for name in ("kept", "rise", "dose"):
-        columns[name] = np.add.reduceat(frame[name].to_numpy(float), starts) / count
-    columns["prompts"] = count
-    columns["low"], columns["high"] = wilson(columns["kept"], count, level)
-    return pd.DataFrame(columns)
+    groups = frame.groupby("model", sort=False)
+    table = groups[["kept", "rise", "dose"]].mean().reset_index()
+    table["prompts"] = groups.size().to_numpy()
+    table["low"], table["high"] = wilson(table["kept"], table["prompts"], level)
+    return table
 
 
 def wilson(share, n, level: float = LEVEL) -> tuple:
@@ -44,5 +40,5 @@ def wilson(share, n, level: float = LEVEL) -> tuple:
     z = norm.ppf(0.5 + level / 2)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     spread = share * (1 - share) / n + z**2 / (4 * n**2)
-    half = z * spread**0.5 / (1 + z**2 / n)
+    half = z * np.sqrt(spread) / (1 + z**2 / n)
     return centre - half, centre + half

@@ -1,22 +1,17 @@
-"""Advice as text, as JSON (advice.schema.json) and as a page (advice.html.j2); the command."""
+"""Advice as text, as JSON (advice.schema.json) and as a page (advice.html.j2)."""
 
-import argparse
 import json
 import math
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
 
-from helpers.advise import inputs
-from helpers.advise.advice import Advice, advise, check
+from helpers.advise.advice import Advice
 from helpers.figures import look
 from helpers.store import atomic_write
 
-ABSTAINED = 3  # exit code where it abstains on every model
 NAMED = 6  # models that a sentence names; of more it says how many
 WIDE = 8  # models up to which a cell has room for its interval
 HERE = Path(__file__).parent
@@ -69,13 +64,8 @@ def _list(names: list[str]) -> str:
 def matrix(advice: Advice) -> list[list[dict | None]]:
     """Rows of cells, victims by partners in the order of the models; None where nothing is."""
     cells = {(row["victim"], row["partner"]): row for row in advice.cells.to_dict("records")}
-    rows = []
-    for victim in advice.sources:
-        row = []
-        for partner in advice.sources:
-            row.append(cells.get((victim, partner)))
-        rows.append(row)
-    return rows
+    models = list(advice.sources)
+    return [[cells.get((victim, partner)) for partner in models] for victim in models]
 
 
 def matrix_text(advice: Advice) -> str:
@@ -140,19 +130,15 @@ def page(advice: Advice) -> str:
         undefined=jinja2.StrictUndefined,
     )
     template = environment.get_template("advice.html.j2")
-    tables = {
-        "models": advice.models,
-        "explained": advice.explained,
-        "studies": advice.studies,
-    }
-    records = {name: table.to_dict("records") for name, table in tables.items()}
     return template.render(
         advice=advice,
         sentence=sentence(advice),
         matrix=matrix(advice),
         wide=len(advice.sources) <= WIDE,
         how=how_of,
-        **records,
+        models=advice.models.to_dict("records"),
+        pairs=advice.pairs.to_dict("records"),
+        studies=advice.studies.to_dict("records"),
     )
 
 
@@ -160,91 +146,3 @@ def write_page(advice: Advice, file: Path) -> None:
     """The page as `file`, whole or not at all."""
     with atomic_write(file) as part:
         part.write_text(page(advice), encoding="utf-8")
-
-
-# --- the command ---------------------------------------------------------------------------------
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags of `python -m helpers advise`."""
-    flags = argparse.ArgumentParser(
-        prog="python -m helpers advise",
-        description="Say which models of one base to merge, by trial merges on prompts "
-        "without labels. Exit code 3: it abstains on every model.",
-    )
-    add = flags.add_argument
-    add("--base", required=True, help="the base model: a name or a folder")
-    add("--models", nargs="+", required=True, help="two or more adapters or checkpoints of it")
-    add(
-        "--prompts",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="a file for each model, in order: .txt, a prompt a line, or .jsonl (prompt, text or "
-        "messages); 64 prompts are a good number; default: neutral sentences",
-    )
-    add("--keep", type=float, default=0.9, help="share of its answers that each model must keep")
-    add("--budget", type=float, default=10, metavar="MINUTES", help="of search")
-    add("--tokens", type=int, default=32, help="of an answer that count")
-    add("--report", type=Path, metavar="OUT.html", help="write the page, too")
-    add("--json", action="store_true", help="print JSON instead of text")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1 or mps")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    return flags
-
-
-def main(argv: list[str]) -> int:
-    """Parse, advise, print; the exit code. ValueError if it cannot."""
-    given = parser().parse_args(argv)
-    check(given.keep, given.budget)
-    if given.report is not None:
-        given.report = given.report.expanduser()
-        _check_report(given.report)
-    models = dict(zip(inputs.labels_of(given.models), given.models, strict=True))
-    prompts = inputs.prompts_of(list(models), given.prompts)
-    advice = advise(
-        given.base,
-        models,
-        prompts,
-        given.keep,
-        given.budget,
-        _notes(given.prompts),
-        device=given.device,
-        dtype=given.dtype,
-        tokens=given.tokens,
-    )
-    if given.json:
-        print(json.dumps(content(advice), indent=1, ensure_ascii=False))
-    else:
-        print(text(advice))
-    if given.report is not None:
-        write_page(advice, given.report)
-        print(f"written: {given.report}", file=sys.stderr)
-    return ABSTAINED if advice.models["decision"].eq("abstain").all() else 0
-
-
-def _notes(files: Sequence[Path]) -> list[str]:
-    """What has to be said of prompts that are no model's own."""
-    if not files:
-        return [
-            "no prompts were given: models were tried on neutral sentences, which are not their "
-            "tasks; give each model's own prompts before you rely on this"
-        ]
-    if len(files) == 1:
-        return ["all models were tried on one file of prompts: give each model its own"]
-    return []
-
-
-def _check_report(file: Path) -> None:
-    """Raise ValueError for a report that could not be written, before any work."""
-    if file.suffix.lower() != ".html":
-        raise ValueError(f"{file} must end in .html")
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder: name a file for the report")
-    try:
-        with atomic_write(file.with_name(f".try-{file.name}")) as part:
-            part.touch()
-        file.with_name(f".try-{file.name}").unlink()
-    except OSError as error:
-        raise ValueError(f"{file} cannot be written ({error.strerror})") from error

@@ -23,6 +23,7 @@ VARIANTS = (
 HEAVIER = 1.5  # factor on the weight of a model that fails by its dose
 TRIES = 2  # of other weights
 PATIENCE = 3  # newcomers in a row that may fail before a group stops growing
+SLACK = 1e-9  # of rounding
 
 Measure = Callable[[Merge], pd.DataFrame]  # a trial's rows: model, prompt, kept, rise, dose
 
@@ -55,8 +56,9 @@ class Search:
         if table.empty:
             return list(merge.models)
         missed = (1 - table["kept"]) * table["prompts"]
-        allowed = np.ceil((1 - self.keep) * table["prompts"] - 1e-9)
-        return list(table["model"][missed > allowed + 1e-9])
+        allowed = (1 - self.keep) * table["prompts"]
+        fails = missed > np.ceil(allowed - SLACK) + SLACK
+        return list(table.loc[fails, "model"])
 
     def score(self, merge: Merge) -> tuple[float, float]:
         """Higher is better: the least retention; among equals, the least rise of NLL."""
@@ -120,14 +122,9 @@ def _best_pair(
     """
     inside = [pair for pair in pairs if set(pair) <= set(left)]
     inside.sort(key=lambda pair: search.score(Merge(pair)), reverse=True)
-    best = None
-    for pair in inside[: len(left)]:
-        merge = best_variant(pair, search)
-        if search.failing(merge):
-            continue
-        if best is None or search.score(merge) > search.score(best):
-            best = merge
-    return best
+    merges = [best_variant(pair, search) for pair in inside[: len(left)]]
+    keeping = [merge for merge in merges if not search.failing(merge)]
+    return max(keeping, key=search.score, default=None)
 
 
 def _grown(group: Merge, left: Sequence[str], search: Search) -> Merge:
@@ -139,8 +136,8 @@ def _grown(group: Merge, left: Sequence[str], search: Search) -> Merge:
         if failures >= len(newcomers):
             break
         members = {*group.models, newcomers[failures]}
-        wider = tuple(model for model in left if model in members)
-        wider = best_variant(wider, search)
+        in_order = tuple(model for model in left if model in members)
+        wider = best_variant(in_order, search)
         if search.failing(wider):
             failures += 1
         else:
@@ -151,9 +148,10 @@ def _grown(group: Merge, left: Sequence[str], search: Search) -> Merge:
 def _least(model: str, group: Merge, search: Search) -> tuple[float, float]:
     """The worst score of a model's pairs with the members of a group."""
     scores = []
-    for pair in [(model, member) for member in group.models]:
-        seen = Merge(pair) if Merge(pair) in search.trials else Merge(pair[::-1])
-        scores.append(search.score(seen))
+    for member in group.models:
+        pair = Merge((model, member))
+        turned = Merge((member, model))
+        scores.append(search.score(pair if pair in search.trials else turned))
     return min(scores)
 
 
@@ -177,9 +175,9 @@ def reweighted(merge: Merge, search: Search) -> Merge | None:
     starved = {model for model in failing if search.cause(merge, model) == "dose"}
     if not starved or len(starved) == len(merge.models):
         return None
-    weights = merge.weights or (1.0,) * len(merge.models)
-    weights = [
-        round(weight * HEAVIER, 3) if model in starved else weight
-        for model, weight in zip(merge.models, weights, strict=True)
-    ]
-    return merge._replace(weights=tuple(weights))
+    old = merge.weights or (1.0,) * len(merge.models)
+    new = []
+    for model, weight in zip(merge.models, old, strict=True):
+        factor = HEAVIER if model in starved else 1.0
+        new.append(round(weight * factor, 3))
+    return merge._replace(weights=tuple(new))

@@ -3,7 +3,7 @@
 A study's own tables are the truth; trials read other prompts of the same tasks. Needs no model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import combinations
 
 import numpy as np
@@ -11,52 +11,64 @@ import pandas as pd
 from scipy.stats import betabinom
 
 from helpers import stats
-from helpers.study.tables import Pairs
+from helpers.advise.choices import ALPHA, lower_end
+from helpers.study.losses import COLLAPSE
+from helpers.study.tables import Pairs, Study
 
-COLLAPSE = -30.0  # % of the specialist's score
 CELL = ["rule", "tasks", "task"]
+EDGE = 1 + COLLAPSE / 100  # retention below which a cell has collapsed
 
 
 # --- forecasts -----------------------------------------------------------------------------------
 
 
+def measured(study: Study, rules: list[str]) -> pd.DataFrame:
+    """What labels say of each cell of the pairs: rule, tasks, task, loss, nll_loss, tests.
+
+    tests: test examples that the specialist answers rightly, of which a loss is a share.
+    """
+    losses = study.in_arm("default", 2)
+    losses = losses[losses["rule"].isin(rules) & losses["loss"].notna()]
+    sizes = study.examples.groupby(["merge", "task"]).size().rename("size").reset_index()
+    losses = losses.merge(sizes, on=["merge", "task"], validate="one_to_one")
+    losses["tests"] = (losses["size"] * losses["specialist"]).round().astype(int)
+    return losses[[*CELL, "loss", "nll_loss", "tests"]]
+
+
 def on_prompts(trials: pd.DataFrame, count: int) -> pd.DataFrame:
-    """One row per cell from its first `count` prompts: kept (count), prompts, rise.
+    """One row per cell from its first `count` prompts: kept (count), prompts, retention, rise.
 
     trials: a row per cell and prompt, as trials.csv.gz has them.
     """
     first = trials[trials["prompt"] < count]
     groups = first.groupby(CELL, sort=False)
     table = groups.agg(kept=("kept", "sum"), prompts=("kept", "size"), rise=("rise", "mean"))
+    table["retention"] = table["kept"] / table["prompts"]
     return table.reset_index()
 
 
 def forecasts(
     trials: pd.DataFrame,
     losses: pd.DataFrame,
-    tests: int,
     count: int,
     level: float = 0.9,
 ) -> pd.DataFrame:
-    """Cells with what trials of `count` prompts foretell and what labels say.
+    """Cells with what trials of `count` prompts foretell and what labels say (`measured`).
 
-    losses: columns rule, tasks, task, loss (%) and nll_loss. Adds foretold and measured retention
-    (shares; measured is 1 + loss, at most 1), its interval low to high, covered, and whether a
-    collapse is foretold and measured. The interval is the beta-binomial prediction of `tests`
-    further examples after kept of prompts (Jeffreys' prior): it knows both samples' noise.
+    Adds truth (measured retention: 1 + loss, at most 1), the interval low to high of the forecast,
+    covered, and whether a collapse is foretold and measured. The interval is the beta-binomial
+    prediction of `tests` further examples after kept of prompts (Jeffreys' prior): it knows the
+    noise of both samples.
     """
     table = on_prompts(trials, count).merge(losses, on=CELL, validate="one_to_one")
-    table = table.dropna(subset=["loss"])
-    n = table["prompts"]
-    table["foretold"] = table["kept"] / n
-    table["measured"] = (1 + table["loss"] / 100).clip(0, 1)
-    shape = tests, table["kept"] + 0.5, n - table["kept"] + 0.5
-    table["low"] = betabinom.ppf(0.5 - level / 2, *shape) / tests
-    table["high"] = betabinom.ppf(0.5 + level / 2, *shape) / tests
-    table["covered"] = table["measured"].between(table["low"] - 1e-9, table["high"] + 1e-9)
-    edge = 1 + COLLAPSE / 100
-    table["collapse_foretold"] = table["foretold"] < edge
-    table["collapse"] = table["measured"] < edge
+    table["truth"] = (1 + table["loss"] / 100).clip(0, 1)
+    missed = table["prompts"] - table["kept"]
+    future = betabinom(table["tests"], table["kept"] + 0.5, missed + 0.5)
+    table["low"] = future.ppf(0.5 - level / 2) / table["tests"]
+    table["high"] = future.ppf(0.5 + level / 2) / table["tests"]
+    table["covered"] = table["truth"].between(table["low"] - 1e-9, table["high"] + 1e-9)
+    table["collapse_foretold"] = table["retention"] < EDGE
+    table["collapse"] = table["truth"] < EDGE
     return table
 
 
@@ -64,13 +76,15 @@ def calibration(cells: pd.DataFrame) -> dict[str, float]:
     """How well `forecasts` did: r, error (points), bias (points), coverage, missed, alarms.
 
     r_nll: correlation of the rise of NLL with the NLL loss. missed: share of collapses that were
-    not foretold; alarms: share of the other cells where one was.
+    not foretold; alarms: share of the other cells where one was. merges, safe, false_safe: how many
+    were tried, called safe against collapse, and collapsed all the same.
     """
-    miss = 100 * (cells["foretold"] - cells["measured"])
+    miss = 100 * (cells["retention"] - cells["truth"])
     collapse, foretold = cells["collapse"], cells["collapse_foretold"]
+    merges = assurance(cells)
     return {
         "cells": len(cells),
-        "r": cells["foretold"].corr(cells["measured"]),
+        "r": cells["retention"].corr(cells["truth"]),
         "r_nll": cells["rise"].corr(cells["nll_loss"]),
         "error": miss.abs().mean(),
         "bias": miss.mean(),
@@ -78,92 +92,91 @@ def calibration(cells: pd.DataFrame) -> dict[str, float]:
         "collapses": int(collapse.sum()),
         "missed": (~foretold)[collapse].mean(),
         "alarms": foretold[~collapse].mean(),
+        "merges": len(merges),
+        "safe": int(merges["safe"].sum()),
+        "false_safe": int((merges["safe"] & merges["collapse"]).sum()),
     }
 
 
+def assurance(cells: pd.DataFrame) -> pd.DataFrame:
+    """One row per merge: safe (each model's exact lower end is above EDGE), collapse (of any)."""
+    least = lower_end(cells["kept"], cells["prompts"], ALPHA)
+    table = cells.assign(safe=least > EDGE)
+    return table.groupby(["rule", "tasks"]).agg({"safe": "all", "collapse": "any"})
+
+
 # --- choices -------------------------------------------------------------------------------------
+# Each gives the values of a matrix of pairs by (case, option): of losses what an option is worth,
+# of a score what it says of the option.
 
 
-def partner_options(outcome: Pairs) -> pd.DataFrame:
-    """Whom to merge a task with: a case for each task, an option for each partner.
-
-    outcome: loss of a pair, symmetric. Columns case, option (a tuple of tasks), outcome.
-    """
-    rows = []
-    for task in outcome.tasks:
-        for partner in outcome.tasks:
-            rows.append({"case": (task,), "option": (task, partner)})
-    return _with_outcome(rows, outcome)
+def partners(values: Pairs) -> pd.Series:
+    """Whom to merge a task with: a case for each task, an option for each partner."""
+    options = {}
+    for task in values.tasks:
+        for partner in values.tasks:
+            options[(task,), (task, partner)] = values.of(task, partner)
+    return _series(options)
 
 
-def pair_options(outcome: Pairs, pool: int = 4, most: int = 500, seed: int = 0) -> pd.DataFrame:
-    """Which pair to merge of a pool of tasks: a case for each pool, `most` drawn if there are more.
-
-    Columns as in `partner_options`.
-    """
-    pools = list(combinations(outcome.tasks, min(pool, len(outcome.tasks))))
-    if len(pools) > most:
-        drawn = np.random.default_rng(seed).choice(len(pools), most, replace=False)
-        pools = [pools[i] for i in sorted(drawn)]
-    rows = []
-    for case in pools:
-        rows += [{"case": case, "option": pair} for pair in combinations(case, 2)]
-    return _with_outcome(rows, outcome)
+def pools(values: Pairs, size: int = 4, most: int = 500, seed: int = 0) -> pd.Series:
+    """Which pair to merge of a pool of tasks: a case for each pool, `most` drawn if more."""
+    cases = list(combinations(values.tasks, min(size, len(values.tasks))))
+    if len(cases) > most:
+        drawn = np.random.default_rng(seed).choice(len(cases), most, replace=False)
+        cases = [cases[i] for i in sorted(drawn)]
+    options = {}
+    for case in cases:
+        for pair in combinations(case, 2):
+            options[case, pair] = values.of(*pair)
+    return _series(options)
 
 
-def leaver_options(outcome: Pairs) -> pd.DataFrame:
+def leavers(values: Pairs) -> pd.Series:
     """Who leaves a pair for a newcomer drawn at random: the advice of arXiv:2603.09463.
 
-    A case for each pair, two options (stays, leaves); outcome: mean loss of the pairs of the member
-    that stays with each outside task. outcome: symmetric.
+    A case for each pair, two options (stays, leaves); value: mean of the pairs of the member that
+    stays with each outside task.
     """
-    rows = []
-    for pair in combinations(outcome.tasks, 2):
+    options = {}
+    for pair in combinations(values.tasks, 2):
+        outside = [task for task in values.tasks if task not in pair]
         for stays, leaves in (pair, pair[::-1]):
-            others = [task for task in outcome.tasks if task not in pair]
-            losses = [outcome.of(stays, other) for other in others]
-            row = {"case": pair, "option": (stays, leaves), "outcome": np.nanmean(losses)}
-            rows.append(row)
-    return pd.DataFrame(rows)
+            with_others = [values.of(stays, other) for other in outside]
+            defined = [value for value in with_others if value == value]
+            options[pair, (stays, leaves)] = np.mean(defined) if defined else np.nan
+    return _series(options)
 
 
-def _with_outcome(rows: Sequence[dict], outcome: Pairs) -> pd.DataFrame:
-    table = pd.DataFrame(rows)
-    table["outcome"] = [outcome.of(*option) for option in table["option"]]
-    return table.dropna(subset=["outcome"])
+def _series(options: Mapping[tuple, float]) -> pd.Series:
+    index = pd.MultiIndex.from_tuples(options, names=["case", "option"])
+    return pd.Series([*options.values()], index, dtype=float)
 
 
-def pair_score(score: Pairs, options: pd.DataFrame) -> list[float]:
-    """A score of pairs (higher: will lose less) for each option of two tasks."""
-    return [score.of(*option) for option in options["option"]]
+def choose(
+    options: Callable[[Pairs], pd.Series],
+    loss: Pairs,
+    scores: Mapping[str, Pairs],
+) -> pd.DataFrame:
+    """What each score's choice is worth: a row per criterion and case, gain and regret (points).
 
-
-def leaver_score(score: Pairs, options: pd.DataFrame) -> list[float]:
-    """For `leaver_options`: mean score of the member that stays with the tasks outside."""
-    scores = []
-    for (stays, _), case in zip(options["option"], options["case"], strict=True):
-        others = [task for task in score.tasks if task not in case]
-        scores.append(np.nanmean([score.of(stays, other) for other in others]))
-    return scores
-
-
-def choose(options: pd.DataFrame, scores: Mapping[str, Sequence[float]]) -> pd.DataFrame:
-    """What each score's choice is worth: a row per case and criterion, gain and regret (points).
-
-    gain: loss of the option taken less the mean over options, random choice; regret: of the best
-    option less the one taken. Among ties, the mean.
+    options: `partners`, `pools` or `leavers`. scores: higher says loses less. gain: loss of the
+    option taken less the mean over options, random choice; regret: of the best option less the one
+    taken. Among ties, the mean.
     """
-    rows = []
-    for name, values in scores.items():
-        table = options.assign(score=np.asarray(values, float)).dropna(subset=["score"])
-        for case, group in table.groupby("case", sort=False):
-            best = group["score"] >= group["score"].max() - 1e-12
-            taken = group.loc[best, "outcome"].mean()
-            row = {"case": case, "criterion": name, "outcome": taken}
-            row["gain"] = taken - group["outcome"].mean()
-            row["regret"] = group["outcome"].max() - taken
-            rows.append(row)
-    return pd.DataFrame(rows)
+    outcome = options(loss)
+    frames = []
+    for name, score in scores.items():
+        table = pd.DataFrame({"outcome": outcome, "score": options(score)}).dropna()
+        by_case = table.groupby("case", sort=False)
+        best = by_case["score"].transform("max")
+        chosen = table[table["score"] >= best - 1e-12]
+        taken = chosen.groupby("case", sort=False)["outcome"].mean()
+        gain = taken - by_case["outcome"].mean()
+        regret = by_case["outcome"].max() - taken
+        frame = pd.DataFrame({"outcome": taken, "gain": gain, "regret": regret})
+        frames.append(frame.reset_index().assign(criterion=name))
+    return pd.concat(frames, ignore_index=True)
 
 
 def over_tasks(chosen: pd.DataFrame, column: str, units: Mapping[str, str]) -> stats.Interval:
@@ -189,7 +202,7 @@ def summary(chosen: pd.DataFrame, units: Mapping[str, str]) -> pd.DataFrame:
     for criterion, group in chosen.groupby("criterion", sort=False):
         row = {"criterion": criterion}
         for column in ("gain", "regret"):
-            found = over_tasks(group, column, units)
-            row |= {column: found.value, f"{column}_low": found.low, f"{column}_high": found.high}
+            mean = over_tasks(group, column, units)
+            row |= {column: mean.value, f"{column}_low": mean.low, f"{column}_high": mean.high}
         rows.append(row | {"cases": len(group), "tasks": len(units)})
     return pd.DataFrame(rows)

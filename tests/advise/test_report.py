@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.__main__ import main
-from helpers.advise import advice as told
-from helpers.advise import report
+from helpers.advise import recipes, report
+from helpers.advise.advice import Advice
 from helpers.advise.merges import Merge
 from helpers.merge import main as merge_main
 
@@ -92,10 +92,10 @@ def test_command_and_configuration_make_one_model(
     merge, tiny_base, tiny_adapters, tmp_path, capsys
 ):
     sources = {folder.name: str(folder) for folder in tiny_adapters}
-    command = told.merge_command(merge, str(tiny_base), sources, str(tmp_path / "one"))
+    command = recipes.command(merge, str(tiny_base), sources, str(tmp_path / "one"))
     assert main(shlex.split(command)[3:]) == 0
     config = tmp_path / "config.yml"
-    config.write_text(told.mergekit_yaml(merge, str(tiny_base), sources))
+    config.write_text(recipes.mergekit(merge, str(tiny_base), sources, set(sources)))
     merge_main(["--mergekit", str(config), "--out", str(tmp_path / "two")])
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
@@ -111,10 +111,9 @@ def example(n):
     ]  # fmt: skip
     table = pd.DataFrame({"model": models, "decision": "keep apart", "merge": -1, "kept": 0.5})
     table["least"] = float("nan")
-    explained = pd.DataFrame({"model": models, "mds": 0.5, "radius_share": 1 / n})
-    return told.Advice(
+    return Advice(
         "base", {m: m for m in models}, 0.9, dict.fromkeys(models, 64), table, [],
-        pd.DataFrame(cells), pd.DataFrame(cells), pd.DataFrame(), explained, pd.DataFrame(),
+        pd.DataFrame(cells), pd.DataFrame(cells), pd.DataFrame(), pd.DataFrame(),
         1.0, [],
     )  # fmt: skip
 
@@ -161,7 +160,7 @@ def test_prompts_that_are_none_are_refused(
         (["--device", "gpu"], "device must be"),
         (["--report", "out.pdf"], "must end in .html"),
         (["--report", "."], "must end in .html"),
-        (["--prompts", "nowhere.txt"], "are no file"),
+        (["--prompts", "nowhere.txt"], "there is no file of prompts"),
     ],
 )
 def test_bad_requests_are_refused_in_a_sentence(flags, message, tiny_base, tiny_adapters, capsys):

@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
 
-from helpers.advise import inputs
 from helpers.advise.merges import Merge, alone, retention
-from helpers.advise.trial import applied, references, trial
+from helpers.advise.panel import open_panel
+from helpers.advise.trials import applied, references, trial
 from helpers.merge import Lazy
 
 TOKENS = 2
@@ -28,7 +28,7 @@ def prompts(label, n=10):
 def panel(tiny_base, tiny_adapters):
     models = {folder.name: str(folder) for folder in tiny_adapters}
     texts = {label: prompts(label) for label in models}
-    return inputs.open_panel(str(tiny_base), models, texts, tokens=TOKENS)
+    return open_panel(str(tiny_base), models, texts, tokens=TOKENS)
 
 
 def generated(model, panel, ids):
@@ -140,7 +140,7 @@ def test_an_encoder_is_tried_by_the_labels_of_each_models_own_head(tmp_path):
     }
     texts = {label: prompts(label, 30) for label in folders}
     models = {label: str(folder) for label, folder in folders.items()}
-    panel = inputs.open_panel(str(encoder), models, texts)
+    panel = open_panel(str(encoder), models, texts)
     frame = trial(panel, Merge(("two", "three")))
     states = [BertForSequenceClassification.from_pretrained(f) for f in folders.values()]
     for model, label in zip(states, folders, strict=True):

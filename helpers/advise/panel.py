@@ -1,0 +1,173 @@
+"""Models of one base, opened and checked, with a live base to try their merges on."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers.advise.prompts import LONGEST, Prompt, encode
+from helpers.merge import Row, Source, objections, open_base, open_specialist, views
+from helpers.study.bench import load_base, specialist_key
+from helpers.study.models import model_folder
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A live base, the task vectors of the models (rows in the order of `labels`), their prompts.
+
+    contents: digest of each model's weights. inputs: token ids of each model's prompts. heads: of
+    an encoder, each model's own head by parameter name. tokens: how much of an answer counts.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    base: str
+    labels: tuple[str, ...]
+    rows: list[Row]
+    contents: dict[str, str]
+    inputs: dict[str, list[list[int]]]
+    heads: dict[str, dict[str, Tensor]]
+    tokens: int = 32
+    batch_size: int = 16
+
+    @property
+    def encoder(self) -> bool:
+        """Whether models answer with a label of their own head, not in words."""
+        return bool(self.heads)
+
+    def of(self, labels: Sequence[str]) -> list[Row]:
+        """The task vectors of some of the models."""
+        places = [self.labels.index(label) for label in labels]
+        rows = []
+        for row in self.rows:
+            taus = [row.taus[place] for place in places]
+            rows.append(Row(row.name, row.base, taus))
+        return rows
+
+
+def labels_of(models: Sequence[str]) -> list[str]:
+    """What tables call the models: the last part of each path or id, or all of it if two agree.
+
+    Raises ValueError for fewer than two models and for one that is given twice.
+    """
+    if len(models) < 2:
+        raise ValueError(f"advice needs two models or more, not {len(models)}")
+    if len(set(models)) < len(models):
+        raise ValueError("a model is given twice: name each once")
+    short = [Path(model).name for model in models]
+    return short if len(set(short)) == len(short) else list(models)
+
+
+def folder_of(model: str) -> Path:
+    """A folder as it is (an adapter, or a checkpoint without config); else a model by its name."""
+    path = Path(model).expanduser()
+    return path if path.is_dir() else model_folder(model)
+
+
+def open_panel(
+    base: str,
+    models: Mapping[str, str],
+    prompts: Mapping[str, Sequence[Prompt]],
+    device: str = "cpu",
+    dtype: str = "float32",
+    tokens: int = 32,
+) -> Panel:
+    """The models (by label) of `base`, opened and checked; no prompt is read by a model yet.
+
+    Raises ValueError, with the reason, for models that cannot be merged into this base, for one
+    whose weights are pickles, and for an encoder-decoder.
+    """
+    check_device(device)
+    folders = {label: folder_of(model) for label, model in models.items()}
+    model, tokenizer, info = load_base(base, dtype, device)
+    encoder = model.get_output_embeddings() is None
+    sources = [open_specialist(path, label) for label, path in folders.items()]
+    _check_meaning(base, folders, sources, encoder)
+    heads = _heads(model, sources) if encoder else {}
+    limit = _longest(model, 0 if encoder else tokens)
+    inputs = {x: encode(prompts[x], x, tokenizer, encoder, limit) for x in models}
+    return Panel(
+        model,
+        tokenizer,
+        info["digest"],
+        tuple(models),
+        _rows(model, model_folder(base), info["digest"], sources, encoder),
+        contents={label: specialist_key(path) for label, path in folders.items()},
+        inputs=inputs,
+        heads=heads,
+        tokens=tokens,
+        batch_size=16 if device == "cpu" else 64,
+    )
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless torch has this device here."""
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"device must be cpu, cuda, cuda:1 or mps, not {device!r}")
+    kind, _, number = device.partition(":")
+    missing = kind == "cuda" and int(number or 0) >= torch.cuda.device_count()
+    missing |= kind == "mps" and not torch.backends.mps.is_available()
+    if missing:
+        raise ValueError(f"torch finds no device {device} on this machine: use cpu")
+
+
+def _check_meaning(
+    base: str,
+    folders: Mapping[str, Path],
+    sources: Sequence[Source],
+    encoder: bool,
+) -> None:
+    """Raise ValueError where a merge would mean nothing: another vocabulary, unrelated weights."""
+    folder = model_folder(base)
+    models = [(source.label, folders[source.label], source) for source in sources]
+    heads = "base" if encoder else "merge"
+    for reason in objections(open_base(folder), folder, models, heads):
+        raise ValueError(reason)
+
+
+def _longest(model: torch.nn.Module, answer: int) -> int:
+    """Tokens of a prompt that leave the model room for an answer."""
+    places = getattr(model.config, "max_position_embeddings", None)
+    return places - answer if places else LONGEST
+
+
+def _rows(
+    model: torch.nn.Module,
+    folder: Path,
+    digest: str,
+    sources: Sequence[Source],
+    encoder: bool,
+) -> list[Row]:
+    """Task vectors, tensor by tensor; of encoders without their heads."""
+    base = open_base(folder)
+    if encoder:
+        base = open_base(dict(model.named_parameters()))
+        base, *sources = (_body(source, model) for source in (base, *sources))
+    base = base._replace(base_digest=digest)
+    rows = views(base, sources, model.device.type)
+    if not rows:
+        raise ValueError("no model differs from the base: there is nothing to merge")
+    return rows
+
+
+# --- an encoder's heads --------------------------------------------------------------------------
+
+
+def _heads(model: torch.nn.Module, sources: Sequence[Source]) -> dict[str, dict[str, Tensor]]:
+    """Each model's tensors outside the encoder, by label."""
+    prefix = f"{model.base_model_prefix}."
+    heads = {}
+    for source in sources:
+        tensors = source.tensors.items()
+        heads[source.label] = {name: t for name, t in tensors if not name.startswith(prefix)}
+    return heads
+
+
+def _body(source: Source, model: torch.nn.Module) -> Source:
+    prefix = f"{model.base_model_prefix}."
+    tensors = source.tensors.items()
+    return source._replace(tensors={name: t for name, t in tensors if name.startswith(prefix)})

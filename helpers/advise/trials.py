@@ -1,0 +1,136 @@
+"""What does a merge keep? Trial merges in memory, read on prompts that need no labels.
+
+Each model answers its own prompts: its answers are the reference. A trial merge is made a tensor at
+a time, reads the same prompts, and is scored for each of its models by
+    kept  1 where greedy decoding of the merge gives the model's own answer, else 0
+    rise  NLL per token of that answer under the merge less under the model, nats
+Every trial is remembered in the store: a killed search goes on, a second call is instant.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from helpers import store
+from helpers.advise import answers
+from helpers.advise.merges import Merge, alone
+from helpers.advise.panel import Panel
+from helpers.merge import merge_tensors, plan, summary
+
+VERSION = 2  # raised by hand whenever a trial records something else
+EVERY: Mapping[str, slice] = {}
+
+
+@contextmanager
+def applied(panel: Panel, merge: Merge) -> Iterator[list[float]]:
+    """The live base as the merge; yields each model's dose, <change, tau> / ||tau||^2.
+
+    One tensor's change is held at a time beside base and merge; both are rounded as the base is.
+    Afterwards the base is back bit for bit.
+    """
+    chosen = plan(merge.rule, merge.models, merge.weights, scale=merge.scale)
+    parameters = dict(panel.model.named_parameters())
+    original, records = {}, []
+    try:
+        for row, change, record in merge_tensors(panel.of(merge.models), chosen):
+            parameter = parameters[row.name]
+            original[row.name] = parameter.data
+            merged = parameter.data.float() + change
+            parameter.data = merged.to(parameter.dtype)
+            records.append(record)
+        yield [dose or 0.0 for dose in summary(chosen, records).own]
+    finally:
+        for name, data in original.items():
+            parameters[name].data = data
+
+
+def references(panel: Panel, label: str) -> pd.DataFrame:
+    """A model's own answers to its prompts: columns answer (token ids, or [label]) and nll."""
+
+    def compute(folder: Path) -> None:
+        prompts = panel.inputs[label]
+        with applied(panel, alone(label, 1.0)):
+            own = answers.answer(panel, label, prompts)
+            scored = answers.score(panel, label, prompts, own)
+        rows = {"answer": own, "nll": scored["nll"].tolist()}
+        (folder / "answers.json").write_text(json.dumps(rows), encoding="utf-8")
+
+    folder = store.cached("answers", VERSION, _determinants(panel, label), compute)
+    rows = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    return pd.DataFrame(rows)
+
+
+def trial(
+    panel: Panel,
+    merge: Merge,
+    parts: Mapping[str, slice] = EVERY,
+) -> pd.DataFrame:
+    """The merge on each of its models' prompts.
+
+    Columns model, prompt (its number), kept, rise, dose (how far the merge goes along the model's
+    own task vector), cpu_seconds (the model's share of the merge, and its reading). parts: which
+    prompts of each model; all of a model that is not named.
+    """
+    read = {}
+    for model in merge.models:
+        prompts = range(len(panel.inputs[model]))
+        read[model] = list(prompts[parts.get(model, slice(None))])
+
+    def compute(folder: Path) -> None:
+        own = {model: references(panel, model) for model in merge.models}
+        started = time.process_time()
+        frames = []
+        with applied(panel, merge) as doses:
+            merging = (time.process_time() - started) / len(doses)
+            for place, model in enumerate(merge.models):
+                frame = _held(panel, model, own[model].iloc[read[model]])
+                frame["cpu_seconds"] += merging
+                frames.append(frame.assign(place=place, dose=doses[place]))
+        pd.concat(frames).to_csv(folder / "trial.csv", index=False)
+
+    what = merge._asdict()
+    what["models"] = [_determinants(panel, model) for model in merge.models]
+    what["read"] = list(read.values())
+    folder = store.cached("trial", VERSION, what, compute)
+    table = pd.read_csv(folder / "trial.csv")
+    table["model"] = [merge.models[place] for place in table["place"]]
+    return table[["model", "prompt", "kept", "rise", "dose", "cpu_seconds"]]
+
+
+def try_pairs(panel: Panel, rules: Sequence[str]) -> pd.DataFrame:
+    """Trials of every pair of the panel: a row for each rule, pair (tasks), task and prompt."""
+    frames = []
+    for rule in rules:
+        for pair in tqdm(list(combinations(panel.labels, 2)), desc=rule, disable=None):
+            table = trial(panel, Merge(pair, rule))
+            frames.append(table.assign(rule=rule, tasks=[pair] * len(table)))
+    table = pd.concat(frames, ignore_index=True).rename(columns={"model": "task"})
+    return table[["rule", "tasks", "task", "prompt", "kept", "rise", "cpu_seconds"]]
+
+
+def _held(panel: Panel, label: str, own: pd.DataFrame) -> pd.DataFrame:
+    """The live model held to a model's own answers: prompt, kept, rise, cpu_seconds."""
+    started = time.process_time()
+    prompts = [panel.inputs[label][i] for i in own.index]
+    scored = answers.score(panel, label, prompts, own["answer"].tolist())
+    frame = pd.DataFrame({"prompt": own.index, "kept": scored["kept"]})
+    frame["rise"] = scored["nll"] - own["nll"].to_numpy()
+    frame["cpu_seconds"] = time.process_time() - started
+    return frame
+
+
+def _determinants(panel: Panel, label: str) -> dict:
+    """What a model's answers depend on."""
+    return {
+        "base": panel.base,
+        "model": panel.contents[label],
+        "prompts": store.digest(panel.inputs[label]),
+        "tokens": panel.tokens,
+        "dtype": str(panel.model.dtype),
+    }
