@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
@@ -24,6 +25,7 @@ from helpers.advise.panel import Panel
 from helpers.merge import merge_tensors, plan, summary
 
 VERSION = 2  # raised by hand whenever a trial records something else
+TRIED = ["prompt", "kept", "rise", "confidence", "cpu_seconds"]
 EVERY: Mapping[str, slice] = {}
 
 
@@ -51,7 +53,11 @@ def applied(panel: Panel, merge: Merge) -> Iterator[list[float]]:
 
 
 def references(panel: Panel, label: str) -> pd.DataFrame:
-    """A model's own answers to its prompts: columns answer (token ids, or [label]) and nll."""
+    """A model's own answers to its prompts.
+
+    Columns answer (token ids, or [label]), nll (nats a token), confidence (the model's probability
+    of the whole answer).
+    """
 
     def compute(folder: Path) -> None:
         prompts = panel.inputs[label]
@@ -63,7 +69,9 @@ def references(panel: Panel, label: str) -> pd.DataFrame:
 
     folder = store.cached("answers", VERSION, _determinants(panel, label), compute)
     rows = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
-    return pd.DataFrame(rows)
+    own = pd.DataFrame(rows)
+    own["confidence"] = np.exp(-own["nll"] * own["answer"].map(len))
+    return own
 
 
 def trial(
@@ -73,9 +81,9 @@ def trial(
 ) -> pd.DataFrame:
     """The merge on each of its models' prompts.
 
-    Columns model, prompt (its number), kept, rise, dose (how far the merge goes along the model's
-    own task vector), cpu_seconds (the model's share of the merge, and its reading). parts: which
-    prompts of each model; all of a model that is not named.
+    Columns model, prompt (its number), kept, rise, confidence (`references`), dose (how far the
+    merge goes along the model's own task vector), cpu_seconds (the model's share of the merge, and
+    its reading). parts: which prompts of each model; all of a model that is not named.
     """
     read = {}
     for model in merge.models:
@@ -100,7 +108,7 @@ def trial(
     folder = store.cached("trial", VERSION, what, compute)
     table = pd.read_csv(folder / "trial.csv")
     table["model"] = [merge.models[place] for place in table["place"]]
-    return table[["model", "prompt", "kept", "rise", "dose", "cpu_seconds"]]
+    return table[["model", *TRIED, "dose"]]
 
 
 def try_pairs(panel: Panel, rules: Sequence[str]) -> pd.DataFrame:
@@ -111,16 +119,17 @@ def try_pairs(panel: Panel, rules: Sequence[str]) -> pd.DataFrame:
             table = trial(panel, Merge(pair, rule))
             frames.append(table.assign(rule=rule, tasks=[pair] * len(table)))
     table = pd.concat(frames, ignore_index=True).rename(columns={"model": "task"})
-    return table[["rule", "tasks", "task", "prompt", "kept", "rise", "cpu_seconds"]]
+    return table[["rule", "tasks", "task", *TRIED]]
 
 
 def _held(panel: Panel, label: str, own: pd.DataFrame) -> pd.DataFrame:
-    """The live model held to a model's own answers: prompt, kept, rise, cpu_seconds."""
+    """The live model held to a model's own answers: columns TRIED."""
     started = time.process_time()
     prompts = [panel.inputs[label][i] for i in own.index]
     scored = answers.score(panel, label, prompts, own["answer"].tolist())
     frame = pd.DataFrame({"prompt": own.index, "kept": scored["kept"]})
     frame["rise"] = scored["nll"] - own["nll"].to_numpy()
+    frame["confidence"] = own["confidence"].to_numpy()
     frame["cpu_seconds"] = time.process_time() - started
     return frame
 

@@ -36,14 +36,23 @@ def measured(study: Study, rules: list[str]) -> pd.DataFrame:
 
 
 def on_prompts(trials: pd.DataFrame, count: int) -> pd.DataFrame:
-    """One row per cell from its first `count` prompts: kept (count), prompts, retention, rise.
+    """One row per cell from its first `count` prompts.
 
-    trials: a row per cell and prompt, as trials.csv.gz has them.
+    Columns kept (count), prompts, retention (their ratio), rise (mean), foretold (share that will
+    score: each prompt counts by the model's confidence in its own answer, for what it gives without
+    confidence is often wrong, and easily lost at no cost), effective (so many prompts of equal
+    weight are as good). trials: a row per cell and prompt, as trials.csv.gz has them.
     """
     first = trials[trials["prompt"] < count]
+    weight = first["confidence"]
+    first = first.assign(weight=weight, square=weight**2, right=weight * first["kept"])
     groups = first.groupby(CELL, sort=False)
-    table = groups.agg(kept=("kept", "sum"), prompts=("kept", "size"), rise=("rise", "mean"))
+    sums = groups[["kept", "weight", "square", "right"]].sum()
+    table = pd.DataFrame({"kept": sums["kept"], "prompts": groups.size()})
     table["retention"] = table["kept"] / table["prompts"]
+    table["rise"] = groups["rise"].mean()
+    table["foretold"] = sums["right"] / sums["weight"]
+    table["effective"] = sums["weight"] ** 2 / sums["square"]
     return table.reset_index()
 
 
@@ -55,19 +64,19 @@ def forecasts(
 ) -> pd.DataFrame:
     """Cells with what trials of `count` prompts foretell and what labels say (`measured`).
 
-    Adds truth (measured retention: 1 + loss, at most 1), the interval low to high of the forecast,
-    covered, and whether a collapse is foretold and measured. The interval is the beta-binomial
-    prediction of `tests` further examples after kept of prompts (Jeffreys' prior): it knows the
-    noise of both samples.
+    Adds truth (1 + loss, from 0 to 1), the interval low to high of the forecast, covered, and
+    whether a collapse is foretold and measured. The interval is the beta-binomial prediction of
+    `tests` further examples after the effective prompts (Jeffreys' prior): it knows the noise of
+    both samples.
     """
     table = on_prompts(trials, count).merge(losses, on=CELL, validate="one_to_one")
     table["truth"] = (1 + table["loss"] / 100).clip(0, 1)
-    missed = table["prompts"] - table["kept"]
-    future = betabinom(table["tests"], table["kept"] + 0.5, missed + 0.5)
+    kept = table["effective"] * table["foretold"]
+    future = betabinom(table["tests"], kept + 0.5, table["effective"] - kept + 0.5)
     table["low"] = future.ppf(0.5 - level / 2) / table["tests"]
     table["high"] = future.ppf(0.5 + level / 2) / table["tests"]
     table["covered"] = table["truth"].between(table["low"] - 1e-9, table["high"] + 1e-9)
-    table["collapse_foretold"] = table["retention"] < EDGE
+    table["collapse_foretold"] = table["foretold"] < EDGE
     table["collapse"] = table["truth"] < EDGE
     return table
 
@@ -75,18 +84,21 @@ def forecasts(
 def calibration(cells: pd.DataFrame) -> dict[str, float]:
     """How well `forecasts` did: r, error (points), bias (points), coverage, missed, alarms.
 
-    r_nll: correlation of the rise of NLL with the NLL loss. missed: share of collapses that were
-    not foretold; alarms: share of the other cells where one was. merges, safe, false_safe: how many
-    were tried, called safe against collapse, and collapsed all the same.
+    plain_error: of retention itself. r_nll: correlation of the rise of NLL with the NLL loss.
+    missed: share of collapses that were not foretold; alarms: share of the other cells where one
+    was. merges, safe, false_safe: how many were tried, called safe against collapse, and collapsed
+    all the same.
     """
-    miss = 100 * (cells["retention"] - cells["truth"])
+    miss = 100 * (cells["foretold"] - cells["truth"])
+    plain_miss = 100 * (cells["retention"] - cells["truth"])
     collapse, foretold = cells["collapse"], cells["collapse_foretold"]
     merges = assurance(cells)
     return {
         "cells": len(cells),
-        "r": cells["retention"].corr(cells["truth"]),
+        "r": cells["foretold"].corr(cells["truth"]),
         "r_nll": cells["rise"].corr(cells["nll_loss"]),
         "error": miss.abs().mean(),
+        "plain_error": plain_miss.abs().mean(),
         "bias": miss.mean(),
         "coverage": cells["covered"].mean(),
         "collapses": int(collapse.sum()),

@@ -63,6 +63,7 @@ def cells(n, prompts, tests, shift=0.0, seed=1):
     trials["prompt"] = np.tile(np.arange(prompts), n)
     trials["kept"] = 1.0 * (rng.random(n * prompts) < told[index])
     trials["rise"] = 1 - trials["kept"]
+    trials["confidence"] = 0.8
     losses = trials[validate.CELL].drop_duplicates().reset_index(drop=True)
     losses["loss"] = 100 * (rng.binomial(tests, truth) / tests - 1)
     losses["nll_loss"], losses["tests"] = losses["loss"], tests
@@ -82,6 +83,19 @@ def test_fewer_prompts_are_the_first_ones_and_err_more():
     few, many = (validate.calibration(validate.forecasts(trials, losses, n)) for n in (8, 32))
     assert few["error"] > many["error"] and few["r"] < many["r"]
     assert (validate.on_prompts(trials, 8)["prompts"] == 8).all()
+
+
+def test_what_a_model_answers_without_confidence_counts_little():
+    """A model that is wrong where it is unsure, and a merge that changes only these answers."""
+    sure = np.arange(32) < 24
+    trials = pd.DataFrame({"rule": "linear", "tasks": [("a", "b")] * 32, "task": "a"})
+    trials["prompt"], trials["rise"] = range(32), 0.0
+    trials["kept"], trials["confidence"] = 1.0 * sure, np.where(sure, 0.95, 0.1)
+    cell = validate.on_prompts(trials, 32).iloc[0]
+    assert cell["retention"] == 0.75 and cell["foretold"] > 0.95
+    assert 24 < cell["effective"] < 32
+    equal = validate.on_prompts(trials.assign(confidence=0.5), 32).iloc[0]
+    assert equal["foretold"] == equal["retention"] and equal["effective"] == 32
 
 
 def test_a_merge_is_safe_only_if_all_its_models_are():
