@@ -5,6 +5,7 @@ a few times the largest tensor, whatever the size of the model and the number of
 folder is written under another name and renamed when it is complete.
 """
 
+import errno
 import glob
 import json
 import os
@@ -211,8 +212,11 @@ def _complete_or_absent(out: Path) -> Iterator[Path]:
         yield part
         (part / OWNER).unlink()
         _rename(part, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part)
+        if "No space left" in str(error):  # safetensors has an exception of its own for it
+            sentence = f"{out.parent} is full: free space there or name another --out"
+            raise OSError(errno.ENOSPC, sentence) from error
         raise
 
 

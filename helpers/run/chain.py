@@ -194,7 +194,9 @@ def _say_plan(profile: str, plan: list[Step]) -> None:
     measured = costs()[profile]
     minutes = {name: m for name, m in measured["minutes"].items() if name in names}
     each = ", ".join(f"{name.partition('_')[0]} {m:.1f}" for name, m in minutes.items())
-    print(f"Expected: {sum(minutes.values()):.0f} minutes ({each}), on {measured['machine']}")
+    most = max([measured["peak_gb"][name] for name in minutes], default=0.0)
+    where = f"at most {most:.1f} GB of memory, on {measured['machine']}"
+    print(f"Expected: {sum(minutes.values()):.0f} minutes ({each}) and {where}")
 
 
 def _say_forecast(profile: str, plan: list[Step]) -> None:
@@ -209,13 +211,14 @@ def _say_forecast(profile: str, plan: list[Step]) -> None:
     if not any("TASKS" in step.parameters for step in plan) or not demo.is_dir():
         return
     from helpers.study import costs as study_costs
-    from helpers.study import design
+    from helpers.study import design, memory
 
     units = study_costs.unit_costs(demo, all_profiles()["demo"])
     if units is not None:
         sizes = {part: asked[f"{part.upper()}_EXAMPLES"] for part in ("dev", "probe", "test")}
         cost = design.whole(asked).cost(units, sizes)
         print(f"Expected: {study_costs.sentence(cost)}")
+        print(memory.sentence(memory.peak_gb(demo), asked["WORKERS"]))
 
 
 # --- running ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from helpers import merge, store
-from helpers.study import identity, models, specialists
+from helpers.study import identity, memory, models, specialists
 from helpers.study.tasks import SPLITS, Task, load_tasks
 
 # The settings of an adapter that its task vector depends on.
@@ -112,11 +112,14 @@ def load_base(
 ) -> tuple[Any, Any, dict]:
     """(model, tokenizer, name and digest) of a base: a decoder, or an encoder below some head.
 
-    Raises ValueError (AssetError) for a model that cannot be had, and for an encoder-decoder.
+    Raises ValueError (AssetError) for a model that cannot be had or does not fit into what is
+    free, and for an encoder-decoder.
     """
-    config = AutoConfig.from_pretrained(models.model_folder(name), trust_remote_code=False)
+    folder = models.model_folder(name)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: name a decoder or an encoder")
+    memory.check_base(name, folder, dtype, device)
     writes = any(kind.endswith("ForCausalLM") for kind in config.architectures or [])
     auto_class = AutoModelForCausalLM if writes else AutoModelForSequenceClassification
     verbosity = logging.get_verbosity()

@@ -1,0 +1,59 @@
+"""Does it fit? Gigabytes that a process takes and that are free, asked before long work."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import psutil
+from safetensors import safe_open
+
+GB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def free_gb(device: str = "cpu") -> float:
+    """What is free on this machine, or on its CUDA device."""
+    if device == "cpu":
+        return psutil.virtual_memory().available / GB
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] / GB
+
+
+def parameters(folder: Path) -> int:
+    """How many numbers the safetensors files of a folder hold; only their headers are read."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+            total += sum(map(math.prod, shapes))
+    return total
+
+
+def check_base(
+    name: str,
+    folder: Path,
+    dtype: str,
+    device: str,
+) -> None:
+    """Raise ValueError unless a base and one merge of it, kept in fp32, fit into what is free."""
+    needed = parameters(folder) * (BYTES.get(dtype, 4) + 4) / GB
+    free = free_gb(device)
+    if needed > free:
+        raise ValueError(
+            f"{name} in {dtype} and one merge of it take {needed:.1f} GB, and {free:.1f} GB are "
+            f"free ({device}): name a smaller model, another DTYPE or DEVICE, or fewer WORKERS"
+        )
+
+
+def peak_gb(study: Path) -> float:
+    """The most that a process held while it trained a committed study's specialists."""
+    return pd.read_csv(study / "specialists.csv")["peak_memory_mb"].max() / 2**10
+
+
+def sentence(each: float, workers: int) -> str:
+    """How many processes of `each` GB fit here, and what to do where `workers` do not."""
+    free = free_gb()
+    fit = max(int(free / each), 1)
+    text = f"A process holds up to {each:.1f} GB; {free:.0f} GB are free, so {fit} fit here"
+    return f"{text}: lower WORKERS from {workers}" if workers > fit else text
