@@ -47,9 +47,7 @@ def _constant(values: NDArray) -> bool:
     return bool(np.ptp(values) <= 1e-12)
 
 
-def of_tasks(
-    x: ArrayLike, y: ArrayLike, role: str
-) -> tuple[NDArray, NDArray]:
+def of_tasks(x: ArrayLike, y: ArrayLike, role: str) -> tuple[NDArray, NDArray]:
     """Task effects of x and those of y as "victim" or "partner", (n,) each.
 
     In a sparse design a little of a pair-specific correlation gets in, where x lacks the same pairs
@@ -60,9 +58,7 @@ def of_tasks(
     return own, getattr(decompose(y), role)
 
 
-def of_pairs(
-    x: ArrayLike, y: ArrayLike
-) -> tuple[NDArray, NDArray, Places]:
+def of_pairs(x: ArrayLike, y: ArrayLike) -> tuple[NDArray, NDArray, Places]:
     """What the pairs that both have are left with, without task effects; and these pairs.
 
     A symmetric x can follow no more of y than the mean of both directions.
@@ -82,10 +78,7 @@ def of_pairs(
 
 
 def correlation(
-    x: ArrayLike,
-    y: ArrayLike,
-    estimand: str,
-    units: Sequence,
+    x: ArrayLike, y: ArrayLike, estimand: str, units: Sequence
 ) -> Interval:
     """r with its interval on Fisher's z, t(g - 1) for g units.
 
@@ -95,14 +88,10 @@ def correlation(
     if estimand == "pair":
         return _pair_interval(x, y, units)
     a, b = of_tasks(x, y, estimand)
-    return jackknife(
-        lambda kept: pearson(a[kept], b[kept]), units, fisher=True
-    )
+    return jackknife(lambda kept: pearson(a[kept], b[kept]), units, fisher=True)
 
 
-def _pair_interval(
-    x: ArrayLike, y: ArrayLike, units: Sequence
-) -> Interval:
+def _pair_interval(x: ArrayLike, y: ArrayLike, units: Sequence) -> Interval:
     a, b, pairs = of_pairs(x, y)
     r = pearson(a, b)
     g = len(set(units))
@@ -118,9 +107,7 @@ def _pair_interval(
     )
 
 
-def _clustered(
-    score: NDArray, pairs: Places, units: Sequence
-) -> float:
+def _clustered(score: NDArray, pairs: Places, units: Sequence) -> float:
     """Variance of a sum of scores of pairs that share units.
 
     Squared sums over each unit, less those over what two units share, which both have counted
@@ -153,24 +140,13 @@ def equivalence(found: Interval, margin: float = MARGIN) -> float:
 # --- permutation tests ----------------------------------------------------------------------------
 
 
-def orders(
-    n: int,
-    permutations: int,
-    seed: int = 0,
-    blocks: Sequence | None = None,
-) -> NDArray:
-    """Orders of n tasks, (permutations + 1, n), first the one in place.
+@lru_cache(maxsize=4)  # a study tests many metrics under the same orders
+def orders(blocks: tuple, permutations: int, seed: int = 0) -> NDArray:
+    """Orders of the tasks, (permutations + 1, n), first the one in place.
 
-    With `blocks`, families of one size change places, and so do the tasks within each.
+    `blocks`: the family of each task. Families of one size change places, and so do the tasks
+    within each.
     """
-    labels = (0,) * n if blocks is None else tuple(blocks)
-    return _orders(labels, permutations, seed)
-
-
-@lru_cache(
-    maxsize=4
-)  # a study tests many metrics under the same orders
-def _orders(blocks: tuple, permutations: int, seed: int) -> NDArray:
     rng = np.random.default_rng(seed)
     labels = np.array(blocks)
     n = len(labels)
@@ -200,45 +176,32 @@ def p_value(
     Where x lacks pairs outside those of y, tasks' labels cannot be exchanged: then what x has left
     of the pairs is exchanged between them, whatever their families.
     """
+    labels = np.zeros(len(x)) if blocks is None else np.asarray(blocks)
     if estimand == "pair":
-        moved, outcome = _moved_pairs(
-            x, y, permutations, seed, blocks
-        )
+        moved, outcome = _moved_pairs(x, y, labels, permutations, seed)
     else:
-        moved, outcome = _moved_tasks(
-            *of_tasks(x, y, estimand), permutations, seed, blocks
-        )
+        effects = of_tasks(x, y, estimand)
+        moved, outcome = _moved_tasks(*effects, labels, permutations, seed)
     if np.isnan(pearson(moved[0], outcome)):
         return np.nan
     products = moved * outcome
     size = np.sqrt((products**2).sum(axis=1))
-    statistic = np.abs(products.sum(axis=1)) / np.where(
-        size > 0, size, np.inf
-    )
+    statistic = np.abs(products.sum(axis=1)) / np.where(size > 0, size, np.inf)
     return float(np.mean(statistic >= statistic[0] * (1 - 1e-9)))
 
 
 def _moved_tasks(
-    a: NDArray,
-    b: NDArray,
-    permutations: int,
-    seed: int,
-    blocks: Sequence | None,
+    a: NDArray, b: NDArray, blocks: NDArray, permutations: int, seed: int
 ) -> tuple[NDArray, NDArray]:
     """Centred task effects of x under every order, (orders, tasks), and those of y."""
     defined = ~np.isnan(a + b)
     a, b = a[defined], b[defined]
-    families = None if blocks is None else np.asarray(blocks)[defined]
-    order = orders(len(a), permutations, seed, families)
+    order = orders(tuple(blocks[defined]), permutations, seed)
     return (a - a.mean())[order], b - b.mean()
 
 
 def _moved_pairs(
-    x: ArrayLike,
-    y: ArrayLike,
-    permutations: int,
-    seed: int,
-    blocks: Sequence | None,
+    x: ArrayLike, y: ArrayLike, blocks: NDArray, permutations: int, seed: int
 ) -> tuple[NDArray, NDArray]:
     """What x has left of the pairs under every order, (orders, pairs), and what y has left."""
     left, outcome, pairs = of_pairs(x, y)
@@ -247,13 +210,10 @@ def _moved_pairs(
     among = part(symmetric(x), used)
     gaps = np.isnan(among).sum() > len(used)
     if gaps or np.isnan(outcome).any():
-        order = orders(len(left), permutations, seed)
-        moved = left[order]
+        one_family = (0,) * len(left)
+        moved = left[orders(one_family, permutations, seed)]
     else:
-        families = (
-            None if blocks is None else np.asarray(blocks)[used]
-        )
-        order = orders(len(used), permutations, seed, families)
+        order = orders(tuple(blocks[used]), permutations, seed)
         moved = among[order[:, first], order[:, second]]
     columns = design((first, second), len(used))
     fitted = moved @ np.linalg.pinv(columns).T

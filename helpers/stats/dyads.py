@@ -113,9 +113,7 @@ def _fit(values: NDArray, pairs: Places, n: int, sign: int) -> _Fit:
     used = columns.any(axis=0)
     tasks = np.full(n, np.nan)
     if used.sum() < 3:
-        return _Fit(
-            tasks, np.full(len(values), np.nan), np.nan, np.nan
-        )
+        return _Fit(tasks, np.full(len(values), np.nan), np.nan, np.nan)
     columns = columns[:, used]
     sizes, axes = np.linalg.eigh(columns.T @ columns)
     kept = sizes > 1e-9 * sizes[-1]
@@ -207,9 +205,7 @@ def components(matrix: ArrayLike) -> Components:
 
 def as_shares(variances: dict[str, float]) -> dict[str, float]:
     """Each variance as a share of their sum; those below 0 count as 0."""
-    above = {
-        name: np.fmax(value, 0.0) for name, value in variances.items()
-    }
+    above = {name: np.fmax(value, 0.0) for name, value in variances.items()}
     undefined = np.isnan(list(variances.values())).any()
     total = np.nan if undefined else sum(above.values()) or np.nan
     return {name: value / total for name, value in above.items()}

@@ -17,7 +17,7 @@ from statsmodels.stats.multitest import multipletests
 from helpers.stats.dyads import as_shares, as_square, components, part
 
 Statistic = Callable[
-    [NDArray], ArrayLike
+    [NDArray], float
 ]  # of the places of the tasks that are kept
 
 
@@ -41,32 +41,25 @@ def leave_out(units: Sequence) -> dict[object, NDArray]:
     return {name: np.flatnonzero(labels != name) for name in names}
 
 
-def covariance(
-    statistic: Statistic, units: Sequence
-) -> tuple[NDArray, NDArray]:
-    """A statistic of all tasks, (k,), and its jackknife covariance, (k, k).
+def variance(statistic: Statistic, units: Sequence) -> tuple[float, float]:
+    """A statistic of all tasks and its jackknife variance.
 
     Units of unequal size are weighted as by Busing, Meijer & van der Leeden (1999).
     """
     n = len(units)
     kept = leave_out(units).values()
-    whole = np.atleast_1d(statistic(np.arange(n)))
-    without = np.stack(
-        [np.atleast_1d(statistic(places)) for places in kept]
-    )
+    whole = statistic(np.arange(n))
+    without = np.array([statistic(places) for places in kept])
     left_out = np.array([n - len(places) for places in kept])
-    size = n / left_out[:, None]
+    size = n / left_out
     pseudo = size * whole - (size - 1) * without
-    centre = (pseudo / size).sum(axis=0)
+    centre = (pseudo / size).sum()
     deviation = (pseudo - centre) / np.sqrt(size - 1)
-    return whole, deviation.T @ deviation / len(kept)
+    return whole, (deviation**2).mean()
 
 
 def interval(
-    value: float,
-    error: float,
-    n: int,
-    fisher: bool = False,
+    value: float, error: float, n: int, fisher: bool = False
 ) -> Interval:
     """value ± t(n - 1) standard errors; fisher: both are on Fisher's z of a correlation."""
     back = np.tanh if fisher else np.positive
@@ -79,9 +72,7 @@ def interval(
 
 
 def jackknife(
-    statistic: Statistic,
-    units: Sequence,
-    fisher: bool = False,
+    statistic: Statistic, units: Sequence, fisher: bool = False
 ) -> Interval:
     """Delete-one interval of a number; fisher: of a correlation.
 
@@ -93,10 +84,8 @@ def jackknife(
         return Interval(float(value), np.nan, np.nan, g)
     turn = np.arctanh if fisher else np.positive
     with np.errstate(all="ignore"):
-        whole, spread = covariance(
-            lambda kept: turn(statistic(kept)), units
-        )
-        return interval(whole[0], np.sqrt(spread[0, 0]), g, fisher)
+        whole, spread = variance(lambda kept: turn(statistic(kept)), units)
+        return interval(whole, np.sqrt(spread), g, fisher)
 
 
 def mean(matrix: ArrayLike, units: Sequence) -> Interval:
@@ -150,9 +139,7 @@ def holm(p: ArrayLike) -> NDArray:
 
 def stacked(matrices: Mapping[str, ArrayLike]) -> NDArray:
     """(rules, n, n), NaN in all rules where it is in one."""
-    stack = np.stack(
-        [as_square(matrix) for matrix in matrices.values()]
-    )
+    stack = np.stack([as_square(matrix) for matrix in matrices.values()])
     missing = np.isnan(stack).any(axis=0)
     return np.where(missing, np.nan, stack)
 
@@ -166,9 +153,7 @@ def contrasts(
     """
     stack = stacked(matrices)
     rows = []
-    for (i, first), (j, second) in combinations(
-        enumerate(matrices), 2
-    ):
+    for (i, first), (j, second) in combinations(enumerate(matrices), 2):
         found = mean(stack[i] - stack[j], units)
         names = {"first": first, "second": second}
         rows.append(names | found._asdict())

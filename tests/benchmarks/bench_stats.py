@@ -1,17 +1,21 @@
 """Level, power and coverage of every test and interval of notebook 05, by simulation.
 
 Run by hand (`python tests/benchmarks/bench_stats.py`, about an hour on one core). Writes
-data/results/bench_stats.csv, which notebook 05 shows. Studies as in `helpers.stats.power`:
+data/results/bench_stats.csv, which notebook 05 shows. Studies as in tests/simulated.py:
 relatives whose task effects go together and whose pairs spread three times as far, sparse designs.
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from helpers.stats import power
 from helpers.store import ROOT
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import simulated  # noqa: E402
 
 DESIGNS = ((14, None, 300), (48, 8, 150), (96, 8, 80))  # tasks, partners (None: all), studies
 TRUTHS = (0.0, 0.3, 0.5)
@@ -20,15 +24,15 @@ TRUTHS = (0.0, 0.3, 0.5)
 def design(tasks: int, partners: int | None, draws: int, seed: int = 0) -> pd.DataFrame:
     """All rates of one design."""
     rng = np.random.default_rng(seed)
-    blocks = power.families(tasks)
+    blocks = simulated.families(tasks)
 
     def study() -> list[dict]:
-        rows = power.of_means(blocks, rng, partners)
+        rows = simulated.of_means(blocks, rng, partners)
         for r in TRUTHS:
-            rows += power.of_correlations(blocks, rng, partners, r, 199)
+            rows += simulated.of_correlations(blocks, rng, partners, r, 199)
         return rows
 
-    table = power.rates(study, draws)
+    table = simulated.rates(study, draws)
     return table.assign(tasks=tasks, partners=partners or tasks - 1, studies=draws)
 
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import simulated
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.stats import dyads, power
+from helpers.stats import dyads
 
 
 def round_robin(matrix):
@@ -28,7 +29,7 @@ def round_robin(matrix):
 
 
 def test_a_full_table_has_the_components_of_the_round_robin():
-    _, y = power.simulate(power.families(9), np.random.default_rng(0))
+    _, y = simulated.simulate(simulated.families(9), np.random.default_rng(0))
     found = dyads.components(y)
     victim, partner, relation, covariance, reciprocity = round_robin(y)
     assert found.victim == pytest.approx(victim)
@@ -39,14 +40,15 @@ def test_a_full_table_has_the_components_of_the_round_robin():
 
 
 def test_components_are_unbiased_where_most_pairs_are_missing(monkeypatch):
-    monkeypatch.setattr(power, "RELATIVES", 1.0)
-    monkeypatch.setattr(power, "KINSHIP", 0.0)
+    monkeypatch.setattr(simulated, "RELATIVES", 1.0)
+    monkeypatch.setattr(simulated, "KINSHIP", 0.0)
     rng = np.random.default_rng(0)
-    blocks = power.families(40)
-    studies = [power.simulate(blocks, rng, partners=6)[1] for _ in range(150)]
+    blocks = simulated.families(40)
+    studies = [simulated.simulate(blocks, rng, partners=6)[1] for _ in range(150)]
     found = np.array([dyads.components(y) for y in studies])
-    covariance = power.TOGETHER * np.sqrt(power.VICTIM * power.PARTNER)
-    true = [power.VICTIM, power.PARTNER, power.SYMMETRIC, power.ANTISYMMETRIC, covariance]
+    covariance = simulated.TOGETHER * np.sqrt(simulated.VICTIM * simulated.PARTNER)
+    variances = (simulated.VICTIM, simulated.PARTNER, simulated.SYMMETRIC, simulated.ANTISYMMETRIC)
+    true = [*variances, covariance]
     error = found.std(axis=0) / np.sqrt(len(found))
     assert (np.abs(found.mean(axis=0) - true) < 3.5 * error).all()
 
@@ -67,7 +69,7 @@ def test_effects_of_a_sparse_table_without_relations_are_found_exactly(n, seed):
 
 
 def test_relations_have_no_task_effects_left():
-    _, y = power.simulate(power.families(12), np.random.default_rng(3))
+    _, y = simulated.simulate(simulated.families(12), np.random.default_rng(3))
     again = dyads.decompose(dyads.decompose(y).relation)
     assert np.allclose([again.victim, again.partner], 0)
 
@@ -85,7 +87,7 @@ def test_shares_of_constructed_tables():
 
 
 def test_a_pair_with_one_direction_takes_no_part():
-    _, y = power.simulate(power.families(8), np.random.default_rng(1))
+    _, y = simulated.simulate(simulated.families(8), np.random.default_rng(1))
     one, both = y.copy(), y.copy()
     one[0, 3] = np.nan
     both[0, 3] = both[3, 0] = np.nan

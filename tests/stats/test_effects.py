@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import simulated
 from scipy import stats
 
-from helpers.stats import dyads, effects, power
+from helpers.stats import dyads, effects
 
 
 @pytest.fixture
@@ -31,12 +32,12 @@ def test_families_of_one_size_are_the_units_of_the_t_interval(values):
 def test_unequal_families_have_the_formula_of_busing():
     values = np.array([1.0, 2.0, 4.0, 8.0])
     blocks = ["a", "a", "b", "c"]
-    _, spread = effects.covariance(lambda kept: values[kept].mean(), blocks)
+    _, spread = effects.variance(lambda kept: values[kept].mean(), blocks)
     mean, size = 3.75, np.array([2, 4, 4])
     without = np.array([6, 11 / 3, 7 / 3])
     centre = 3 * mean - ((1 - 1 / size) * without).sum()
     pseudo = size * mean - (size - 1) * without
-    assert spread.item() == pytest.approx(np.mean((pseudo - centre) ** 2 / (size - 1)))
+    assert spread == pytest.approx(np.mean((pseudo - centre) ** 2 / (size - 1)))
 
 
 def test_a_mean_of_cells_rests_on_tasks_not_on_cells(values):
@@ -94,7 +95,7 @@ def test_shares_of_rules_in_constructed_stacks():
 
 
 def test_an_interval_of_a_share_stays_within_0_and_1():
-    _, y = power.simulate(power.families(14), np.random.default_rng(2))
+    _, y = simulated.simulate(simulated.families(14), np.random.default_rng(2))
     found = effects.share(dyads.shares, y, "victim", range(14))
     assert 0 <= found.low <= found.value <= found.high <= 1
     stack = effects.stacked({"a": y, "b": y + 1})

@@ -10,12 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from helpers.stats.correlations import (
-    ESTIMANDS,
-    correlation,
-    equivalence,
-    p_value,
-)
+from helpers.stats.correlations import ESTIMANDS, correlation, equivalence, p_value
 from helpers.stats.dyads import same_family, shares
 from helpers.stats.effects import Interval, contrasts, mean, share
 
@@ -58,50 +53,33 @@ def drawn_pairs(
     return out
 
 
-def _of_pairs(
-    n: int, rng: np.random.Generator, sign: int = 1
-) -> NDArray:
+def _of_pairs(n: int, rng: np.random.Generator, sign: int = 1) -> NDArray:
     """A standard normal value for each pair, (n, n); the other direction has `sign` times it."""
     upper = np.triu(rng.standard_normal((n, n)), 1)
     return upper + sign * upper.T
 
 
 def simulate(
-    blocks: Sequence,
-    rng: np.random.Generator,
-    partners: int | None = None,
-    **truth: float,
+    blocks: Sequence, rng: np.random.Generator, partners: int | None = None, **truth: float
 ) -> tuple[NDArray, NDArray]:
     """A metric, complete and symmetric, and a directed outcome of the pairs drawn, (n, n) each.
 
     `truth`: the true correlation by estimand (victim, partner, pair), 0 where not given.
     """
-    victim, partner, pair = (
-        truth.get(name, 0.0) for name in ESTIMANDS
-    )
+    victim, partner, pair = (truth.get(name, 0.0) for name in ESTIMANDS)
     n = len(blocks)
     labels = np.unique(blocks, return_inverse=True)[1]
     shared = rng.standard_normal((n, 3))[labels]
     own = rng.standard_normal((n, 3))
-    independent = (
-        np.sqrt(KINSHIP) * shared + np.sqrt(1 - KINSHIP) * own
-    )
+    independent = np.sqrt(KINSHIP) * shared + np.sqrt(1 - KINSHIP) * own
     together = np.array(
-        [
-            [1, victim, partner],
-            [victim, 1, TOGETHER],
-            [partner, TOGETHER, 1],
-        ]
+        [[1, victim, partner], [victim, 1, TOGETHER], [partner, TOGETHER, 1]]
     )
     metric, hurt, harm = np.linalg.cholesky(together) @ independent.T
     spread = np.where(same_family(blocks), RELATIVES, 1.0)
     left = _of_pairs(n, rng)
     clash = pair * left + np.sqrt(1 - pair**2) * _of_pairs(n, rng)
-    x = (
-        metric[:, None] / 2
-        + metric / 2
-        + np.sqrt(0.5) * spread * left
-    )
+    x = metric[:, None] / 2 + metric / 2 + np.sqrt(0.5) * spread * left
     y = np.sqrt(VICTIM) * hurt[:, None] + np.sqrt(PARTNER) * harm
     y += np.sqrt(SYMMETRIC) * spread * clash
     y += np.sqrt(ANTISYMMETRIC) * spread * _of_pairs(n, rng, -1)
@@ -139,44 +117,28 @@ def of_correlations(
             rows[-1]["equivalent"] = equivalence(found) < 0.05
             seed = int(rng.integers(2**31))
             p = p_value(x, y, estimand, permutations, seed, within)
-            rows.append(
-                row | {"way": "permutation", "rejected": p < 0.05}
-            )
+            rows.append(row | {"way": "permutation", "rejected": p < 0.05})
     return rows
 
 
-def _units(
-    blocks: Sequence,
-) -> list[tuple[str, Sequence, Sequence | None]]:
+def _units(blocks: Sequence) -> list[tuple[str, Sequence, Sequence | None]]:
     """Name of the unit, its labels, the blocks of a permutation."""
-    return [
-        ("task", range(len(blocks)), None),
-        ("family", blocks, blocks),
-    ]
+    return [("task", range(len(blocks)), None), ("family", blocks, blocks)]
 
 
 def of_means(
-    blocks: Sequence,
-    rng: np.random.Generator,
-    partners: int | None,
+    blocks: Sequence, rng: np.random.Generator, partners: int | None
 ) -> list[dict]:
     """One study of three rules that differ in each task but not on average: a row per test."""
     y = simulate(blocks, rng, partners)[1]
     missing = np.where(np.isnan(y), np.nan, 0.0)
-    rules = {
-        name: y + simulate(blocks, rng)[1] / 2 + missing
-        for name in "abc"
-    }
+    rules = {name: y + simulate(blocks, rng)[1] / 2 + missing for name in "abc"}
     rows = []
     for unit, units, _ in _units(blocks):
         row = {"unit": unit, "way": "interval", "truth": 0.0}
         differences = contrasts(rules, units)
-        first = Interval(
-            *differences.loc[0, ["value", "low", "high", "n"]]
-        )
-        rows.append(
-            row | {"test": "mean"} | _held(mean(y, units), 0.0)
-        )
+        first = Interval(*differences.loc[0, ["value", "low", "high", "n"]])
+        rows.append(row | {"test": "mean"} | _held(mean(y, units), 0.0))
         rows.append(row | {"test": "contrast"} | _held(first, 0.0))
         found = share(shares, y, "victim_partner", units)
         row = row | {"test": "victim_partner", "truth": TOGETHER}
@@ -184,20 +146,14 @@ def of_means(
     return rows
 
 
-def rates(
-    study: Callable[[], list[dict]], draws: int
-) -> pd.DataFrame:
+def rates(study: Callable[[], list[dict]], draws: int) -> pd.DataFrame:
     """Shares over simulated studies; a row per test, way, unit and truth.
 
     Columns covered (95 % interval holds the truth), rejected (level where the truth is 0, power
     elsewhere), equivalent (false alarms where |truth| is .3 or more).
     """
-    rows = pd.DataFrame(
-        [row for _ in range(draws) for row in study()]
-    )
+    rows = pd.DataFrame([row for _ in range(draws) for row in study()])
     keys = ["test", "way", "unit", "truth"]
     columns = ["covered", "rejected", "equivalent"]
     rows[columns] = rows[columns].astype(float)
-    return (
-        rows.groupby(keys, sort=False)[columns].mean().reset_index()
-    )
+    return rows.groupby(keys, sort=False)[columns].mean().reset_index()
