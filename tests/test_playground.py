@@ -9,6 +9,7 @@ import pytest
 
 from helpers import figures
 from helpers.figures import interactive
+from helpers.study.losses import directed
 
 TASKS = ["add", "negate", "reverse"]
 
@@ -47,10 +48,12 @@ def study(answers=True):
     prompts = [row | {"prompt": f"Q: {row['task']}?", "right": "4"} for row in prompts]
     doses = [(task, dose, dose * 0.8) for task in TASKS for dose in (0.0, 0.5, 1.0)]
     tables = {"answers": pd.DataFrame(texts), "prompts": pd.DataFrame(prompts)}
+    losses = pd.DataFrame(rows)
     return SimpleNamespace(
         name="toy",
+        cells=lambda: directed(losses),
         tasks=TASKS,
-        losses=pd.DataFrame(rows),
+        losses=losses,
         doses=pd.DataFrame(doses, columns=["task", "dose", "score"]),
         examples=pd.DataFrame(examples),
         has=lambda name: answers and name in tables,

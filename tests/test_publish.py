@@ -142,10 +142,6 @@ def test_the_readme_holds_the_numbers_that_it_names(project, monkeypatch):
 def test_tables_agree_to_nine_digits(tmp_path):
     for name, value in (("a", 1.0), ("b", 1.0 + 1e-12), ("c", 1.001)):
         pd.DataFrame({"x": [value], "word": ["y"]}).to_csv(tmp_path / f"{name}.csv", index=False)
-    for name, share in (("d", 0.500), ("e", 0.501), ("f", 0.51)):
-        pd.DataFrame({"x": [1.0], "share": share}).to_csv(tmp_path / f"{name}.csv", index=False)
-    assert publish.same(tmp_path / "d.csv", tmp_path / "e.csv")  # where a search ends
-    assert not publish.same(tmp_path / "d.csv", tmp_path / "f.csv")
     assert publish.same(tmp_path / "a.csv", tmp_path / "b.csv")
     assert not publish.same(tmp_path / "a.csv", tmp_path / "c.csv")
     assert not publish.same(tmp_path / "none.csv", tmp_path / "a.csv")

@@ -8,7 +8,7 @@ import html
 import json
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 import pandas as pd
@@ -23,22 +23,8 @@ TEMPLATES = jinja2.Environment(
 )
 
 
-class Study(Protocol):
-    """What is asked of a study's tables (study.tables.Study)."""
-
-    name: str
-    tasks: list[str]
-    losses: pd.DataFrame
-    doses: pd.DataFrame
-    examples: pd.DataFrame
-
-    def has(self, name: str) -> bool: ...
-
-    def table(self, name: str) -> pd.DataFrame: ...
-
-
-def contents(study: Study) -> dict[str, Any]:
-    """What the playground shows of a study, as JSON types.
+def contents(study: Any) -> dict[str, Any]:
+    """What the playground shows of a study (`study.tables.Study`), as JSON types.
 
     Pairs only. Without a table of prompts and answers, examples are told by their number alone.
     """
@@ -54,12 +40,12 @@ def contents(study: Study) -> dict[str, Any]:
         "base": _rounded(own["base"]),
         "specialist": _rounded(own["specialist"]),
         "doses": {task: _curve(study.doses, task) for task in tasks},
-        "prompts": {task: _asked(task, prompts[task], answers) for task in tasks},
+        "prompts": {task: _answered(task, prompts[task], answers) for task in tasks},
         "merges": _merges(losses, prompts, answers),
     }
 
 
-def _prompts(study: Study, tasks: list[str]) -> dict[str, pd.DataFrame]:
+def _prompts(study: Any, tasks: list[str]) -> dict[str, pd.DataFrame]:
     """Of each task, the prompts that are shown: prompt and right answer by example."""
     if study.has("prompts"):
         table = study.table("prompts")
@@ -70,28 +56,28 @@ def _prompts(study: Study, tasks: list[str]) -> dict[str, pd.DataFrame]:
     return {task: few[few["task"] == task].set_index("example") for task in tasks}
 
 
-def _answers(study: Study, prompts: dict[str, pd.DataFrame]) -> dict[tuple, list]:
+def _answers(study: Any, prompts: dict[str, pd.DataFrame]) -> dict[tuple, list]:
     """[right or not, kind of failure, text] by merge, task and example, of these prompts."""
     shown = {example for table in prompts.values() for example in table.index}
     frame = study.examples[study.examples["example"].isin(shown)]
     if study.has("answers"):
         answers = study.table("answers")
         frame = frame.merge(answers, on=KEY, how="left")
-    told = frame.reindex(columns=["correct", "kind", "answer"]).astype(object)
-    texts = told.where(told.notna(), None).to_numpy().tolist()
+    columns = frame.reindex(columns=["correct", "kind", "answer"]).astype(object)
+    rows = columns.where(columns.notna(), None).to_numpy().tolist()
     keys = frame[KEY].itertuples(index=False, name=None)
-    return dict(zip(keys, texts, strict=True))
+    return dict(zip(keys, rows, strict=True))
 
 
-def _asked(task: str, prompts: pd.DataFrame, answers: dict) -> list[dict[str, Any]]:
+def _answered(task: str, prompts: pd.DataFrame, answers: dict) -> list[dict[str, Any]]:
     """Each prompt with the right answer, the base's and the specialist's."""
-    asked = []
+    cards = []
     for row in prompts.itertuples():
-        about = {"prompt": row.prompt, "right": row.right}
+        card = {"prompt": row.prompt, "right": row.right}
         for model in ("base", "specialist"):
-            about[model] = answers.get((model, task, row.Index), UNKNOWN)
-        asked.append(about)
-    return asked
+            card[model] = answers.get((model, task, row.Index), UNKNOWN)
+        cards.append(card)
+    return cards
 
 
 def _merges(losses: pd.DataFrame, prompts: dict, answers: dict) -> list[dict[str, Any]]:
@@ -123,7 +109,7 @@ def _rounded(values: pd.Series) -> dict[str, float | None]:
     return {name: _number(value, 4) for name, value in values.items()}
 
 
-def playground(study: Study) -> str:
+def playground(study: Any) -> str:
     """The playground of a study as a piece of HTML."""
     text = json.dumps(contents(study), ensure_ascii=False, allow_nan=False)
     safe = text.replace("<", "\\u003c")  # no answer may end the script
@@ -143,7 +129,7 @@ def framed(piece: str, height: int = 860) -> str:
 CARD = ("task", "merged with", "rule", "prompt", "right answer", "base", "specialist", "merge")
 
 
-def cards(study: Study, count: int = 3) -> pd.DataFrame:
+def cards(study: Any, count: int = 3) -> pd.DataFrame:
     """The cells of pairs that lost most and least, each of another task, with one prompt answered.
 
     Columns as CARD, and the loss in percent; of each cell the first prompt of the fixed sample that
@@ -151,28 +137,28 @@ def cards(study: Study, count: int = 3) -> pd.DataFrame:
     """
     if not (study.has("answers") and study.has("prompts")):
         return pd.DataFrame(columns=[*CARD, "loss (%)"])
-    losses = study.losses.dropna(subset="loss").sort_values("loss")
-    pairs = losses[(losses["n"] == 2) & (losses["arm"] == "default") & losses["same_as"].isna()]
-    worst = pairs.drop_duplicates("task").head(count)
-    best = pairs.iloc[::-1].drop_duplicates("task").head(count)
+    cells = study.cells().dropna(subset="loss").sort_values("loss")
+    cells = cells[cells["same_as"].isna()]
+    worst = cells.drop_duplicates("victim").head(count)
+    best = cells.iloc[::-1].drop_duplicates("victim").head(count)
     prompts = _prompts(study, study.tasks)
     answers = _answers(study, prompts)
-    rows = [_card(row, prompts[row.task], answers) for row in pd.concat([worst, best]).itertuples()]
+    extremes = pd.concat([worst, best]).itertuples()
+    rows = [_card(cell, prompts[cell.victim], answers) for cell in extremes]
     return pd.DataFrame(row for row in rows if row)
 
 
-def _card(row: Any, prompts: pd.DataFrame, answers: dict) -> dict[str, Any] | None:
-    models = ("base", "specialist", row.merge)
-    (partner,) = (task for task in row.tasks if task != row.task)
-    for asked in prompts.itertuples():
-        answered = [answers[model, row.task, asked.Index] for model in models]
-        of_specialist = answered[1]
-        if of_specialist[0] == 1:
-            texts = [text for _, _, text in answered]
-            about = [row.task, partner, look(row.rule)["label"], asked.prompt, asked.right]
-            said = [text or "(nothing)" for text in texts]
-            card = dict(zip(CARD, [*about, *said], strict=True))
-            return card | {"loss (%)": round(row.loss)}
+def _card(cell: Any, prompts: pd.DataFrame, answers: dict) -> dict[str, Any] | None:
+    """The first prompt that the specialist answers rightly, and what base and merge answer."""
+    for prompt in prompts.itertuples():
+        models = ("base", "specialist", cell.merge)
+        answered = [answers[model, cell.victim, prompt.Index] for model in models]
+        correct, _, _ = answered[1]
+        if correct == 1:
+            about = [cell.victim, cell.partner, look(cell.rule)["label"]]
+            texts = [text or "(nothing)" for _, _, text in answered]
+            row = [*about, prompt.prompt, prompt.right, *texts]
+            return dict(zip(CARD, row, strict=True)) | {"loss (%)": round(cell.loss)}
     return None
 
 

@@ -6,21 +6,3 @@ from helpers.run.folders import study_folder
 from helpers.run.overview import cost_table
 from helpers.run.profiles import all_profiles, costs, declared, notebooks, steps, typed
 from helpers.run.students import check
-
-__all__ = [
-    "NotebookFailed",
-    "check",
-    "cost_table",
-    "costs",
-    "declared",
-    "executed",
-    "finished",
-    "machine",
-    "notebooks",
-    "all_profiles",
-    "run",
-    "steps",
-    "study_folder",
-    "typed",
-    "versions",
-]

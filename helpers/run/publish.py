@@ -14,16 +14,23 @@ import nbformat
 import pandas as pd
 
 from helpers.run.chain import executed, finished, run
-from helpers.run.execute import environment
+from helpers.run.execute import environment, execute
 from helpers.run.normal import normalised
 from helpers.run.page import figures_of
-from helpers.run.profiles import Notebook, all_profiles, costs, declared, notebooks, pick, shown
+from helpers.run.profiles import (
+    Notebook,
+    Step,
+    all_profiles,
+    costs,
+    declared,
+    notebooks,
+    pick,
+    shown,
+)
 from helpers.run.readme import write_readme
 from helpers.store import REVISION, ROOT, atomic_write, revision, store
 
 RUN_FIELDS = ("revision", "started", "seconds", "peak_gb", "threads", "machine", "versions")
-SEARCHED = ["share", "share_low", "share_high"]  # where a search ends on a flat top
-NINE_DIGITS, FLAT_TOP = 1e-8, 0.002
 
 
 def refresh(profile: str = "demo", reuse: bool = False) -> None:
@@ -137,19 +144,12 @@ def _recomputable(notebook: Notebook, tables: Path) -> bool:
 
 
 def _rerun(notebook: Notebook, profile: str, tables: Path, out: Path) -> None:
-    import papermill
-
     settings = all_profiles()[profile]
     own = declared(notebook.path)
     values = {name: settings[name] for name in own if name in settings}
     values |= {"PROFILE": profile, "RESULTS": _relative(tables), "OUT": _relative(out)}
-    target = executed(out, notebook.name)
-    target.parent.mkdir(parents=True, exist_ok=True)
     print(f"{notebook.name}: {notebook.question}", flush=True)
-    with environment(JUPYTER_PREFER_ENV_PATH="1", OMP_NUM_THREADS="1"):
-        papermill.execute_notebook(
-            notebook.path, target, values, cwd=ROOT, kernel_name="python3", progress_bar=False
-        )
+    execute(Step(notebook, values, threads=1), executed(out, notebook.name))
 
 
 def _relative(path: Path) -> str:
@@ -157,26 +157,17 @@ def _relative(path: Path) -> str:
 
 
 def same(committed: Path, again: Path) -> bool:
-    """Whether two tables agree, numbers to nine digits (machines differ in the last one).
-
-    Shares of variance are where a search ends, on a flat top: they agree to within 0.002.
-    """
+    """Whether two tables agree, numbers to nine digits (machines differ in the last one)."""
     if not committed.exists() or not again.exists():
         return False
     if committed.suffix == ".npz":
         return committed.read_bytes() == again.read_bytes()
     old, new = pd.read_csv(committed), pd.read_csv(again)
-    searched = old.columns.intersection(SEARCHED)
     try:
-        _assert_equal(old.filter(searched), new.filter(searched), FLAT_TOP)
-        _assert_equal(old.drop(columns=searched), new.drop(columns=searched), NINE_DIGITS)
-    except (AssertionError, KeyError):
+        pd.testing.assert_frame_equal(old, new, rtol=1e-9, atol=1e-8, check_dtype=False)
+    except AssertionError:
         return False
     return True
-
-
-def _assert_equal(old: pd.DataFrame, new: pd.DataFrame, atol: float) -> None:
-    pd.testing.assert_frame_equal(old, new, rtol=1e-9, atol=atol, check_dtype=False)
 
 
 def _publish_tables(profile: str, results: Path) -> None:

@@ -7,7 +7,6 @@ installed.
 
 import difflib
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,8 @@ import platformdirs
 import requests
 from pypi_simple import NoSuchProjectError, PyPISimple
 from tqdm.auto import tqdm
+
+from helpers.store import digest
 
 CATALOGUE = tomllib.loads(
     (Path(__file__).parents[2] / "data" / "assets.toml").read_text(encoding="utf-8")
@@ -54,7 +55,7 @@ def fetch(package: str) -> Path:
     """
     pin = CATALOGUE["packages"][package]
     file = made(cache() / "downloads" / pin["file"], lambda part: _download(package, pin, part))
-    if sha256(file) != pin["sha256"]:
+    if digest(file) != pin["sha256"]:
         file.unlink(missing_ok=True)
         raise AssetError(
             f"{file} was not the file pinned in data/assets.toml (its sha256 differs) and has been "
@@ -123,11 +124,6 @@ def _client() -> PyPISimple:
         asked = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
         index = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return PyPISimple(index) if index else PyPISimple()
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def made(path: Path, make: Callable[[Path], None]) -> Path:
@@ -209,7 +205,7 @@ def bigbench_files(tasks: Iterable[str]) -> list[Path]:
 
     def wanted() -> set[str]:
         return {
-            task for task, file in files.items() if not file.exists() or sha256(file) != index[task]
+            task for task, file in files.items() if not file.exists() or digest(file) != index[task]
         }
 
     if wanted():
@@ -238,8 +234,8 @@ def _archive_tasks() -> Iterator[tuple[str, IO[bytes], int]]:
 
 def _bigbench_index() -> dict[str, str]:
     """{task name: sha256 of its task.json}, made in one pass over the archive and kept."""
-    digest = CATALOGUE["packages"]["bigbench"]["sha256"]
-    file = made(cache() / "bigbench" / f"index-{digest[:16]}.json", _write_bigbench_index)
+    pinned = CATALOGUE["packages"]["bigbench"]["sha256"]
+    file = made(cache() / "bigbench" / f"index-{pinned[:16]}.json", _write_bigbench_index)
     try:
         return json.loads(file.read_text())
     except ValueError as error:
@@ -252,5 +248,5 @@ def _write_bigbench_index(file: Path) -> None:
     for name, stream, _ in _archive_tasks():
         content = stream.read()
         if b'"examples"' in content:  # the others only announce the tasks in their subfolders
-            index[name] = hashlib.sha256(content).hexdigest()
+            index[name] = digest(content)
     write_json(file, index)

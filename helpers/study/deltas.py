@@ -17,10 +17,7 @@ from helpers.study.plan import MATCHED, Row
 from helpers.study.readings import Delta
 
 
-def model(
-    bench: Bench,
-    row: Row,
-) -> tuple[dict, Callable[[], Delta]]:
+def model(bench: Bench, row: Row) -> tuple[dict, Callable[[], Delta]]:
     """The report of a row's model, and a maker of its delta, which is built at most once.
 
     The base's delta is empty; a dose has no report.
@@ -38,63 +35,39 @@ def model(
 
     def compute(folder: Path) -> None:
         text = json.dumps(once()[1], default=int)
-        (folder / "record.json").write_text(
-            text,
-            encoding="utf-8",
-        )
+        (folder / "record.json").write_text(text, encoding="utf-8")
 
     folder = store.cached(*entry, compute, readings.machine(bench))
-    return json.loads((folder / "record.json").read_text(encoding="utf-8")), lambda: once()[0]
+    return json.loads(
+        (folder / "record.json").read_text(encoding="utf-8")
+    ), lambda: once()[0]
 
 
-def specialist(
-    bench: Bench,
-    label: str,
-) -> Delta:
+def specialist(bench: Bench, label: str) -> Delta:
     """The task vector of a task's specialist, by tensor."""
     return merge.dose(bench.rows([label]), 0, 1.0)
 
 
-def _dose(
-    bench: Bench,
-    row: Row,
-) -> tuple[Delta, dict]:
-    return merge.dose(
-        bench.rows(row.tasks),
-        0,
-        row.options["dose"],
-    ), {}
+def _dose(bench: Bench, row: Row) -> tuple[Delta, dict]:
+    return merge.dose(bench.rows(row.tasks), 0, row.options["dose"]), {}
 
 
-def _merge(
-    bench: Bench,
-    row: Row,
-) -> tuple[Delta, dict]:
+def _merge(bench: Bench, row: Row) -> tuple[Delta, dict]:
     """On a grid the delta leads from the base in fp32 to the rounded result; the report is that of
     the merge before rounding, but for the own-direction doses, which are those left on the grid."""
     vector_rows = bench.rows(row.tasks)
     delta, report = merge.merge(
-        vector_rows,
-        labels=row.tasks,
-        **recipe(bench, row),
+        vector_rows, labels=row.tasks, **recipe(bench, row)
     )
     about = report.as_dict()
     if row.arm == "bfloat16":
         tensors = bench.sources([])[0].tensors
-        delta, own = merge.rounded(
-            tensors,
-            vector_rows,
-            delta,
-            torch.bfloat16,
-        )
+        delta, own = merge.rounded(tensors, vector_rows, delta, torch.bfloat16)
         about |= {"own": own}
     return delta, about
 
 
-def _solo(
-    bench: Bench,
-    row: Row,
-) -> tuple[Delta, dict]:
+def _solo(bench: Bench, row: Row) -> tuple[Delta, dict]:
     """The rule's merge of one task with partners that changed nothing."""
     n = row.options["n"]
     labels = [*row.tasks, *(f"unchanged {i}" for i in range(1, n))]
@@ -102,42 +75,37 @@ def _solo(
     for name, base, (tau,) in bench.rows(row.tasks):
         unchanged = [merge.zero(tau.shape, tau.device)] * (n - 1)
         padded.append(merge.Row(name, base, [tau, *unchanged]))
-    return merge.merge(
-        padded,
-        labels=labels,
-        **recipe(bench, row),
-    )[0], {}
+    return merge.merge(padded, labels=labels, **recipe(bench, row))[0], {}
 
 
-def recipe(
-    bench: Bench,
-    row: Row,
-) -> dict[str, Any]:
+def recipe(bench: Bench, row: Row) -> dict[str, Any]:
     """What `merge.merge` takes for a merge or solo: rule, seed, options, and a scale to match."""
-    options = {name: x for name, x in row.options.items() if name not in ("n", "group")}
+    options = {
+        name: x for name, x in row.options.items() if name not in ("n", "group")
+    }
     chosen = {"rule": row.rule, "seed": row.seed} | options
     if row.arm.startswith("mask"):
         chosen["seed"] += int(row.arm.removeprefix("mask"))
     if row.arm in MATCHED:
         chosen |= _matched(bench, row)
     if row.rule == keys.CHEBYSHEV:
-        chosen |= {"rule": "linear", "weights": chebyshev_weights(bench, row.tasks)}
+        chosen |= {
+            "rule": "linear",
+            "weights": chebyshev_weights(bench, row.tasks),
+        }
     return chosen
 
 
-def _matched(
-    bench: Bench,
-    row: Row,
-) -> dict[str, Any]:
+def _matched(bench: Bench, row: Row) -> dict[str, Any]:
     """The scale of an arm: that of the group's linear average; alone, the one that this gave."""
     if row.kind == "solo":
         group = tuple(row.options["group"])
-        options = {name: x for name, x in row.options.items() if name not in ("n", "group")}
-        merged = row._replace(
-            kind="merge",
-            tasks=group,
-            options=options,
-        )
+        options = {
+            name: x
+            for name, x in row.options.items()
+            if name not in ("n", "group")
+        }
+        merged = row._replace(kind="merge", tasks=group, options=options)
         return {"scale": model(bench, merged)[0]["scale"]}
     linear = Row("merge", row.tasks, "linear", seed=row.seed)
     average = model(bench, linear)[0]
@@ -145,10 +113,7 @@ def _matched(
     return {"match": row.arm, "scale": scale}
 
 
-def chebyshev_weights(
-    bench: Bench,
-    group: Sequence[str],
-) -> list[float]:
+def chebyshev_weights(bench: Bench, group: Sequence[str]) -> list[float]:
     """Weights (sum 1) of the centre of the smallest ball around the specialists' states.
 
     Read on the probes of the group's own tasks, at the last layer. No label and no merge is needed;
@@ -157,11 +122,7 @@ def chebyshev_weights(
     states = []
     for x in group:
         row = Row(
-            "dose",
-            (x,),
-            "dose",
-            options={"dose": 1.0},
-            probed=tuple(group),
+            "dose", (x,), "dose", options={"dose": 1.0}, probed=tuple(group)
         )
         readings.read_all(bench, row, model(bench, row)[1])
         read = [readings.states(bench, row, y)[:, -1] for y in group]

@@ -36,9 +36,7 @@ class Groups(NamedTuple):
 
 
 def drawn(
-    tasks: Sequence[str],
-    families: Mapping[str, str],
-    given: Mapping[str, Any],
+    tasks: Sequence[str], families: Mapping[str, str], given: Mapping[str, Any]
 ) -> Groups:
     """The groups that the parameters `given` draw from these tasks.
 
@@ -51,9 +49,13 @@ def drawn(
     else:
         pairs = groups.pairs(tasks, given["PAIRS"], seed)
     if given["RELATIVES"]:
-        pairs = list(dict.fromkeys([*pairs, *groups.relatives(tasks, families)]))
+        pairs = list(
+            dict.fromkeys([*pairs, *groups.relatives(tasks, families)])
+        )
     if not pairs:
-        raise ValueError("there is no pair to merge: name two tasks or more, and PAIRS or PARTNERS")
+        raise ValueError(
+            "there is no pair to merge: name two tasks or more, and PAIRS or PARTNERS"
+        )
     sizes = [size for size in given["GROUP_SIZES"] if 2 < size <= len(tasks)]
     larger = []
     for size in sizes:
@@ -63,9 +65,7 @@ def drawn(
 
 
 def visits(
-    tasks: Iterable[str],
-    chosen: Groups,
-    given: Mapping[str, Any],
+    tasks: Iterable[str], chosen: Groups, given: Mapping[str, Any]
 ) -> Plan:
     """Every visit of a study but `plan.solos`: base, doses, merges of pairs and groups, swaps.
 
@@ -76,7 +76,9 @@ def visits(
     tasks = list(tasks)
     rules, arms, seed = given["RULES"], given["ARMS"], given["SEED"]
     if "linear" not in rules or not {0.0, 1.0} <= set(given["DOSES"]):
-        raise ValueError("name linear among RULES, and 0 and 1 among DOSES: losses need these")
+        raise ValueError(
+            "name linear among RULES, and 0 and 1 among DOSES: losses need these"
+        )
     grouped = [*rules, *given["GROUP_RULES"]]
     if not {rule for rule, _ in arms} <= set(grouped):
         raise ValueError(f"ARMS names a rule that is not merged: {arms}")
@@ -86,7 +88,9 @@ def visits(
     asked += plan.merges(chosen.pairs, rules, arms, seed)
     asked += plan.merges(chosen.larger, grouped, arms, seed)
     swapped = [*chosen.swaps["tasks"], *chosen.swaps["swapped"]]
-    return asked + plan.merges(swapped, given["SWAP_RULES"], seed=seed, probe=False)
+    return asked + plan.merges(
+        swapped, given["SWAP_RULES"], seed=seed, probe=False
+    )
 
 
 def _partners(chosen: Groups) -> dict[str, list[str]]:
@@ -100,9 +104,7 @@ def _partners(chosen: Groups) -> dict[str, list[str]]:
 
 
 def training(
-    tasks: Iterable[str],
-    examples: Mapping[str, int],
-    epochs: int,
+    tasks: Iterable[str], examples: Mapping[str, int], epochs: int
 ) -> Plan:
     """Specialists and the screening of each on dev, for `Plan.cost`: `visit.train` makes them."""
     tasks = tuple(tasks)
@@ -119,11 +121,7 @@ def whole(parameters: Mapping[str, Any]) -> Plan:
     Each task counts as a family of its own.
     """
     tasks = parameters["TASKS"]
-    chosen = drawn(
-        tasks,
-        dict(zip(tasks, tasks, strict=True)),
-        parameters,
-    )
+    chosen = drawn(tasks, dict(zip(tasks, tasks, strict=True)), parameters)
     examples = dict.fromkeys(tasks, parameters["TRAIN_EXAMPLES"])
     trained = training(tasks, examples, parameters["EPOCHS"])
     asked = visits(tasks, chosen, parameters)

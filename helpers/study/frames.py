@@ -7,12 +7,12 @@ import pandas as pd
 from helpers.study import schema, scores
 from helpers.study.kinds import failure_kinds
 from helpers.study.losses import SPECIALIST
-from helpers.study.plan import WEIGHTED, Plan, Row, solos
+from helpers.study.plan import WEIGHTED, Plan, solos
 from helpers.study.tasks import Task
 from helpers.study.visit import Visit
 
 BASE = "base"  # what examples.csv.gz calls the base
-REPORTED = (
+REPORTED = [
     "effective_scale",
     "cos_sum",
     "kept",
@@ -20,7 +20,7 @@ REPORTED = (
     "rho2",
     "lerp_steps",
     "slerp_steps",
-)
+]
 READ = ["correct", "nll", "invalid"]
 
 
@@ -40,15 +40,12 @@ def merges(visits: Iterable[Visit]) -> pd.DataFrame:
             "n": len(row.tasks),
             "rule": row.rule,
         }
-        about |= {
-            "arm": row.arm,
-            "seed": row.seed,
-            "same_as": visit.same_as,
-        }
-        about |= {name: visit.report[name] for name in REPORTED}
-        rows.append(about)
+        about |= {"arm": row.arm, "seed": row.seed, "same_as": visit.same_as}
+        rows.append(about | {name: visit.report[name] for name in REPORTED})
     frame = pd.DataFrame(rows)
-    numbers = dict.fromkeys(REPORTED, float)  # None where a rule has no such number
+    numbers = dict.fromkeys(
+        REPORTED, float
+    )  # None where a rule has no such number
     return frame.astype(numbers)
 
 
@@ -57,25 +54,19 @@ def doses(visits: Iterable[Visit]) -> pd.DataFrame:
     rows = []
     for visit in of_kind(visits, "dose"):
         (task,) = visit.row.tasks
-        mean = _own(visit, task)[["correct", "nll"]].mean()
-        dose = visit.row.options["dose"]
-        rows.append(
-            {
-                "task": task,
-                "dose": dose,
-                "score": mean["correct"],
-                "nll": mean["nll"],
-            }
-        )
-    return pd.DataFrame(rows)
+        rows.append((task, visit.row.options["dose"], *_means(visit, task)))
+    return pd.DataFrame(rows, columns=["task", "dose", "score", "nll"])
 
 
-def _own(
-    visit: Visit,
-    task: str,
-) -> pd.DataFrame:
+def _own(visit: Visit, task: str) -> pd.DataFrame:
     examples = visit.examples
     return examples[examples["task"] == task]
+
+
+def _means(visit: Visit, task: str) -> tuple[float, float]:
+    """Mean score and NLL of a task's examples under the visited model."""
+    own = _own(visit, task)
+    return own["correct"].mean(), own["nll"].mean()
 
 
 def specialists(visits: Iterable[Visit]) -> dict[str, Visit]:
@@ -85,8 +76,7 @@ def specialists(visits: Iterable[Visit]) -> dict[str, Visit]:
 
 
 def references(
-    visits: Iterable[Visit],
-    tasks: Mapping[str, Task],
+    visits: Iterable[Visit], tasks: Mapping[str, Task]
 ) -> pd.DataFrame:
     """What each task's losses are measured against; one row per task, on its test examples.
 
@@ -94,41 +84,41 @@ def references(
     bare prompts (of an encoder: of its linear probe); chance: score of the commonest answer.
     """
     visits = list(visits)
-    bare = pd.concat(x.examples for x in of_kind(visits, "base")).groupby("task")["nll"].mean()
-    able = pd.concat(x.examples for x in of_kind(visits, "ability")).groupby("task")
+    (base,) = of_kind(visits, "base")
+    bare = base.examples.groupby("task")["nll"].mean()
+    able = {visit.row.tasks[0]: visit for visit in of_kind(visits, "ability")}
     rows = []
     for task, visit in specialists(visits).items():
-        own = _own(visit, task)[["correct", "nll"]].mean()
-        rows.append(
-            {
-                "task": task,
-                "specialist": own["correct"],
-                "base": able["correct"].mean()[task],
-                "chance": scores.constant_answer(tasks[task]),
-                "nll_specialist": own["nll"],
-                "nll_base": bare[task],
-            }
-        )
-    return pd.DataFrame(rows)
+        score, nll = _means(visit, task)
+        untaught, _ = _means(able[task], task)
+        chance = scores.constant_answer(tasks[task])
+        rows.append((task, score, untaught, chance, nll, bare[task]))
+    columns = [
+        "task",
+        "specialist",
+        "base",
+        "chance",
+        "nll_specialist",
+        "nll_base",
+    ]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def screening(
-    visits: Iterable[Visit],
-    tasks: Mapping[str, Task],
+    visits: Iterable[Visit], tasks: Mapping[str, Task]
 ) -> pd.DataFrame:
     """Dev scores by which a task is kept: of the commonest answer, the base and the specialist."""
     dev = [x for x in visits if x.row.split == "dev"]
-    score = {(x.row.kind, *x.row.tasks): x.examples["correct"].mean() for x in dev}
+    score = {
+        (x.row.kind, *x.row.tasks): x.examples["correct"].mean() for x in dev
+    }
     rows = []
     for kind, task in score:
         if kind == "dose":
             chance = scores.constant_answer(tasks[task], "dev")
             base = score["ability", task]
             rows.append((task, chance, base, score["dose", task]))
-    return pd.DataFrame(
-        rows,
-        columns=["task", "chance", "base", "specialist"],
-    )
+    return pd.DataFrame(rows, columns=["task", "chance", "base", "specialist"])
 
 
 def cells(visits: Iterable[Visit], collisions: pd.DataFrame) -> pd.DataFrame:
@@ -155,28 +145,28 @@ def cells(visits: Iterable[Visit], collisions: pd.DataFrame) -> pd.DataFrame:
             row["dose_ingredient"] = visit.report["ingredient"][i]
             row["dose_own"] = visit.report["own"][i]
             row |= _control(visit, task, alone)
-            row["ambiguous"] = any({task, x} in colliding for x in visit.row.tasks)
+            row["ambiguous"] = any(
+                {task, x} in colliding for x in visit.row.tasks
+            )
             rows.append(row)
     return pd.DataFrame(rows)
 
 
 def _control(
-    visit: Visit,
-    task: str,
-    alone: Mapping[str, Visit],
+    visit: Visit, task: str, alone: Mapping[str, Visit]
 ) -> dict[str, float]:
     """What the rule of a merge leaves of a task by itself."""
     names = ["control_solo", "nll_solo"]
     if visit.row.rule in WEIGHTED or visit.same_as:
         return dict.fromkeys(names, float("nan"))
     wanted = {row.tasks[0]: row for row in solos(Plan.of([visit.row]))}
-    mean = alone[wanted[task].model].examples[["correct", "nll"]].mean()
-    return dict(zip(names, mean, strict=True))
+    return dict(
+        zip(names, _means(alone[wanted[task].model], task), strict=True)
+    )
 
 
 def examples(
-    visits: Iterable[Visit],
-    tasks: Mapping[str, Task],
+    visits: Iterable[Visit], tasks: Mapping[str, Task]
 ) -> pd.DataFrame:
     """One row for each test example under each distinct merge, each specialist and the base.
 
@@ -185,32 +175,29 @@ def examples(
     """
     visits = list(visits)
     said = _said(visits)
+    models = [
+        (visit.key, visit)
+        for visit in of_kind(visits, "merge")
+        if visit.same_as is None
+    ]
+    models += [(SPECIALIST, visit) for visit in specialists(visits).values()]
     frames = []
-    for visit in of_kind(visits, "merge"):
-        members = visit.row.tasks if visit.same_as is None else ()
-        for task in members:
-            others = [x for x in members if x != task]
-            frame = _with_kinds(
-                _own(visit, task),
-                tasks[task],
-                task,
-                said,
-                others,
-            )
-            frames.append(frame.assign(merge=visit.key))
-    for task, visit in specialists(visits).items():
-        frame = _with_kinds(
-            _own(visit, task),
-            tasks[task],
-            task,
-            said,
-            [],
-        )
-        frames.append(frame.assign(merge=SPECIALIST))
-    frames += [x.examples.assign(merge=BASE) for x in of_kind(visits, "base")]
-    table = pd.concat(frames, ignore_index=True).rename(columns={"id": "example"})
-    known = {*schema.of("examples").columns, "answer"}
-    return table[[name for name in table if name in known]].round(5)
+    for name, visit in models:
+        for task in visit.row.tasks:
+            frame = _own(visit, task).assign(merge=name)
+            if "answer" in frame:
+                frame["kind"] = _kinds(
+                    frame, task, visit.row.tasks, tasks, said
+                )
+            frames.append(frame)
+    frames += [
+        visit.examples.assign(merge=BASE) for visit in of_kind(visits, "base")
+    ]
+    table = pd.concat(frames, ignore_index=True).rename(
+        columns={"id": "example"}
+    )
+    columns = {*schema.of("examples").columns, "answer"}
+    return table[[name for name in table if name in columns]].round(5)
 
 
 def _said(visits: Iterable[Visit]) -> dict[tuple[str, str], pd.DataFrame]:
@@ -226,31 +213,22 @@ def _said(visits: Iterable[Visit]) -> dict[tuple[str, str], pd.DataFrame]:
     return said
 
 
-def _with_kinds(
+def _kinds(
     frame: pd.DataFrame,
-    task: Task,
-    label: str,
+    task: str,
+    members: Iterable[str],
+    tasks: Mapping[str, Task],
     said: Mapping[tuple[str, str], pd.DataFrame],
-    others: Iterable[str],
-) -> pd.DataFrame:
-    """The examples of one task with kinds that know what others say; an encoder's have none."""
-    if "answer" not in frame:
-        return frame
-    partners = [said[x, label] for x in others if (x, label) in said]
-    base = said.get((BASE, label))
-    kinds = failure_kinds(
-        frame,
-        task.splits["test"],
-        partners,
-        base,
-    )
-    return frame.assign(kind=kinds)
+) -> list[str]:
+    """How a task's answers are wrong, beside what other members and the base say there."""
+    partners = [
+        said[x, task] for x in members if x != task and (x, task) in said
+    ]
+    rows = tasks[task].splits["test"]
+    return failure_kinds(frame, rows, partners, said.get((BASE, task)))
 
 
-def answers(
-    table: pd.DataFrame,
-    few: int = 3,
-) -> pd.DataFrame:
+def answers(table: pd.DataFrame, few: int = 3) -> pd.DataFrame:
     """The answers to the first examples of each task under each model, of `examples`.
 
     Empty for an encoder, which answers nothing but labels.
@@ -275,9 +253,7 @@ def prompts(
 
 
 def swap_losses(
-    drawn: pd.DataFrame,
-    merged: pd.DataFrame,
-    rules: Iterable[str],
+    drawn: pd.DataFrame, merged: pd.DataFrame, rules: Iterable[str]
 ) -> pd.DataFrame:
     """The mean loss of each group before and after every swap of `groups.swaps`, by rule.
 
@@ -292,14 +268,3 @@ def swap_losses(
         table["after"] = [loss[rule, group] for group in drawn["swapped"]]
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
-
-
-def row_of(
-    visits: Iterable[Visit],
-    row: Row,
-) -> Visit:
-    """The visit of a row; ValueError where it was not visited."""
-    for visit in visits:
-        if visit.row.model == row.model:
-            return visit
-    raise ValueError(f"{row.rule} of {', '.join(row.tasks)} was not visited")

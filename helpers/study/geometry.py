@@ -24,27 +24,22 @@ class Pool(NamedTuple):
     owner: NDArray
     states: NDArray
 
-    def of(
-        self,
-        models: Sequence[str],
-        probes: NDArray,
-    ) -> NDArray:
+    def of(self, models: Sequence[str], probes: NDArray) -> NDArray:
         """States of these models on some of the probes, float64."""
         places = [self.models.index(name) for name in models]
         return np.float64(self.states[places][:, probes])
 
 
-def pooled(
-    visits: Iterable[Visit],
-    tasks: Sequence[str],
-) -> Pool:
+def pooled(visits: Iterable[Visit], tasks: Sequence[str]) -> Pool:
     """The states that base and specialists left on everyone's probes."""
     visits = list(visits)
     (base,) = of_kind(visits, "base")
     own = specialists(visits)
     read = [base.states, *(own[task].states for task in tasks)]
     owner = np.repeat(list(tasks), [len(read[0][task]) for task in tasks])
-    rows = [torch.cat([states[task] for task in tasks]).numpy() for states in read]
+    rows = [
+        torch.cat([states[task] for task in tasks]).numpy() for states in read
+    ]
     return Pool([BASE, *tasks], owner, np.stack(rows))
 
 
@@ -57,25 +52,18 @@ class Readout(NamedTuple):
     rho: NDArray
 
 
-def readout(
-    pool: Pool,
-    weight: torch.Tensor,
-) -> Readout:
+def readout(pool: Pool, weight: torch.Tensor) -> Readout:
     """The first answers of each probe's own specialist."""
     matrix = weight.detach().double().cpu().numpy()
     places = [pool.models.index(task) for task in pool.owner]
     own = pool.states[places, np.arange(len(places)), -1]
     return Readout(
-        matrix,
-        (own @ matrix.T).argmax(1),
-        bound.margin_radius(own, matrix),
+        matrix, (own @ matrix.T).argmax(1), bound.margin_radius(own, matrix)
     )
 
 
 def arrays(
-    pool: Pool,
-    layers: Sequence[str],
-    answers: Readout | None,
+    pool: Pool, layers: Sequence[str], answers: Readout | None
 ) -> dict[str, NDArray]:
     """geometry.npz: squared distances of all models, by probe and by task and layer."""
     d2 = squared_distances(np.float64(pool.states))
@@ -93,27 +81,27 @@ def arrays(
 
 
 def distortion(
-    visits: Iterable[Visit],
-    pool: Pool,
-    answers: Readout | None = None,
+    visits: Iterable[Visit], pool: Pool, answers: Readout | None = None
 ) -> pd.DataFrame:
     """||H - h||^2 of base and members on the members' probes, of every distinct default merge."""
     frames = []
     for visit in of_kind(visits, "merge"):
-        if visit.same_as is None and visit.row.arm == "default" and visit.row.probed:
+        if (
+            visit.same_as is None
+            and visit.row.arm == "default"
+            and visit.row.probed
+        ):
             rows = pd.DataFrame(_readings(visit, pool, answers))
             frames.append(rows.assign(merge=visit.key))
     table = pd.concat(frames, ignore_index=True)
     for name in ("flips", "certified"):  # of a decoder's own probes only
         table[name] = table.get(name, np.nan)
-    return table.astype({"delta": "float32", "gap2": "float32"})  # eight digits are enough
+    return table.astype(
+        {"delta": "float32", "gap2": "float32"}
+    )  # eight digits are enough
 
 
-def _readings(
-    visit: Visit,
-    pool: Pool,
-    answers: Readout | None,
-) -> list[dict]:
+def _readings(visit: Visit, pool: Pool, answers: Readout | None) -> list[dict]:
     members = visit.row.tasks
     on = np.isin(pool.owner, members)
     # the pool's order of probes
@@ -124,16 +112,12 @@ def _readings(
     weights = visit.report["ingredient"] if weighted else None
     flipped = rho = None
     if answers:
-        flipped = (merged[:, -1] @ answers.weight.T).argmax(1) != answers.top[on]
+        flipped = (merged[:, -1] @ answers.weight.T).argmax(1) != answers.top[
+            on
+        ]
         rho = answers.rho[on]
     models = [BASE, *members]
     near = pool.of(models, on)
     return bound.readings(
-        models,
-        near,
-        merged,
-        pool.owner[on],
-        weights,
-        flipped,
-        rho,
+        models, near, merged, pool.owner[on], weights, flipped, rho
     )

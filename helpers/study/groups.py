@@ -11,10 +11,7 @@ Group = tuple[str, ...]
 
 
 def draw(
-    tasks: Sequence[str],
-    size: int,
-    count: int,
-    seed: int = 0,
+    tasks: Sequence[str], size: int, count: int, seed: int = 0
 ) -> list[Group]:
     """A seeded sample of `count` different groups of `size` tasks; all, if there are no more.
 
@@ -31,25 +28,18 @@ def draw(
 
 
 def pairs(
-    tasks: Sequence[str],
-    most: int | None = None,
-    seed: int = 0,
+    tasks: Sequence[str], most: int | None = None, seed: int = 0
 ) -> list[Group]:
     """All pairs, or a sample of `most`."""
-    return draw(
-        tasks,
-        2,
-        math.comb(len(tasks), 2) if most is None else most,
-        seed,
-    )
+    most = math.comb(len(tasks), 2) if most is None else most
+    return draw(tasks, 2, most, seed)
 
 
-def relatives(
-    tasks: Sequence[str],
-    families: Mapping[str, str],
-) -> list[Group]:
+def relatives(tasks: Sequence[str], families: Mapping[str, str]) -> list[Group]:
     """Every pair of tasks of one family."""
-    return [(a, b) for a, b in combinations(tasks, 2) if families[a] == families[b]]
+    return [
+        (a, b) for a, b in combinations(tasks, 2) if families[a] == families[b]
+    ]
 
 
 def partners(
@@ -73,25 +63,24 @@ def partners(
     drawn = []
     while min(map(len, met.values())) < k:
         a = _fewest(tasks, met, rng)
-        strangers = [x for x in tasks if families[x] != families[a] and x not in met[a]]
+        strangers = [
+            x for x in tasks if families[x] != families[a] and x not in met[a]
+        ]
         if not strangers:
-            raise ValueError(f"{a} has fewer than {k} partners of other families: ask for fewer")
+            raise ValueError(
+                f"{a} has fewer than {k} partners of other families: ask for fewer"
+            )
         b = _fewest(strangers, met, rng)
         met[a].add(b)
         met[b].add(a)
         drawn.append((a, b))
     place = {x: i for i, x in enumerate(tasks)}
     ordered = [tuple(sorted(pair, key=place.get)) for pair in drawn]
-    return sorted(
-        ordered,
-        key=lambda pair: [place[x] for x in pair],
-    )
+    return sorted(ordered, key=lambda pair: [place[x] for x in pair])
 
 
 def _fewest(
-    tasks: Sequence[str],
-    met: Mapping[str, set],
-    rng: np.random.Generator,
+    tasks: Sequence[str], met: Mapping[str, set], rng: np.random.Generator
 ) -> str:
     """One of the tasks that have met the fewest others."""
     fewest = min(len(met[x]) for x in tasks)
@@ -100,9 +89,7 @@ def _fewest(
 
 
 def swaps(
-    tasks: Sequence[str],
-    groups: Iterable[Sequence[str]],
-    seed: int = 0,
+    tasks: Sequence[str], groups: Iterable[Sequence[str]], seed: int = 0
 ) -> pd.DataFrame:
     """For each group, one drawn newcomer in the place of each member.
 
@@ -114,14 +101,13 @@ def swaps(
     for group in groups:
         outside = [x for x in tasks if x not in group]
         if not outside:
-            raise ValueError(f"a group of all {len(tasks)} tasks has no newcomer to swap in")
+            raise ValueError(
+                f"a group of all {len(tasks)} tasks has no newcomer to swap in"
+            )
         rng = np.random.default_rng([seed, *(tasks.index(x) for x in group)])
         enters = outside[rng.integers(len(outside))]
         for leaves in group:
             new = {*group, enters} - {leaves}
             swapped = tuple(x for x in tasks if x in new)
             rows.append((tuple(group), leaves, enters, swapped))
-    return pd.DataFrame(
-        rows,
-        columns=["tasks", "leaves", "enters", "swapped"],
-    )
+    return pd.DataFrame(rows, columns=["tasks", "leaves", "enters", "swapped"])

@@ -32,7 +32,7 @@ def failure_kind(
     """
     others = [answer for answer in partner_answers if answer]
     forms = {form(answer) for answer in others} - {form(answer) for answer in right}
-    piece = f" {' '.join(text.casefold().split())} " in f" {' '.join(prompt.casefold().split())} "
+    piece = plain(text) in plain(prompt)
     fits = {
         "right": text in right,
         "empty": not text,

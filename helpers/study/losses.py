@@ -36,9 +36,7 @@ class Interval(NamedTuple):
 
 
 def merging_loss(
-    merged: ArrayLike,
-    specialist: ArrayLike,
-    chance: ArrayLike = 0.0,
+    merged: ArrayLike, specialist: ArrayLike, chance: ArrayLike = 0.0
 ) -> NDArray:
     """L = (P_merged / P_specialist - 1) * 100 %, arXiv:2603.09463; scores in [0, 1], any shape.
 
@@ -52,11 +50,7 @@ def merging_loss(
     return np.where(defined, loss, np.nan)[()]
 
 
-def read_dose(
-    curve: pd.DataFrame,
-    dose: ArrayLike,
-    column: str = "score",
-) -> NDArray:
+def read_dose(curve: pd.DataFrame, dose: ArrayLike, column: str = "score") -> NDArray:
     """`column` at a dose of the own task vector, linear between the doses that were measured.
 
     `curve` has a row per dose (0: base, 1: specialist). nan outside the measured range.
@@ -76,11 +70,7 @@ def dose_loss(curve: pd.DataFrame, dose: ArrayLike) -> NDArray:
 
 
 @lru_cache(maxsize=8)  # a study asks for thousands of intervals over few sizes
-def resamples(
-    sizes: tuple[int, ...],
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> list[NDArray]:
+def resamples(sizes: tuple[int, ...], draws: int = DRAWS, seed: int = 0) -> list[NDArray]:
     """How often each example is drawn, (draws, n) for each of the sizes n, independently."""
     rng = np.random.default_rng(seed)
     even = [np.full(n, 1 / n) for n in sizes]
@@ -151,10 +141,7 @@ def collapsed(loss: ArrayLike, high: ArrayLike) -> pd.arrays.BooleanArray:
 
 
 def false_alarm_rate(
-    specialist: ArrayLike,
-    chance: float = 0.0,
-    repeats: int = 500,
-    seed: int = 0,
+    specialist: ArrayLike, chance: float = 0.0, repeats: int = 500, seed: int = 0
 ) -> float:
     """How often the collapse rule fires on a merge that is as good as its specialist.
 
@@ -189,10 +176,7 @@ def by_cell(merges: pd.DataFrame, examples: pd.DataFrame) -> Cells:
 
 
 def read_doses(
-    doses: pd.DataFrame,
-    tasks: pd.Series,
-    at: pd.Series,
-    column: str = "score",
+    doses: pd.DataFrame, tasks: pd.Series, at: pd.Series, column: str = "score"
 ) -> NDArray:
     """`read_dose` of each row: the curve of its task, at its dose."""
     curves = dict(list(doses.groupby("task")))
@@ -201,9 +185,7 @@ def read_doses(
 
 
 def loss_table(
-    scores: pd.DataFrame,
-    references: pd.DataFrame,
-    doses: pd.DataFrame,
+    scores: pd.DataFrame, references: pd.DataFrame, doses: pd.DataFrame
 ) -> pd.DataFrame:
     """Losses of cells, their controls, and the parts of their loss, as in losses.csv.
 

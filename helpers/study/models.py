@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from helpers.store import digest
 from helpers.study import archives
 from helpers.study.archives import AssetError
 
@@ -174,7 +175,7 @@ def _converted(gguf: Path) -> Path:
         _to_safetensors(work)
         _seal(work, gguf.stem)
 
-    content = archives.sha256(gguf)[:16]
+    content = digest(gguf)[:16]
     folder = archives.cache() / "models" / f"gguf-{content}"
     return _intact(archives.made(folder, make))
 
@@ -224,7 +225,7 @@ def _seal(folder: Path, name: str) -> None:
         seals[file.name] = {
             "bytes": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
-            "sha256": archives.sha256(file),
+            "sha256": digest(file),
         }
     archives.write_json(folder / "seals.json", seals)
 
@@ -247,7 +248,7 @@ def _sealed(file: Path, seal: dict) -> bool:
     if stat.st_size != seal["bytes"]:
         return False
     # A copied cache has new times: then only the content can tell.
-    return stat.st_mtime_ns == seal["mtime_ns"] or archives.sha256(file) == seal["sha256"]
+    return stat.st_mtime_ns == seal["mtime_ns"] or digest(file) == seal["sha256"]
 
 
 def model_digest(source: Path | str | Mapping[str, torch.Tensor]) -> str:

@@ -14,8 +14,7 @@ import pandas as pd
 
 from helpers import store
 from helpers.study import costs
-
-Group = tuple[str, ...]
+from helpers.study.groups import Group
 
 # Rules whose merges are weighted sums of task vectors: dose curves tell what they lose alone.
 WEIGHTED = ("linear", "task_arithmetic", "chebyshev")
@@ -67,7 +66,9 @@ class Plan:
         return cls(pd.DataFrame(visits.values(), columns=Row._fields))
 
     def __iter__(self) -> Iterator[Row]:
-        for values in self.frame[list(Row._fields)].itertuples(index=False, name=None):
+        for values in self.frame[list(Row._fields)].itertuples(
+            index=False, name=None
+        ):
             yield Row(*values)
 
     def __len__(self) -> int:
@@ -78,7 +79,9 @@ class Plan:
 
     def select(self, chosen: Callable[[Row], bool]) -> "Plan":
         """The visits of which `chosen` holds."""
-        mask = pd.Series([chosen(row) for row in self], self.frame.index, dtype=bool)
+        mask = pd.Series(
+            [chosen(row) for row in self], self.frame.index, dtype=bool
+        )
         return Plan(self.frame[mask])
 
     def kinds(self, *kinds: str) -> "Plan":
@@ -94,18 +97,23 @@ class Plan:
         """
         from helpers.study import identity as keys  # loads torch
 
-        about = [(keys.model_key(row, identity), keys.entries(row, identity)) for row in self]
-        columns = pd.DataFrame(about, self.frame.index, ["key", "entries"])
-        return Plan(self.frame.assign(**columns))
+        frame = self.frame.copy()
+        frame["key"] = [keys.model_key(row, identity) for row in self]
+        frame["entries"] = [keys.entries(row, identity) for row in self]
+        return Plan(frame)
 
     def done(self) -> pd.Series:
         """Of a keyed plan: whether the store holds all that a visit leaves."""
         folder = store.store()
-        return self.frame["entries"].map(lambda names: all((folder / x).is_dir() for x in names))
+        kept = [
+            all((folder / name).is_dir() for name in names)
+            for names in self.frame["entries"]
+        ]
+        return pd.Series(kept, self.frame.index, dtype=bool)
 
     def left(self) -> "Plan":
         """Of a keyed plan: the visits that are not done."""
-        return Plan(self.frame[~self.done().astype(bool)])
+        return Plan(self.frame[~self.done()])
 
     def join(self, study: Any) -> pd.DataFrame:
         """Of a keyed plan: the rows of `Study.losses` of merges that it holds, under their keys."""
@@ -116,61 +124,39 @@ class Plan:
         return Plan(self.frame[~self.frame["key"].isin(set(keys))])
 
     def cost(
-        self,
-        units: pd.DataFrame,
-        sizes: Mapping[str, int],
+        self, units: pd.DataFrame, sizes: Mapping[str, int]
     ) -> pd.DataFrame:
         """Visits, CPU minutes and gigabytes in the store, by kind.
 
         `units` are those of `unit_costs`, `sizes` examples of each split. A bound: a task that
         fails screening is merged with none, and a merge that equals another is not read again.
         """
-        works = pd.DataFrame([costs.work(row, sizes) for row in self], self.frame.index)
+        works = pd.DataFrame(
+            [costs.work(row, sizes) for row in self], self.frame.index
+        )
         works = works.reindex(columns=units.index).fillna(0.0)
         cost = works @ units[["cpu_seconds", "megabytes"]]
         kinds = cost.groupby(self.frame["kind"], sort=False)
-        table = pd.DataFrame({"visits": kinds.size(), "minutes": kinds["cpu_seconds"].sum() / 60})
-        return table.assign(gigabytes=kinds["megabytes"].sum() / 1024)
+        table = kinds.size().rename("visits").to_frame()
+        table["minutes"] = kinds["cpu_seconds"].sum() / 60
+        table["gigabytes"] = kinds["megabytes"].sum() / 1024
+        return table
 
 
 # --- builders --------------------------------------------------------------------------------
 
 
-def base(
-    tasks: Iterable[str],
-    probed: Iterable[str] = (),
-    split: str = "test",
-) -> Plan:
+def base(tasks: Iterable[str], probed: Iterable[str] = ()) -> Plan:
     """The base as it is (an encoder's linear probe), and behind solved examples."""
     tasks = tuple(tasks)
-    bare = Row(
-        "base",
-        (),
-        "base",
-        scored=tasks,
-        probed=tuple(probed),
-        split=split,
-    )
-    return Plan.of([bare]) + abilities(tasks, split)
+    bare = Row("base", (), "base", scored=tasks, probed=tuple(probed))
+    return Plan.of([bare]) + abilities(tasks)
 
 
-def abilities(
-    tasks: Iterable[str],
-    split: str = "test",
-) -> Plan:
+def abilities(tasks: Iterable[str], split: str = "test") -> Plan:
     """What the base can do untaught, by task: behind SHOTS solved training examples."""
-    about = {"shots": SHOTS}
-    return Plan.of(
-        Row(
-            "ability",
-            (x,),
-            "base",
-            options=about,
-            scored=(x,),
-            split=split,
-        )
-        for x in tasks
-    )
+    shown = Row("ability", (), "base", options={"shots": SHOTS}, split=split)
+    return Plan.of(shown._replace(tasks=(x,), scored=(x,)) for x in tasks)
 
 
 def doses(
@@ -185,19 +171,19 @@ def doses(
     `probed`: whose probes are read; `partners`: other tasks on which a specialist is scored too.
     """
     others = partners or {}
-    return Plan.of(
-        Row(
-            kind="dose",
-            tasks=(x,),
-            rule="dose",
-            options={"dose": float(dose)},
-            scored=(x, *others.get(x, ())),
+    rows = []
+    for x in tasks:
+        scored = (x, *others.get(x, ()))
+        own = Row(
+            "dose",
+            (x,),
+            "dose",
+            scored=scored,
             probed=tuple(probed),
             split=split,
         )
-        for x in tasks
-        for dose in at
-    )
+        rows += [own._replace(options={"dose": float(dose)}) for dose in at]
+    return Plan.of(rows)
 
 
 def merges(
@@ -215,31 +201,22 @@ def merges(
     rules = rules if isinstance(rules, Mapping) else dict.fromkeys(rules, {})
     rows = []
     for group in map(tuple, groups):
+        probed = group if probe else ()
+        of_group = Row("merge", group, "", seed=seed, scored=group)
         for rule, options in rules.items():
-            probed = group if probe else ()
             rows.append(
-                Row(
-                    "merge",
-                    group,
-                    rule,
-                    "default",
-                    seed,
-                    options,
-                    group,
-                    probed,
-                )
+                of_group._replace(rule=rule, options=options, probed=probed)
             )
         for rule, arm in arms:
             if rule in rules:
                 options = dict(rules[rule]) | in_arm(arm, len(group))
-                rows.append(Row("merge", group, rule, arm, seed, options, group))
+                rows.append(
+                    of_group._replace(rule=rule, arm=arm, options=options)
+                )
     return Plan.of(rows)
 
 
-def in_arm(
-    arm: str,
-    n: int,
-) -> dict[str, Any]:
+def in_arm(arm: str, n: int) -> dict[str, Any]:
     """The options that an arm of a rule adds for n models; ValueError for an unknown arm.
 
     Another scale, so that rules differ in direction alone: "norm" (as long as the group's linear
@@ -248,28 +225,21 @@ def in_arm(
     ("mask1", "mask2"). Base and result rounded to a grid: "bfloat16".
     """
     if arm not in ARMS:
-        raise ValueError(f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}")
+        raise ValueError(
+            f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}"
+        )
     return {"scale": float(n)} if arm == "sum" else {}
 
 
 def scale_line(
-    group: Sequence[str],
-    scales: Iterable[float],
-    seed: int = 0,
+    group: Sequence[str], scales: Iterable[float], seed: int = 0
 ) -> Plan:
     """theta_0 + s * (sum of the task vectors) at each scale s: arms "scale=0.25", …"""
     group = tuple(group)
+    summed = Row("merge", group, "task_arithmetic", seed=seed, scored=group)
     return Plan.of(
-        Row(
-            "merge",
-            group,
-            "task_arithmetic",
-            f"scale={s:g}",
-            seed,
-            {"scale": float(s)},
-            group,
-        )
-        for s in scales
+        summed._replace(arm=f"scale={scale:g}", options={"scale": float(scale)})
+        for scale in scales
     )
 
 
@@ -287,7 +257,9 @@ def solos(plan: Plan) -> Plan:
         if row.arm in MATCHED:
             about["group"] = list(row.tasks)
         for x in row.tasks:
-            rows.append(Row("solo", (x,), row.rule, row.arm, row.seed, about, (x,)))
+            rows.append(
+                Row("solo", (x,), row.rule, row.arm, row.seed, about, (x,))
+            )
     return Plan.of(rows)
 
 

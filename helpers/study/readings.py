@@ -25,10 +25,7 @@ EXAMPLES = "examples.parquet"  # an answer may hold any character, which CSV wou
 
 
 def read_all(
-    bench: Bench,
-    row: Row,
-    make: Callable[[], Delta],
-    twin: Row | None = None,
+    bench: Bench, row: Row, make: Callable[[], Delta], twin: Row | None = None
 ) -> None:
     """Scores and states of a row's model; copies of its twin's where that has them."""
     wanted = [keys.score_entry(row, x, bench.identity) for x in row.scored]
@@ -46,10 +43,7 @@ def read_all(
 
 
 def _copy(
-    entry: keys.Entry,
-    row: Row,
-    twin: Row,
-    identity: keys.Identity,
+    entry: keys.Entry, row: Row, twin: Row, identity: keys.Identity
 ) -> None:
     """Give an entry of a row the files of its twin's, if the store holds those."""
     step, version, what = entry
@@ -69,11 +63,7 @@ def machine(bench: Bench) -> dict:
     return specialists.machine(bench.model) | {"batch_size": bench.batch_size}
 
 
-def score(
-    bench: Bench,
-    row: Row,
-    label: str,
-) -> pd.DataFrame:
+def score(bench: Bench, row: Row, label: str) -> pd.DataFrame:
     """Scores of the live model on the examples of one task, recorded as those of the row."""
 
     def compute(folder: Path) -> None:
@@ -85,7 +75,13 @@ def score(
         else:
             with with_head(bench.model, bench.specialists[label]) as labels:
                 rows = task.splits[row.split]
-                about = bench.model, bench.tokenizer, rows, labels, bench.batch_size
+                about = (
+                    bench.model,
+                    bench.tokenizer,
+                    rows,
+                    labels,
+                    bench.batch_size,
+                )
                 frame = scores.classify(*about)
         frame.to_parquet(folder / EXAMPLES, index=False)
 
@@ -97,47 +93,35 @@ def read_examples(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(folder / EXAMPLES)
 
 
-def _answered(
-    bench: Bench,
-    row: Row,
-    task: Task,
-) -> pd.DataFrame:
+def _answered(bench: Bench, row: Row, task: Task) -> pd.DataFrame:
     """A decoder's scores; the untaught base is shown solved examples first."""
     shots = row.options.get("shots", 0)
     rows = few_shot(task, row.split, shots) if shots else task.splits[row.split]
     end = SHOT_END if shots else None
-    about = bench.model, bench.tokenizer, rows, task.metric, bench.batch_size, end
+    about = (
+        bench.model,
+        bench.tokenizer,
+        rows,
+        task.metric,
+        bench.batch_size,
+        end,
+    )
     return scores.score(*about, texts=row.split == "test" and not shots)
 
 
-def _probe_scores(
-    bench: Bench,
-    task: Task,
-    split: str,
-) -> pd.DataFrame:
+def _probe_scores(bench: Bench, task: Task, split: str) -> pd.DataFrame:
     """Scores of a linear probe on the live encoder's last states, fitted to a few examples."""
     labels = label_set(task.splits["train"])
     train = _shown(task, labels)
     rows = task.splits[split]
-    seen = _prompt_states(
-        bench,
-        [row["prompt"] for row in train],
-    )[:, -1]
+    seen = _prompt_states(bench, [row["prompt"] for row in train])[:, -1]
     asked = _prompt_states(bench, rows["prompt"])[:, -1]
     targets = torch.tensor([labels.index(row["answers"][0]) for row in train])
-    logprobs = scores.linear_probe(
-        seen,
-        targets,
-        asked,
-        len(labels),
-    )
+    logprobs = scores.linear_probe(seen, targets, asked, len(labels))
     return scores.graded(list(rows), labels, logprobs)
 
 
-def _shown(
-    task: Task,
-    labels: Sequence[str],
-) -> list[dict]:
+def _shown(task: Task, labels: Sequence[str]) -> list[dict]:
     """The first SHOTS training examples of each label, in the order of the split."""
     left = dict.fromkeys(labels, SHOTS)
     shown = []
@@ -148,20 +132,12 @@ def _shown(
     return shown
 
 
-def states(
-    bench: Bench,
-    row: Row,
-    label: str,
-) -> Tensor:
+def states(bench: Bench, row: Row, label: str) -> Tensor:
     def compute(folder: Path) -> None:
         read = _prompt_states(
-            bench,
-            bench.tasks[label].splits["probe"]["prompt"],
+            bench, bench.tasks[label].splits["probe"]["prompt"]
         )
-        save_file(
-            {"states": read},
-            folder / "states.safetensors",
-        )
+        save_file({"states": read}, folder / "states.safetensors")
 
     entry = keys.state_entry(row, label, bench.identity)
     return read_states(store.cached(*entry, compute, machine(bench)))
@@ -171,16 +147,10 @@ def read_states(folder: Path) -> Tensor:
     return load_file(folder / "states.safetensors")["states"]
 
 
-def _prompt_states(
-    bench: Bench,
-    prompts: Iterable[str],
-) -> Tensor:
+def _prompt_states(bench: Bench, prompts: Iterable[str]) -> Tensor:
     """States (prompts, layers, d) of the live model at prompts."""
-    encode, how = (encode_input, "mean") if bench.encoder else (encode_prompt, "last")
-    encoded = [encode(bench.tokenizer, prompt) for prompt in prompts]
-    return prompt_states(
-        bench.model,
-        encoded,
-        how,
-        bench.batch_size,
+    encode, how = (
+        (encode_input, "mean") if bench.encoder else (encode_prompt, "last")
     )
+    encoded = [encode(bench.tokenizer, prompt) for prompt in prompts]
+    return prompt_states(bench.model, encoded, how, bench.batch_size)

@@ -40,10 +40,7 @@ class Pairs:
 
     @classmethod
     def from_table(
-        cls,
-        frame: pd.DataFrame,
-        column: str,
-        tasks: Sequence[str] | None = None,
+        cls, frame: pd.DataFrame, column: str, tasks: Sequence[str] | None = None
     ) -> "Pairs":
         """From rows of victim and partner, or of task_a and task_b, and `column`.
 
@@ -52,25 +49,18 @@ class Pairs:
         """
         directed = "victim" in frame
         names = ["victim", "partner"] if directed else ["task_a", "task_b"]
-        ends = list(frame[names].itertuples(index=False, name=None))
-        listed = dict.fromkeys(task for pair in ends for task in pair)
+        cells = frame.set_index(names)[column].astype("Float64")
+        if not directed:
+            cells = pd.concat([cells, cells.swaplevel()])
+        a, b = (cells.index.get_level_values(i) for i in (0, 1))
+        wrong = cells.index[cells.index.duplicated() | (a == b)]
+        if len(wrong):
+            pair = ", ".join(wrong[0])
+            raise ValueError(f"{column}: the pair {pair} is there twice, or is no pair")
+        listed = dict.fromkeys(frame[names].to_numpy().ravel())
         tasks = tuple(tasks or listed)
-        n = len(tasks)
-        place = dict(zip(tasks, range(n), strict=True))
-        values = np.full((n, n), np.nan)
-        column_values = frame[column].astype("Float64")
-        numbers = column_values.to_numpy(float, na_value=np.nan)
-        seen = set()
-        for (a, b), number in zip(ends, numbers, strict=True):
-            pair = (a, b) if directed else frozenset((a, b))
-            if a == b or pair in seen:
-                raise ValueError(f"{column}: the pair {a}, {b} is there twice, or is no pair")
-            seen.add(pair)
-            if a in place and b in place:
-                values[place[a], place[b]] = number
-                if not directed:
-                    values[place[b], place[a]] = number
-        return cls(values, tasks, directed)
+        square = cells.unstack().reindex(index=tasks, columns=tasks)
+        return cls(square.to_numpy(float, na_value=np.nan), tasks, directed)
 
     def of(self, a: str, b: str) -> float:
         """The value of a pair: of victim `a` with partner `b`."""
@@ -126,7 +116,9 @@ class Study:
     def joined(self, name: str) -> pd.DataFrame:
         """A table of merges with what each merge is: tasks, n, rule, arm, seed, same_as."""
         merges = self.merges[FROM_MERGES]
-        return self.table(name).merge(merges, on="merge", how="left", validate="many_to_one")
+        return self.table(name).merge(
+            merges, on="merge", how="left", validate="many_to_one"
+        )
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -188,10 +180,7 @@ class Study:
         return [arm for arm in self.arms if arm == "default" or arm in REFERENCE]
 
     def in_arm(
-        self,
-        arm: str = "default",
-        n: int | None = None,
-        table: str = "losses",
+        self, arm: str = "default", n: int | None = None, table: str = "losses"
     ) -> pd.DataFrame:
         """Rows of `losses` or `merges` in one arm, of merges of n.
 
@@ -217,9 +206,7 @@ class Study:
     # --- pairs ---
 
     def cells(
-        self,
-        arm: str = "default",
-        rules: Iterable[str] | None = None,
+        self, arm: str = "default", rules: Iterable[str] | None = None
     ) -> pd.DataFrame:
         """Directed cells of pairs, by default under the distinct rules: victim, partner, rule, …"""
         rules = self.distinct(arm) if rules is None else list(rules)
@@ -227,10 +214,7 @@ class Study:
         return loss.directed(losses[losses.rule.isin(rules)])
 
     def outcome(
-        self,
-        column: str = "loss",
-        rule: str = "mean",
-        arm: str = "default",
+        self, column: str = "loss", rule: str = "mean", arm: str = "default"
     ) -> Pairs:
         """`column` of the cells by victim and partner; "mean": over the distinct rules.
 
