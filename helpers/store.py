@@ -140,7 +140,8 @@ def cached(
         return done
     made_from = {"step": step, "version": version, "determinants": determinants}
     _remove_leftovers(done)
-    part = done.with_name(f".{done.name}-{_process()}-{uuid.uuid4().hex[:8]}.part")
+    mark = f".{done.name}-{platform.node()}-{os.getpid()}"
+    part = done.with_name(f"{mark}-{uuid.uuid4().hex[:8]}.part")
     try:
         with _explained(store()):
             part.mkdir(parents=True)
@@ -154,10 +155,6 @@ def cached(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return done
-
-
-def _process() -> str:
-    return f"{platform.node()}-{os.getpid()}"
 
 
 def _is_intact(folder: Path) -> bool:

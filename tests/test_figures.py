@@ -53,8 +53,9 @@ def test_the_sidecar_explains_the_figure(tmp_path):
 
 @pytest.mark.parametrize(("caption", "alt"), [("", "alt"), ("caption", "  ")])
 def test_a_figure_without_words_is_refused(tmp_path, caption, alt):
+    figures.style(tmp_path)
     with pytest.raises(ValueError, match="caption and an alt text"):
-        figures.save(draw(), "line", caption, alt, folder=tmp_path)
+        figures.save(draw(), "line", caption, alt)
     assert not list(tmp_path.iterdir())
 
 
@@ -143,7 +144,8 @@ def test_words_stand_below_the_figure_on_the_page(tmp_path, monkeypatch):
     kernel = type("Shell", (), {"kernel": None})()
     monkeypatch.setattr(IPython, "get_ipython", lambda: kernel)
     monkeypatch.setattr(IPython.display, "display", shown.append)
-    figures.save(draw(), "line", "A line.", "Rising.", folder=tmp_path)
+    figures.style(tmp_path)
+    figures.save(draw(), "line", "A line.", "Rising.")
     assert isinstance(shown[0], plt.Figure)
     assert shown[1].data == "**Figure.** A line.\n\n**In words.** Rising."
     assert not plt.get_fignums()

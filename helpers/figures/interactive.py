@@ -116,11 +116,11 @@ def playground(study: Any) -> str:
     return TEMPLATES.get_template("playground.html").render(data=safe)
 
 
-def framed(piece: str, height: int = 860) -> str:
+def framed(piece: str) -> str:
     """A piece of HTML in a frame of its own, as a notebook shows it."""
     page = f'<!doctype html><meta charset="utf-8"><body>{piece}</body>'
     inside = html.escape(page, quote=True)
-    style = f"width:100%;height:{height}px;border:1px solid #ddd"
+    style = "width:100%;height:860px;border:1px solid #ddd"
     return f'<iframe srcdoc="{inside}" style="{style}" title="playground"></iframe>'
 
 
@@ -137,7 +137,7 @@ def cards(study: Any, count: int = 3) -> pd.DataFrame:
     """
     if not (study.has("answers") and study.has("prompts")):
         return pd.DataFrame(columns=[*CARD, "loss (%)"])
-    cells = study.cells().dropna(subset="loss").sort_values("loss")
+    cells = study.cells().dropna(subset="loss").sort_values("loss", kind="stable")
     cells = cells[cells["same_as"].isna()]
     worst = cells.drop_duplicates("victim").head(count)
     best = cells.iloc[::-1].drop_duplicates("victim").head(count)

@@ -51,28 +51,16 @@ def heat_map(
     `marked` are framed. `label` names the quantity and its unit. Above ALL_WRITTEN tasks only
     values as large as `large` are written, above LARGE_WRITTEN none.
     """
-    values = table.to_numpy(dtype=float)
-    n = max(values.shape)
+    n = max(table.shape)
     own = np.array(table.index)[:, None] == np.array(table.columns)
-    undefined = np.isnan(values)
-    seen = np.where(own, np.nan, values)
-    seaborn.heatmap(
-        pd.DataFrame(seen, table.index, table.columns),
-        vmin=limits[0],
-        vmax=limits[1],
-        cmap=cmap,
-        annot=_numbers(seen, fmt, large),
-        fmt="",
-        annot_kws={"fontsize": 8},
-        cbar=False,
-        square=True,
-        xticklabels=1,
-        yticklabels=1,
-        ax=ax,
-    )
+    shown = table.astype(float).mask(own)
+    style = {"vmin": limits[0], "vmax": limits[1], "cmap": cmap, "square": True, "cbar": False}
+    names = {"xticklabels": 1, "yticklabels": 1}
+    numbers = {"annot": _numbers(shown.to_numpy(), fmt, large), "fmt": ""}
+    seaborn.heatmap(shown, annot_kws={"fontsize": 8}, ax=ax, **style, **names, **numbers)
     if colorbar:
         ax.figure.colorbar(ax.collections[0], ax=ax, label=label, shrink=0.8)
-    _frame(ax, undefined & ~own, hatch="////", edgecolor=GREY, lw=0)
+    _frame(ax, shown.isna() & ~own, hatch="////", edgecolor=GREY, lw=0)
     if marked is not None and n <= FRAMED:
         _frame(ax, marked.to_numpy(bool) & ~own, edgecolor=BLACK, lw=1.6)
     size = min(max(10 - n / 12, 4), 9)  # names are smaller where there are more

@@ -42,31 +42,22 @@ def scatter(
         _label(ax, names, x, _uncovered(x, y))
 
 
-def dose_curves(ax: Axes, doses: pd.DataFrame, score: str = "score") -> None:
+def dose_curves(ax: Axes, doses: pd.DataFrame) -> None:
     """Score of theta_0 + a tau_i against the dose a, one line per task, named at its end.
 
-    `doses` has the columns task, dose and `score`. The dashed line, dose 1/2, is where plain
+    `doses` has the columns task, dose and score. The dashed line, dose 1/2, is where plain
     averaging of two models puts each task vector.
     """
     curves = doses.sort_values("dose").groupby("task", sort=False)
     for _, curve in curves:
-        ax.plot(curve["dose"], curve[score], marker="o", ms=3, lw=1)
+        ax.plot(curve["dose"], curve["score"], marker="o", ms=3, lw=1)
     last = curves.tail(1)
     if len(last) <= NAMED_CURVES:
-        heights = _apart(last[score].to_numpy(float))
-        _label(ax, list(last["task"]), last["dose"], heights)
+        x, y = last["dose"].to_numpy(float), last["score"].to_numpy(float)
+        _label(ax, list(last["task"]), x, _uncovered(x, y))
     ax.axvline(0.5, color=GREY, lw=0.8, ls="--")
     ax.set_xlabel("dose a of the task vector (share of fine-tuning applied)")
-    ax.set_ylabel(score)
-
-
-def _apart(heights: np.ndarray, least: float = 0.045) -> np.ndarray:
-    """Heights at which labels do not touch, in their order and with their mean."""
-    order = np.argsort(heights)
-    spread = heights.copy()
-    for below, above in zip(order, order[1:], strict=False):
-        spread[above] = max(spread[above], spread[below] + least)
-    return spread - (spread.mean() - heights.mean())
+    ax.set_ylabel("score")
 
 
 def _uncovered(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -77,7 +68,7 @@ def _uncovered(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     order = np.argsort(y)
     for place, i in enumerate(order):
         for j in order[:place]:
-            near = abs(x[i] - x[j]) < width / 3
+            near = abs(x[i] - x[j]) <= width / 3
             covered = abs(heights[i] - heights[j]) < height / 30
             if near and covered:
                 heights[i] = heights[j] + height / 30

@@ -22,18 +22,10 @@ def style(
 ) -> None:
     """Apply the project's style and name the folder, notebook and parameters of later `save`s."""
     plt.style.use(STYLE)
-    where = None if folder is None else Path(folder)
-    _active.update(folder=where, notebook=notebook, parameters=parameters)
+    _active.update(folder=folder and Path(folder), notebook=notebook, parameters=parameters)
 
 
-def save(
-    fig: Figure,
-    name: str,
-    caption: str,
-    alt: str,
-    folder: Path | str | None = None,
-    data: Mapping | None = None,
-) -> Path:
+def save(fig: Figure, name: str, caption: str, alt: str, data: Mapping | None = None) -> Path:
     """Write `name`.png (200 dpi) and its sidecar `name`.json; return the PNG's path.
 
     `caption` names what intervals mean (what, level, n, resampling unit); `alt` says in words what
@@ -42,14 +34,14 @@ def save(
     the same figure gives the same bytes. In a notebook the figure is shown with its words below.
     Raises ValueError if the caption or alt text is empty or no folder is known.
     """
-    folder = folder if folder is not None else _active["folder"]
+    folder = _active["folder"]
     if folder is None:
-        raise ValueError("No folder for figures: call figures.style(folder) first or pass folder=.")
+        raise ValueError("No folder for figures: call figures.style(folder) first.")
     caption, alt = " ".join(caption.split()), " ".join(alt.split())
     if not caption or not alt:
         raise ValueError(f"Figure {name!r} needs a caption and an alt text.")
     _print_source(fig, data or {})
-    path = Path(folder) / f"{name}.png"
+    path = folder / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, metadata={"Software": None})
     _write_sidecar(path.with_suffix(".json"), caption, alt, data or {})

@@ -21,6 +21,7 @@ from helpers.run.execute import (
     peak_memory,
 )
 from helpers.run.keys import key, tables_digest
+from helpers.run.overview import costs
 from helpers.run.page import figures_of, write_page
 from helpers.run.profiles import (
     HOW,
@@ -28,7 +29,6 @@ from helpers.run.profiles import (
     Notebook,
     Step,
     all_profiles,
-    costs,
     folder,
     notebooks,
     steps,

@@ -1,27 +1,44 @@
 """What is there to run, what does it cost? For `python -m helpers list` and a notebook's head."""
 
+import json
+
 import pandas as pd
 
 from helpers.run.profiles import (
     HOW,
     SET_BY_RUNNER,
-    costs,
     notebooks,
     parameters,
     profile_tables,
 )
+from helpers.store import ROOT
 
 COST_COLUMNS = ["profile", "minutes", "GB", "threads", "machine", "date"]
+
+
+def costs() -> dict[str, dict]:
+    """Measured minutes and memory by profile, as `refresh` last recorded them."""
+    path = ROOT / "data" / "results" / "minutes.json"
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def measured(notebook: str, profile: str = "demo") -> tuple[float, float] | None:
+    """Minutes and GB of a notebook, as last measured; None where they were not."""
+    known = costs().get(profile)
+    if known is None or notebook not in known["minutes"]:
+        return None
+    return known["minutes"][notebook], known["peak_gb"][notebook]
 
 
 def cost_table(notebook: str) -> pd.DataFrame:
     """Minutes and memory of a notebook by profile, as last measured; for its first cell."""
     rows = []
-    for profile, measured in costs().items():
-        if notebook in measured["minutes"]:
-            minutes, memory = measured["minutes"][notebook], measured["peak_gb"][notebook]
-            where = [measured[name] for name in ("threads", "machine", "date")]
-            rows.append([profile, minutes, memory, *where])
+    for profile, about in costs().items():
+        spent = measured(notebook, profile)
+        if spent:
+            rows.append([profile, *spent, about["threads"], about["machine"], about["date"]])
     return pd.DataFrame(rows, columns=COST_COLUMNS)
 
 
@@ -31,10 +48,8 @@ def overview() -> str:
     for name, table in profile_tables().items():
         lines.append(f"  {name:16} {table.get('about', '')}")
     lines += ["", "Notebooks (--only NUMBER)       minutes    GB"]
-    measured = costs().get("demo", {"minutes": {}, "peak_gb": {}})
     for notebook in notebooks():
-        minutes = measured["minutes"].get(notebook.name, "")
-        memory = measured["peak_gb"].get(notebook.name, "")
+        minutes, memory = measured(notebook.name) or ("", "")
         lines.append(f"  {notebook.name:28} {minutes:>8} {memory:>5}  {notebook.question}")
     lines += ["", "Parameters (-p NAME VALUE)"]
     lines += _parameter_lines()

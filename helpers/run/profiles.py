@@ -101,14 +101,6 @@ def all_profiles() -> dict[str, dict[str, Any]]:
     return resolved
 
 
-def costs() -> dict[str, dict]:
-    """Measured minutes and memory by profile, as `refresh` last recorded them."""
-    path = ROOT / "data" / "results" / "minutes.json"
-    if not path.exists():
-        return {}
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def parameters(path: Path) -> dict[str, Parameter]:
     """The parameters that a notebook declares, by name.
 

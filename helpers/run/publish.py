@@ -16,12 +16,12 @@ import pandas as pd
 from helpers.run.chain import executed, finished, run
 from helpers.run.execute import environment, execute
 from helpers.run.normal import normalised
+from helpers.run.overview import costs
 from helpers.run.page import figures_of
 from helpers.run.profiles import (
     Notebook,
     Step,
     all_profiles,
-    costs,
     declared,
     notebooks,
     pick,

@@ -8,11 +8,11 @@ import re
 
 import pandas as pd
 
-from helpers.run.profiles import costs, declared, notebooks
+from helpers.run.overview import measured
+from helpers.run.profiles import declared, notebooks
 from helpers.store import ROOT, atomic_write
 
-VALUE = re.compile(r"<!-- ([\w.]+) -->([^<]*)<!-- / -->")
-TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- / -->", re.DOTALL)
+MARK = re.compile(r"<!-- ((?:table: )?[\w.]+) -->.*?<!-- / -->", re.DOTALL)
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -24,13 +24,11 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def notebook_table() -> pd.DataFrame:
     """The notebooks with their questions, and minutes and memory as measured on the demo."""
-    measured = costs().get("demo", {"minutes": {}, "peak_gb": {}})
     rows = []
     for notebook in notebooks():
+        spent = measured(notebook.name) or ("–", "–")
         link = f"[{notebook.name}](notebooks/{notebook.name}.ipynb)"
-        minutes = measured["minutes"].get(notebook.name, "–")
-        memory = measured["peak_gb"].get(notebook.name, "–")
-        rows.append([link, notebook.question, minutes, memory])
+        rows.append([link, notebook.question, *spent])
     return pd.DataFrame(rows, columns=["notebook", "question", "minutes", "GB"])
 
 
@@ -44,16 +42,15 @@ def found(table: str) -> pd.DataFrame | None:
     return None
 
 
-def tables() -> dict[str, pd.DataFrame]:
-    """The tables that the README may name: notebooks, and the claims of notebook 08."""
-    claims = found("findings_table")
-    return {"notebooks": notebook_table()} | ({} if claims is None else {"findings": claims})
-
-
-def values() -> dict[str, str]:
-    """The numbers that the README may name, as text."""
-    frame = found("findings")
-    return {} if frame is None else dict(zip(frame["name"], frame["text"], strict=True))
+def contents() -> dict[str, str]:
+    """What may stand between marks: numbers as text by their name, tables by "table: name"."""
+    findings = found("findings")
+    held = {} if findings is None else dict(zip(findings["name"], findings["text"], strict=True))
+    tables = {"notebooks": notebook_table(), "findings": found("findings_table")}
+    for name, table in tables.items():
+        if table is not None:
+            held[f"table: {name}"] = f"\n{markdown(table)}\n"
+    return held
 
 
 def readme() -> str:
@@ -62,23 +59,15 @@ def readme() -> str:
     Raises ValueError for a mark that names no value and no table.
     """
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    known_tables, known_values = tables(), values()
+    held = contents()
 
-    def table(match: re.Match) -> str:
-        name = _known(match[1], known_tables)
-        return f"<!-- table: {name} -->\n{markdown(known_tables[name])}\n<!-- / -->"
+    def current(match: re.Match) -> str:
+        name = match[1]
+        if name not in held:
+            raise ValueError(f"README.md names {name!r}, which no table holds")
+        return f"<!-- {name} -->{held[name]}<!-- / -->"
 
-    def value(match: re.Match) -> str:
-        name = _known(match[1], known_values)
-        return f"<!-- {name} -->{known_values[name]}<!-- / -->"
-
-    return VALUE.sub(value, TABLE.sub(table, text))
-
-
-def _known(name: str, known: dict) -> str:
-    if name not in known:
-        raise ValueError(f"README.md names {name!r}, which no table holds")
-    return name
+    return MARK.sub(current, text)
 
 
 def write_readme() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,19 @@ def model(bench: Bench, row: Row) -> tuple[dict, Callable[[], Delta]]:
     entry = keys.model_entry(row, bench.identity)
     if entry[0] == "base":
         return {}, dict
-    made: list[tuple[Delta, dict]] = []
 
-    def once() -> tuple[Delta, dict]:
-        if not made:
-            build = {"dose": _dose, "merge": _merge, "solo": _solo}[row.kind]
-            made.append(build(bench, row))
-        return made[0]
+    @cache
+    def build() -> tuple[Delta, dict]:
+        makers = {"dose": _dose, "merge": _merge, "solo": _solo}
+        return makers[row.kind](bench, row)
 
     def compute(folder: Path) -> None:
-        text = json.dumps(once()[1], default=int)
+        text = json.dumps(build()[1], default=int)
         (folder / "record.json").write_text(text, encoding="utf-8")
 
-    folder = store.cached(*entry, compute, readings.machine(bench))
-    return json.loads(
-        (folder / "record.json").read_text(encoding="utf-8")
-    ), lambda: once()[0]
+    file = store.cached(*entry, compute, readings.machine(bench)) / "record.json"
+    report = json.loads(file.read_text(encoding="utf-8"))
+    return report, lambda: build()[0]
 
 
 def specialist(bench: Bench, label: str) -> Delta:
@@ -80,19 +78,14 @@ def _solo(bench: Bench, row: Row) -> tuple[Delta, dict]:
 
 def recipe(bench: Bench, row: Row) -> dict[str, Any]:
     """What `merge.merge` takes for a merge or solo: rule, seed, options, and a scale to match."""
-    options = {
-        name: x for name, x in row.options.items() if name not in ("n", "group")
-    }
-    chosen = {"rule": row.rule, "seed": row.seed} | options
+    chosen = {"rule": row.rule, "seed": row.seed} | row.rule_options
     if row.arm.startswith("mask"):
         chosen["seed"] += int(row.arm.removeprefix("mask"))
     if row.arm in MATCHED:
         chosen |= _matched(bench, row)
     if row.rule == keys.CHEBYSHEV:
-        chosen |= {
-            "rule": "linear",
-            "weights": chebyshev_weights(bench, row.tasks),
-        }
+        weights = chebyshev_weights(bench, row.tasks)
+        chosen |= {"rule": "linear", "weights": weights}
     return chosen
 
 
@@ -100,12 +93,7 @@ def _matched(bench: Bench, row: Row) -> dict[str, Any]:
     """The scale of an arm: that of the group's linear average; alone, the one that this gave."""
     if row.kind == "solo":
         group = tuple(row.options["group"])
-        options = {
-            name: x
-            for name, x in row.options.items()
-            if name not in ("n", "group")
-        }
-        merged = row._replace(kind="merge", tasks=group, options=options)
+        merged = row._replace(kind="merge", tasks=group, options=row.rule_options)
         return {"scale": model(bench, merged)[0]["scale"]}
     linear = Row("merge", row.tasks, "linear", seed=row.seed)
     average = model(bench, linear)[0]
@@ -121,9 +109,7 @@ def chebyshev_weights(bench: Bench, group: Sequence[str]) -> list[float]:
     """
     states = []
     for x in group:
-        row = Row(
-            "dose", (x,), "dose", options={"dose": 1.0}, probed=tuple(group)
-        )
+        row = Row("dose", (x,), "dose", options={"dose": 1.0}, probed=tuple(group))
         readings.read_all(bench, row, model(bench, row)[1])
         read = [readings.states(bench, row, y)[:, -1] for y in group]
         states.append(torch.cat(read).double().numpy())

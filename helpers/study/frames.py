@@ -21,6 +21,7 @@ REPORTED = [
     "lerp_steps",
     "slerp_steps",
 ]
+KEPT_ANSWERS = 3  # of each task under each model
 READ = ["correct", "nll", "invalid"]
 
 
@@ -228,7 +229,7 @@ def _kinds(
     return failure_kinds(frame, rows, partners, said.get((BASE, task)))
 
 
-def answers(table: pd.DataFrame, few: int = 3) -> pd.DataFrame:
+def answers(table: pd.DataFrame) -> pd.DataFrame:
     """The answers to the first examples of each task under each model, of `examples`.
 
     Empty for an encoder, which answers nothing but labels.
@@ -236,7 +237,7 @@ def answers(table: pd.DataFrame, few: int = 3) -> pd.DataFrame:
     names = ["merge", "task", "example", "answer"]
     if "answer" not in table:
         return pd.DataFrame(columns=names)
-    first = table.groupby(["merge", "task"], sort=False).head(few)
+    first = table.groupby(["merge", "task"], sort=False).head(KEPT_ANSWERS)
     return first[names].reset_index(drop=True)
 
 

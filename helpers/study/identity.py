@@ -72,11 +72,10 @@ def _is_base(
 
 def _options(row: Row) -> dict:
     """The options of a merge, those with defaults filled in, as defaults may change."""
-    given = {name: x for name, x in row.options.items() if name not in ("n", "group")}
     n = row.options.get("n", len(row.tasks))
     rule = "linear" if row.rule == CHEBYSHEV else row.rule
     labels = [str(i) for i in range(n)]
-    plan = merge.plan(rule, labels, **given)
+    plan = merge.plan(rule, labels, **row.rule_options)
     options = plan.options | {"n": n, "scale": plan.scale}
     return options if row.rule == CHEBYSHEV else options | {"weights": plan.weights}
 

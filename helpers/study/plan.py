@@ -42,6 +42,11 @@ class Row(NamedTuple):
     split: str = "test"
 
     @property
+    def rule_options(self) -> dict[str, Any]:
+        """The options that its rule takes: not those that say whom a solo does without."""
+        return {name: x for name, x in self.options.items() if name not in ("n", "group")}
+
+    @property
     def model(self) -> str:
         """What is visited, and on which split: rows that agree are one visit."""
         options = store.canonical(dict(self.options))

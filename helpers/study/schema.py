@@ -44,9 +44,15 @@ class Table(NamedTuple):
 
 
 @cache
+def _content() -> dict:
+    return tomllib.loads(FILE.read_text(encoding="utf-8"))
+
+
+@cache
 def tables() -> dict[str, Table]:
     """Every table of schema.toml by name; its own columns come after those it shares."""
-    content = tomllib.loads(FILE.read_text(encoding="utf-8"))
+    content = dict(_content())
+    del content["introduction"]
     shared = content.pop("shared")
     found = {}
     for name, table in content.items():
@@ -171,19 +177,9 @@ def to_json(names: Iterable[str]) -> str:
 
 # --- describe ----------------------------------------------------------------------------------
 
-INTRODUCTION = """# What the committed tables hold
-
-Written from helpers/study/schema.toml by `python -m helpers.study.schema`. One folder per study.
-Scores are shares of test examples answered exactly right, in [0, 1]; losses are percentages of the
-specialist's score, negative where merging did harm; NLL is the answer's negative log-likelihood in
-nats per token. An empty cell is undefined. A list is JSON: `["tense", "dates"]`. A * stands for any
-ending of a name.
-"""
-
-
 def page() -> str:
     """data/results/README.md."""
-    parts = [INTRODUCTION]
+    parts = [_content()["introduction"]]
     for table in tables().values():
         parts.append(f"## {table.file}\n\n{table.about}\n")
         rows = ["| column | type | unit | meaning |", "|---|---|---|---|"]

@@ -150,10 +150,6 @@ class Study:
         return self.table("examples")
 
     @cached_property
-    def answers(self) -> pd.DataFrame:
-        return self.table("answers")
-
-    @cached_property
     def losses(self) -> pd.DataFrame:
         """One row per merge and task, with what the merge is, and `losses.outcomes`."""
         return loss.outcomes(self.joined("losses"), self.doses)
@@ -196,9 +192,9 @@ class Study:
         same = default[default.tasks.isin(set(chosen.tasks))]
         return pd.concat([chosen, same.assign(arm=arm)], ignore_index=True)
 
-    def distinct(self, arm: str = "default", n: int = 2) -> list[str]:
-        """The rules that are not, in every merge of n, a copy of another rule's merge."""
-        merges = self.in_arm(arm, n, "merges")
+    def distinct(self, arm: str = "default") -> list[str]:
+        """The rules that are not, in every merge of two, a copy of another rule's merge."""
+        merges = self.in_arm(arm, 2, "merges")
         copies = merges.same_as.notna().groupby(merges.rule, sort=False)
         always = copies.all()
         return list(always.index[~always])

@@ -124,8 +124,9 @@ def test_the_tables_are_those_of_the_schema(study, table, tmp_path):
     written = {"merges": losses.merge_losses(merges, cells)}
     written |= {"losses": losses.with_intervals(table, cells), "doses": frames.doses(visits)}
     written |= {"examples": examples.drop(columns="answer"), "costs": visit.costs(visits)}
-    written["answers"] = frames.answers(examples, 2)
-    assert len(written["answers"]) == 2 * examples.groupby(["merge", "task"]).ngroups
+    written["answers"] = frames.answers(examples)
+    per_task = written["answers"].groupby(["merge", "task"]).size()
+    assert (per_task == frames.KEPT_ANSWERS).all()
     written["prompts"] = frames.prompts(written["answers"], bench.tasks)
     asked = {row["id"]: row for row in bench.tasks["a"].splits["test"]}
     for row in written["prompts"].query("task == 'a'").itertuples():

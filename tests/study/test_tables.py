@@ -100,7 +100,6 @@ def test_a_study_answers_from_its_tables(folder):
     assert len(study.losses) == 27 and study.losses.tasks[0] == ("a", "b")
     assert study.distinct() == ["linear", "ties"]  # slerp's merges are linear's
     assert study.distinct("norm") == ["ties", "linear"]  # what ties was matched to belongs to it
-    assert study.distinct(n=3) == ["linear"]
 
 
 def test_cells_and_outcomes_are_of_the_distinct_rules_of_an_arm(folder):
