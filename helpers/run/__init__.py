@@ -2,6 +2,7 @@
 
 from helpers.run.chain import executed, finished, run
 from helpers.run.execute import NotebookFailed, machine, versions
+from helpers.run.folders import study_folder
 from helpers.run.overview import cost_table, costs
 from helpers.run.profiles import all_profiles, declared, notebooks, steps, typed
 from helpers.run.students import check
