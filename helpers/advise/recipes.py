@@ -12,7 +12,7 @@ from helpers.merge import plan
 
 def command(merge: Merge, base: str, sources: Mapping[str, str], out: str) -> str:
     """The command line that makes the merge; sources: folder or id of each model."""
-    words = ["python", "-m", "helpers", "merge", "--method", merge.rule, "--base", base]
+    words = ["python", "-m", "helpers", "merge", "--rule", merge.rule, "--base", base]
     words += ["--models", *(sources[model] for model in merge.models)]
     if merge.weights is not None:
         words += ["--weights", *map(str, merge.weights)]

@@ -167,4 +167,6 @@ def cards_html(frame: pd.DataFrame) -> str:
     shown = frame.copy()
     for column in frame.select_dtypes(exclude="number"):
         shown[column] = [html.escape(text).replace("\n", "<br>") for text in frame[column]]
-    return shown.to_html(index=False, escape=False, border=0)
+    table = shown.to_html(index=False, escape=False, border=0, justify="left")
+    # notebooks align cells to the right, as for numbers
+    return table.replace("<td>", '<td style="text-align: left; vertical-align: top">')
