@@ -5,6 +5,7 @@ process before the n-th, for n = 1, 2, … until a run comes to its end. Noteboo
 itself: a moment costs a tenth of a second (tests/benchmarks/bench_kills.py kills real runs).
 """
 
+import os
 import subprocess
 import sys
 
@@ -77,7 +78,7 @@ print("killed at", len(codes) - 1)
 def test_a_run_killed_before_any_of_its_changes_goes_on_to_the_same_tables(project):
     tests = str(toy.__file__).removesuffix("/toy.py")
     command = [sys.executable, "-c", DRIVER, str(project)]
-    env = {"PYTHONPATH": f"{tests}:{store.ROOT}"}
+    env = os.environ | {"PYTHONPATH": f"{tests}:{store.ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) > 10

@@ -68,7 +68,8 @@ def _client(cluster: str) -> Iterator[Any]:
         from distributed import Client, LocalCluster
     except ImportError as error:
         raise ValueError(
-            "a cluster needs Dask: python -m pip install -e '.[cluster]' here and on its workers"
+            "a cluster needs Dask, here and on its workers: "
+            "python -m pip install -c requirements.txt -e '.[cluster]'"
         ) from error
     kind, _, count = cluster.partition(":")
     if kind == "local":

@@ -180,6 +180,6 @@ def test_a_lost_scheduler_is_told_and_the_run_goes_on(untrained, serial, cluster
 
 def test_a_cluster_without_dask_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    told = pytest.raises(ValueError, match=r"needs Dask: .*\.\[cluster\]")
+    told = pytest.raises(ValueError, match=r"needs Dask, .*\.\[cluster\]")
     with told, executor(cluster="local:1"):
         pass
