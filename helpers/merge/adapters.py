@@ -28,6 +28,7 @@ UNMERGEABLE = {
 }
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # leave the base as it is
 PREFIX = "base_model.model."
+WRAPPER = re.compile(r"\.(base_layer|modules_to_save)\.")
 KINDS = {  # of an adapter's tensors, by their names below a module's
     "A": r"lora_(?:embedding_)?A(?:\.weight)?",
     "B": r"lora_(?:embedding_)?B(?:\.weight)?",
@@ -97,7 +98,8 @@ def _parts(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]
     """The tensors of each kind by module, and those that were saved whole by name."""
     parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
     saved = {}
-    for key, tensor in read_file(file).items():
+    tensors = read_file(file)
+    for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         kinds = {kind: re.fullmatch(rf"(.+)\.{end}", name) for kind, end in KINDS.items()}
         for kind, match in kinds.items():
@@ -107,7 +109,9 @@ def _parts(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]
             continue
         if "lora_" in name or name == key:
             raise ValueError(f"{file} holds {key}, which is no part of a LoRA adapter")
-        saved[name.replace(".base_layer.", ".")] = tensor
+        plain = WRAPPER.sub(".", name)  # of a layer that PEFT has wrapped
+        if ".original_module." not in name and (plain == name or PREFIX + plain not in tensors):
+            saved[plain] = tensor
     return parts, saved
 
 

@@ -76,7 +76,8 @@ def _anatomy(file: Path, architecture: str) -> Anatomy | None:
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # whatever a class makes of a configuration that it cannot take
-        raise ValueError(f"{file} describes no {architecture}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} describes no {architecture}: {reason}") from error
     names = model.state_dict().keys()
     buffers = {name for name, _ in model.named_buffers()}
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ())]

@@ -66,7 +66,7 @@ def merge_to_folder(
     """
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists: name another folder, or remove it")
-    chosen = _plan(recipe)
+    chosen = plan_of(recipe)
     engine.check_match(recipe.match)
     _check_device(device)
     inputs = _open(recipe, folder_of, force)
@@ -124,7 +124,7 @@ def _tokenizer(recipe: Recipe, names: list[str], folders: list[Path]) -> str | i
     raise ValueError(f"--tokenizer {recipe.tokenizer} is neither base, union nor one of the models")
 
 
-def _plan(recipe: Recipe) -> MergePlan:
+def plan_of(recipe: Recipe) -> MergePlan:
     """The checked plan, with the first number of what differs by tensor."""
     first = flat(recipe)
     labels = [str(i) for i in range(1, len(recipe.models) + 1)]

@@ -14,6 +14,7 @@ from helpers.merge.recipe import (
     first_fault,
     is_layered,
     normalized,
+    one_line,
     read_text,
 )
 
@@ -83,7 +84,7 @@ def read_mergekit(file: Path) -> Recipe:
     except ValidationError as error:
         raise ValueError(f"{file}: {first_fault(error)}") from error
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{file}: {one_line(error)}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -121,7 +122,7 @@ def _recipe(config: Configuration) -> Recipe:
         t = _stated("t", shared.get("t", dict(models)[base].get("t")))
         weights = [_rest(t) if model == base else t for model, _ in models]
     else:
-        weights = [_stated("weight", own.get("weight")) for _, own in models]
+        weights = [_stated(f"the weight of {model}", own.get("weight")) for model, own in models]
     recipe = Recipe(
         rule,
         base,
@@ -218,7 +219,7 @@ def _model_name(stated: Any, base: str | None) -> str:
 
 def _stated(name: str, setting: Setting | None) -> Setting:
     if setting is None:
-        raise ValueError(f"{name} is missing")
+        raise ValueError(f"{name} is missing (linear counts its base_model as one more model)")
     return _simple(setting)
 
 

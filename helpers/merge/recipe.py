@@ -98,7 +98,11 @@ def read_recipe(file: Path) -> Recipe:
     except ValidationError as error:
         raise ValueError(f"{file}: {first_fault(error)}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no YAML: {error}") from error
+        raise ValueError(f"{file} is no YAML: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def read_text(file: Path) -> str:

@@ -185,7 +185,7 @@ def _unrelated(name: str, base: Source, source: Source) -> Iterator[str]:
         origin, tuned = base.tensors[key], source.tensors[key]
         if origin.ndim != 2 or origin.shape != tuned.shape or not origin.is_floating_point():
             continue
-        step = max(1, len(origin) // SAMPLED)
+        step = max(1, origin.shape[0] // SAMPLED)
         rows = origin[::step].double()
         tuned_rows = tuned[::step].to(rows)
         dot += float((rows * tuned_rows).sum())

@@ -132,7 +132,7 @@ def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, tmp_path):
         ),
         ("models: [", "config.yml: "),
         ("modules: {}\nmodels: [{model: a}]\nmerge_method: linear", "modules is not supported"),
-        ("merge_method: linear\nmodels: [{model: a}]", "weight is missing"),
+        ("merge_method: linear\nmodels: [{model: a}]", "weight of a is missing"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: []}}]", "empty list"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: ['0,5']}}]", "a number"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: .nan}}]", "a number"),
