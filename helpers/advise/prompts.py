@@ -34,7 +34,8 @@ def read_prompts(file: Path) -> list[Prompt]:
     """Each prompt of a file once: its lines or, of a .jsonl file, each line's object.
 
     An object has `prompt` or `text` (a string) or `messages` (a chat). Raises ValueError, naming
-    the file and the line, for what is no prompt and for fewer than FEWEST.
+    the file and the line, for what is no prompt, for fewer than FEWEST, and for a text that repeats
+    its lines, as prompts of several lines do.
     """
     file = Path(file).expanduser()
     if not file.is_file():
@@ -49,6 +50,11 @@ def read_prompts(file: Path) -> list[Prompt]:
         elif line:
             prompts.append(line)
     unique = {store.canonical(prompt): prompt for prompt in prompts}
+    if file.suffix != ".jsonl" and len(unique) < len(prompts) / 2:
+        raise ValueError(
+            f"{file}: most of its {len(prompts)} lines are repeats; each line is a prompt, so write "
+            'prompts of several lines as .jsonl, a {"prompt": "…"} a line'
+        )
     if len(unique) < FEWEST:
         raise ValueError(
             f"{file} holds {len(unique)} different prompts: give {FEWEST} or more, better 64"

@@ -134,7 +134,8 @@ def test_the_matrix_has_a_cell_for_each_victim_and_partner(n):
     "content, name, message",
     [
         ("", "a.txt", "holds 0 different prompts"),
-        ("same\n" * 20, "a.txt", "holds 1 different prompts"),
+        ("same\n" * 20, "a.txt", "most of its 20 lines are repeats"),
+        ('{"prompt": "x"}\n' * 20, "a.jsonl", "holds 1 different prompts"),
         ('{"question": "x"}\n' * 9, "a.jsonl", 'line 1: an object needs "prompt"'),
         ('{"prompt": "x"\n', "a.jsonl", "line 1 is not JSON"),
         ("[]", "a.json", "write .jsonl"),
