@@ -89,12 +89,14 @@ def advise(
     )
 
 
-def check(keep: float, budget: float) -> None:
-    """Raise ValueError for a threshold or a budget that is none."""
+def check(keep: float, budget: float, tokens: int = 1) -> None:
+    """Raise ValueError for a threshold, a budget or a length of answers that is none."""
     if not 0 < keep < 1:
         raise ValueError(f"keep is a share between 0 and 1, as 0.9, not {keep}")
     if not budget > 0:
         raise ValueError(f"the budget is in minutes, above 0, not {budget}")
+    if tokens < 1:
+        raise ValueError(f"1 token or more of an answer must count, not {tokens}")
 
 
 def _measure(panel: Panel, parts: Mapping, which: int, bar: tqdm, merge: Merge) -> pd.DataFrame:

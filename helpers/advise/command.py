@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Parse, advise, print; the exit code. ValueError if it cannot."""
     given = parser().parse_args(argv)
-    check(given.keep, given.budget)
+    check(given.keep, given.budget, given.tokens)
     if given.report is not None:
         given.report = given.report.expanduser()
         _check_report(given.report)

@@ -82,11 +82,12 @@ def open_panel(
     whose weights are pickles, and for an encoder-decoder.
     """
     check_device(device)
+    stored = open_base(model_folder(base))  # first: it says what is wrong with a folder
     folders = {label: folder_of(model) for label, model in models.items()}
     model, tokenizer, info = load_base(base, dtype, device)
     encoder = model.get_output_embeddings() is None
     sources = [open_specialist(path, label) for label, path in folders.items()]
-    _check_meaning(base, folders, sources, encoder)
+    _check_meaning(stored, model_folder(base), folders, sources, encoder)
     heads = _heads(model, sources) if encoder else {}
     limit = _longest(model, 0 if encoder else tokens)
     inputs = {x: encode(prompts[x], x, tokenizer, encoder, limit) for x in models}
@@ -95,7 +96,7 @@ def open_panel(
         tokenizer,
         info["digest"],
         tuple(models),
-        _rows(model, model_folder(base), info["digest"], sources, encoder),
+        _rows(model, stored._replace(base_digest=info["digest"]), sources, encoder),
         contents={label: specialist_key(path) for label, path in folders.items()},
         inputs=inputs,
         heads=heads,
@@ -116,16 +117,16 @@ def check_device(device: str) -> None:
 
 
 def _check_meaning(
-    base: str,
+    base: Source,
+    folder: Path,
     folders: Mapping[str, Path],
     sources: Sequence[Source],
     encoder: bool,
 ) -> None:
     """Raise ValueError where a merge would mean nothing: another vocabulary, unrelated weights."""
-    folder = model_folder(base)
     models = [(source.label, folders[source.label], source) for source in sources]
     heads = "base" if encoder else "merge"
-    for reason in objections(open_base(folder), folder, models, heads):
+    for reason in objections(base, folder, models, heads):
         raise ValueError(reason)
 
 
@@ -137,17 +138,15 @@ def _longest(model: torch.nn.Module, answer: int) -> int:
 
 def _rows(
     model: torch.nn.Module,
-    folder: Path,
-    digest: str,
+    base: Source,
     sources: Sequence[Source],
     encoder: bool,
 ) -> list[Row]:
     """Task vectors, tensor by tensor; of encoders without their heads."""
-    base = open_base(folder)
     if encoder:
-        base = open_base(dict(model.named_parameters()))
+        live = open_base(dict(model.named_parameters()))
+        base = live._replace(base_digest=base.base_digest)
         base, *sources = (_body(source, model) for source in (base, *sources))
-    base = base._replace(base_digest=digest)
     rows = views(base, sources, model.device.type)
     if not rows:
         raise ValueError("no model differs from the base: there is nothing to merge")

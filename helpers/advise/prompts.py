@@ -52,8 +52,8 @@ def read_prompts(file: Path) -> list[Prompt]:
     unique = {store.canonical(prompt): prompt for prompt in prompts}
     if file.suffix != ".jsonl" and len(unique) < len(prompts) / 2:
         raise ValueError(
-            f"{file}: most of its {len(prompts)} lines are repeats; each line is a prompt, so write "
-            'prompts of several lines as .jsonl, a {"prompt": "…"} a line'
+            f"{file}: most of its {len(prompts)} lines are repeats: each line is a prompt, so "
+            'write prompts of several lines as .jsonl, a {"prompt": "…"} a line'
         )
     if len(unique) < FEWEST:
         raise ValueError(

@@ -158,6 +158,7 @@ def test_prompts_that_are_none_are_refused(
     [
         (["--keep", "9"], "keep is a share"),
         (["--budget", "0"], "the budget is in minutes"),
+        (["--tokens", "0"], "1 token or more"),
         (["--device", "gpu"], "device must be"),
         (["--report", "out.pdf"], "must end in .html"),
         (["--report", "."], "must end in .html"),
@@ -183,6 +184,8 @@ def test_models_that_change_nothing_and_pickles_are_refused(
     (pickle / "pytorch_model.bin").write_bytes(b"x")
     code, _, err = run(capsys, *ask, tiny_adapters[0], pickle)
     assert code == 2 and "pickle" in err
+    code, _, err = run(capsys, *ask[:2], tiny_adapters[2], *ask[3:], *tiny_adapters[:2])
+    assert code == 2 and "is an adapter" in err
     stranger = tiny.save_base(tmp_path / "stranger", hidden_size=32)
     code, _, err = run(capsys, *ask, tiny_adapters[0], stranger)
     assert code == 2 and "error: stranger" in err
