@@ -13,6 +13,7 @@ from helpers.figures import look
 from helpers.store import atomic_write
 
 NAMED = 6  # models that a sentence names; of more it says how many
+MANY = 300  # prompts that nobody will give
 WIDE = 8  # models up to which a cell has room for its interval
 HERE = Path(__file__).parent
 
@@ -38,8 +39,13 @@ def sentence(advice: Advice) -> str:
 
 def _more(advice: Advice) -> str:
     """How many prompts would settle what is undecided."""
-    wanted = [merge["more_prompts"] for merge in advice.merges if merge["verdict"] == "undecided"]
-    return f" ({max(wanted):.0f} more prompts of each would settle it)" if wanted else ""
+    undecided = [merge for merge in advice.merges if merge["verdict"] == "undecided"]
+    wanted = max((merge["more_prompts"] for merge in undecided), default=0)
+    if wanted > MANY:
+        return (
+            f" (answers kept lie close to the {advice.keep:.0%} asked: another --keep settles it)"
+        )
+    return f" ({wanted:.0f} more prompts of each would settle it)" if wanted else ""
 
 
 def how_of(merge: dict) -> str:

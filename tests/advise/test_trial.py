@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
 
+from helpers.advise import advise, page, sentence
 from helpers.advise.merges import Merge, alone, retention
 from helpers.advise.panel import open_panel
 from helpers.advise.trials import applied, references, trial
@@ -155,6 +156,18 @@ def test_an_encoder_is_tried_by_the_labels_of_each_models_own_head(tmp_path):
             break
     assert retention(trial(panel, alone("three", 1.0)))["kept"].item() == 1
     assert 0 < frame["kept"].mean() < 1
+
+
+def test_encoders_are_advised_on_from_prompts_to_page(tmp_path):
+    encoder = tiny.save_encoder(tmp_path / "base")
+    folders = [save_classifier(tmp_path / name, encoder, i, 2) for i, name in enumerate("ab", 1)]
+    models = {folder.name: str(folder) for folder in folders}
+    texts = {label: prompts(label, 40) for label in models}
+    advice = advise(str(encoder), models, texts, keep=0.5)
+    assert set(advice.cells["victim"]) == {"a", "b"}
+    assert advice.trials["prompts"].eq(10).all()  # a quarter of them choose
+    assert sentence(advice) in page(advice)
+    assert advice.pairs["hidden_sim"].notna().all()
 
 
 def _labels(model, encoded):
