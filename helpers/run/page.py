@@ -14,14 +14,23 @@ from helpers.study.tables import Study
 TEMPLATES = Path(__file__).parent
 
 
-def figures_of(results: Path, notebook: str) -> list[str]:
-    """Files of the figures that this notebook saved, relative to the results folder."""
-    files = []
+def pictures(results: Path, notebook: str) -> list[dict]:
+    """The sidecars of the figures that this notebook saved, each with its `picture`'s file."""
+    saved = []
     for sidecar in sorted((results / "figures").glob("*.json")):
         about = json.loads(sidecar.read_text(encoding="utf-8"))
         if about["notebook"] == notebook:
-            files += [sidecar, sidecar.with_suffix(".png")]
-    return [path.relative_to(results).as_posix() for path in files]
+            saved.append(about | {"picture": f"figures/{sidecar.stem}.png"})
+    return saved
+
+
+def figures_of(results: Path, notebook: str) -> list[str]:
+    """Files of the figures that this notebook saved, relative to the results folder."""
+    files = []
+    for about in pictures(results, notebook):
+        picture = Path(about["picture"])
+        files += [picture.with_suffix(".json").as_posix(), picture.as_posix()]
+    return files
 
 
 def write_page(results: Path, finished: dict[str, dict], notebooks: list[Notebook]) -> Path:
@@ -32,11 +41,14 @@ def write_page(results: Path, finished: dict[str, dict], notebooks: list[Noteboo
     done = [notebook for notebook in notebooks if notebook.name in finished]
     rows = [finished[notebook.name] for notebook in done]
     names = dict.fromkeys(row["parameters"].get("PROFILE", results.name) for row in rows)
-    text = _template("page.html").render(
+    sections = [about._asdict() | {"figures": pictures(results, about.name)} for about in done]
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
+    text = templates.get_template("page.html").render(
         title=f"Model-merging collapse: {', '.join(names)}",
         playground=_playground(results),
         tables=_verdicts(results),
-        sections=[_section(results, notebook) for notebook in done],
+        sections=sections,
         made=pd.DataFrame([_made(row) for row in rows]),
     )
     page = results / "index.html"
@@ -52,12 +64,6 @@ def _playground(results: Path) -> str:
     return figures.playground(Study(results))
 
 
-def _template(name: str) -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    surroundings = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
-    return surroundings.get_template(name)
-
-
 def _verdicts(results: Path) -> dict[str, pd.DataFrame]:
     """The claims and their verdicts, where notebook 05 has told them."""
     path = results / "verdicts.csv"
@@ -65,17 +71,6 @@ def _verdicts(results: Path) -> dict[str, pd.DataFrame]:
         return {}
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     return {"What of the paper holds here?": table[["claim", "paper", "here", "verdict"]]}
-
-
-def _section(results: Path, notebook: Notebook) -> dict:
-    """Name, question and figures of one notebook."""
-    files = figures_of(results, notebook.name)
-    pictures = []
-    for sidecar in (file for file in files if file.endswith(".json")):
-        about = json.loads((results / sidecar).read_text(encoding="utf-8"))
-        picture = Path(sidecar).with_suffix(".png").as_posix()
-        pictures.append(about | {"picture": picture})
-    return {"name": notebook.name, "question": notebook.question, "figures": pictures}
 
 
 def _made(row: dict) -> dict[str, str]:
