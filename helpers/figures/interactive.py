@@ -6,7 +6,6 @@ first screen. Nothing is computed and nothing fetched when a reader chooses.
 
 import html
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ def contents(study: Any) -> dict[str, Any]:
         "study": study.name,
         "tasks": tasks,
         "labels": {rule: look(rule)["label"] for rule in losses["rule"].unique()},
-        "base": _rounded(own["base"]),
-        "specialist": _rounded(own["specialist"]),
+        "base": _numbers(own["base"], 4),
+        "specialist": _numbers(own["specialist"], 4),
         "doses": {task: _curve(study.doses, task) for task in tasks},
         "prompts": {task: _answered(task, prompts[task], answers) for task in tasks},
         "merges": _merges(losses, prompts, answers),
@@ -82,31 +81,32 @@ def _answered(task: str, prompts: pd.DataFrame, answers: dict) -> list[dict[str,
 
 def _merges(losses: pd.DataFrame, prompts: dict, answers: dict) -> list[dict[str, Any]]:
     """Every merge of two: scores, losses and answers of both tasks; a copy has its model's."""
-    merges: dict[str, dict[str, Any]] = {}
-    for row in losses.itertuples():
-        about = {"tasks": list(row.tasks), "rule": row.rule, "arm": row.arm}
-        empty = about | {"score": {}, "loss": {}, "answers": {}}
-        merge = merges.setdefault(row.merge, empty)
-        model = row.same_as if isinstance(row.same_as, str) else row.merge
-        merge["score"][row.task] = _number(row.score, 4)
-        merge["loss"][row.task] = _number(row.loss, 1)
-        shown = prompts[row.task].index if row.task in prompts else []
-        of_task = [answers.get((model, row.task, example), UNKNOWN) for example in shown]
-        merge["answers"][row.task] = of_task
-    return list(merges.values())
+    merges = []
+    for name, rows in losses.groupby("merge", sort=False):
+        first = rows.iloc[0]
+        model = first["same_as"] if isinstance(first["same_as"], str) else name
+        of_task = rows.set_index("task")
+        said = {}
+        for task in of_task.index:
+            examples = prompts[task].index if task in prompts else []
+            said[task] = [answers.get((model, task, x), UNKNOWN) for x in examples]
+        merge = {"tasks": list(first["tasks"]), "rule": first["rule"], "arm": first["arm"]}
+        merge["score"] = _numbers(of_task["score"], 4)
+        merge["loss"] = _numbers(of_task["loss"], 1)
+        merge["answers"] = said
+        merges.append(merge)
+    return merges
 
 
-def _number(value: float, digits: int) -> float | None:
-    return None if math.isnan(value) else round(value, digits)
+def _numbers(values: pd.Series, digits: int) -> dict[str, float | None]:
+    """By task, rounded; None where undefined."""
+    rounded = values.round(digits)
+    return rounded.astype(object).where(rounded.notna(), None).to_dict()
 
 
 def _curve(doses: pd.DataFrame, task: str) -> list[list[float]]:
     rows = doses[doses["task"] == task].sort_values("dose")
     return rows[["dose", "score"]].round(4).to_numpy().tolist()
-
-
-def _rounded(values: pd.Series) -> dict[str, float | None]:
-    return {name: _number(value, 4) for name, value in values.items()}
 
 
 def playground(study: Any) -> str:
