@@ -23,7 +23,7 @@ help:
 	@echo "make lab      open the notebooks in JupyterLab"
 	@echo "make class    open copies with the exercises left to do, without torch (00, 04, 05, 08)"
 	@echo "make size     lines, and tokens a line, of every file and notebook"
-	@echo "make bench    time the merge engine beside mergekit, and the measures"
+	@echo "make bench    time the merge engine beside mergekit, the measures, a slice of the study"
 	@echo "make refresh  maintainers: rerun from nothing and rewrite notebooks, figures and results"
 	@echo "make clean    remove .venv and data/runs"
 	@echo "Python 3.11 to 3.14 is taken from PATH as python3; another: make study PYTHON=python3.13"
@@ -69,6 +69,7 @@ size: $(READY)
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/bench_merge.py
 	$(BIN)/python tests/benchmarks/bench_measures.py
+	$(BIN)/python tests/benchmarks/bench_time.py
 
 refresh: $(READY)
 	@$(BIN)/python -m helpers refresh demo

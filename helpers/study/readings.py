@@ -24,9 +24,7 @@ Delta = Mapping[str, Tensor]
 EXAMPLES = "examples.parquet"  # an answer may hold any character, which CSV would not give back
 
 
-def read_all(
-    bench: Bench, row: Row, make: Callable[[], Delta], twin: Row | None = None
-) -> None:
+def read_all(bench: Bench, row: Row, make: Callable[[], Delta], twin: Row | None = None) -> None:
     """Scores and states of a row's model; copies of its twin's where that has them."""
     wanted = [keys.score_entry(row, x, bench.identity) for x in row.scored]
     wanted += [keys.state_entry(row, x, bench.identity) for x in row.probed]
@@ -42,9 +40,7 @@ def read_all(
             states(bench, row, x)
 
 
-def _copy(
-    entry: keys.Entry, row: Row, twin: Row, identity: keys.Identity
-) -> None:
+def _copy(entry: keys.Entry, row: Row, twin: Row, identity: keys.Identity) -> None:
     """Give an entry of a row the files of its twin's, if the store holds those."""
     step, version, what = entry
     other = what | {"model": keys.model_key(twin, identity)}
@@ -63,8 +59,8 @@ def machine(bench: Bench) -> dict:
     return specialists.machine(bench.model) | {"batch_size": bench.batch_size}
 
 
-def score(bench: Bench, row: Row, label: str) -> pd.DataFrame:
-    """Scores of the live model on the examples of one task, recorded as those of the row."""
+def score(bench: Bench, row: Row, label: str) -> None:
+    """Record scores of the live model on the examples of one task as those of the row."""
 
     def compute(folder: Path) -> None:
         task = bench.tasks[label]
@@ -85,8 +81,7 @@ def score(bench: Bench, row: Row, label: str) -> pd.DataFrame:
                 frame = scores.classify(*about)
         frame.to_parquet(folder / EXAMPLES, index=False)
 
-    entry = keys.score_entry(row, label, bench.identity)
-    return read_examples(store.cached(*entry, compute, machine(bench)))
+    store.cached(*keys.score_entry(row, label, bench.identity), compute, machine(bench))
 
 
 def read_examples(folder: Path) -> pd.DataFrame:
@@ -134,9 +129,7 @@ def _shown(task: Task, labels: Sequence[str]) -> list[dict]:
 
 def states(bench: Bench, row: Row, label: str) -> Tensor:
     def compute(folder: Path) -> None:
-        read = _prompt_states(
-            bench, bench.tasks[label].splits["probe"]["prompt"]
-        )
+        read = _prompt_states(bench, bench.tasks[label].splits["probe"]["prompt"])
         save_file({"states": read}, folder / "states.safetensors")
 
     entry = keys.state_entry(row, label, bench.identity)
@@ -149,8 +142,6 @@ def read_states(folder: Path) -> Tensor:
 
 def _prompt_states(bench: Bench, prompts: Iterable[str]) -> Tensor:
     """States (prompts, layers, d) of the live model at prompts."""
-    encode, how = (
-        (encode_input, "mean") if bench.encoder else (encode_prompt, "last")
-    )
+    encode, how = (encode_input, "mean") if bench.encoder else (encode_prompt, "last")
     encoded = [encode(bench.tokenizer, prompt) for prompt in prompts]
     return prompt_states(bench.model, encoded, how, bench.batch_size)

@@ -44,7 +44,7 @@ class Visit:
         file = store.place(*keys.model_entry(self.row, self.identity)) / "record.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
-    @property
+    @cached_property  # every table is made of them
     def examples(self) -> pd.DataFrame:
         """Scores of each example (`scores.score`), with the column task."""
         frames = []

@@ -2,7 +2,7 @@
 
 Run by hand (`python tests/benchmarks/bench_kills.py`, two and a half times the smoke chain). Each
 run goes on where the last was killed, with all its processes at once. Prints a line for each kill;
-fails where a table differs.
+fails where a table differs. `--kills 0 --cluster local:2` compares a cluster with a serial run.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from helpers.store import ROOT
 TABLES = ("losses.csv", "merges.csv", "doses.csv", "pairs.csv", "bound.csv", "verdicts.csv")
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start(folder: Path, *how: str) -> subprocess.Popen:
     """`run smoke` into a folder with a store of its own."""
-    command = [sys.executable, "-m", "helpers", "run", "smoke"]
+    command = [sys.executable, "-m", "helpers", "run", "smoke", *how]
     command += ["-p", "RESULTS", str(folder / "results")]
     env = os.environ | {"MERGING_COLLAPSE_STORE": str(folder / "store")}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
@@ -55,7 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cluster", metavar="ADDRESS", help="for the killed runs, as `run` has it")
     options = parser.parse_args()
+    how = ["--cluster", options.cluster] if options.cluster else []
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         begin = time.monotonic()
@@ -64,11 +66,11 @@ def main() -> None:
         print(f"a whole run takes {seconds:.0f} s")
         moments = np.random.default_rng(options.seed).uniform(0, seconds, options.kills)
         for moment in moments / options.kills:  # each run goes on where the last was killed
-            runner = start(killed)
+            runner = start(killed, *how)
             time.sleep(moment)
             kill(runner)
             print(f"killed after {moment:.0f} s: finished are {check(killed)}", flush=True)
-        assert start(killed).wait() == 0
+        assert start(killed, *how).wait() == 0
         assert len(check(killed)) == len(run.notebooks())
         for name in TABLES:
             tables = [(x / "results" / name).read_text() for x in (whole, killed)]
