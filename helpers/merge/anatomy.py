@@ -53,7 +53,7 @@ def anatomy(folder: Path) -> Anatomy | None:
     """
     config = config_of(folder)
     architectures = config.get("architectures")
-    if not isinstance(architectures, list) or "model_type" not in config:
+    if not isinstance(architectures, list) or not architectures or "model_type" not in config:
         return None
     return _anatomy(folder / "config.json", str(architectures[0]))
 
@@ -69,10 +69,11 @@ def _anatomy(file: Path, architecture: str) -> Anatomy | None:
     import transformers  # seconds and 0.2 GB: not for folders that say nothing of a class
 
     model_class = getattr(transformers, architecture, None)
-    if model_class is None or model_class.config_class is None:
+    config_class = getattr(model_class, "config_class", None)
+    if config_class is None:
         return None
     try:
-        config = model_class.config_class.from_json_file(file)
+        config = config_class.from_json_file(file)
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # whatever a class makes of a configuration that it cannot take

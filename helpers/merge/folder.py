@@ -5,16 +5,10 @@ a few times the largest tensor, whatever the size of the model and the number of
 folder is written under another name and renamed when it is complete.
 """
 
-import errno
-import glob
 import json
-import os
-import platform
 import re
 import shutil
-import uuid
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +22,7 @@ from helpers.merge.anatomy import config_of, depths, layers_of
 from helpers.merge.blocks import BLOCK
 from helpers.merge.card import model_card, name_of, provenance
 from helpers.merge.fit import fitted, named
+from helpers.merge.parts import complete_or_absent
 from helpers.merge.plans import RULES, MergePlan, plan
 from helpers.merge.recipe import DTYPES, GB, Recipe, flat, is_layered, numbers
 from helpers.merge.report import Report, summary
@@ -36,8 +31,6 @@ from helpers.merge.shards import Layout, bytes_of, layout, write_tensors
 from helpers.merge.sources import Source, open_base, open_specialist
 from helpers.merge.surroundings import TOKENIZER, belonging, copy_surroundings, losses, objections
 from helpers.merge.vectors import Row, rows_of
-
-OWNER = ".owner.json"  # in a folder that is being written
 
 
 class Inputs(NamedTuple):
@@ -79,7 +72,7 @@ def merge_to_folder(
     if not rows:
         raise ValueError("no model differs from the base: there is nothing to merge")
     about = provenance(recipe, inputs.folders)
-    with _complete_or_absent(out) as part:
+    with complete_or_absent(out) as part:
         if recipe.match:
             chosen = engine.matched(rows, chosen, recipe.match)
         _copy_surroundings(recipe, inputs, part)
@@ -192,55 +185,6 @@ def _print_notes(inputs: Inputs) -> None:
         print(f"note: embeddings have {inputs.rows} rows; models without one have the base's there")
     for note in losses(base, inputs.folders[0], inputs.tokenizer, models):
         print(f"note: {note}")
-
-
-@contextmanager
-def _complete_or_absent(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, renamed to `out` at the end or removed on failure.
-
-    What killed merges into `out` have left is removed first.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name[:40]}.part-"
-    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
-        if _is_dead(left):
-            shutil.rmtree(left)
-    part = out.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
-    part.mkdir()
-    (part / OWNER).write_text(json.dumps(_owner(os.getpid())))
-    try:
-        yield part
-        (part / OWNER).unlink()
-        _rename(part, out)
-    except BaseException as error:
-        shutil.rmtree(part)
-        if "No space left" in str(error):  # safetensors has an exception of its own for it
-            sentence = f"{out.parent} is full: free space there or name another --out"
-            raise OSError(errno.ENOSPC, sentence) from error
-        raise
-
-
-def _rename(part: Path, out: Path) -> None:
-    try:
-        part.rename(out)
-    except OSError as error:
-        raise ValueError(f"{out} was made by another process meanwhile: {error}") from error
-
-
-def _owner(pid: int) -> dict[str, Any]:
-    """What tells a process from any other, on this machine and others."""
-    return {"host": platform.node(), "pid": pid, "started": psutil.Process(pid).create_time()}
-
-
-def _is_dead(part: Path) -> bool:
-    """Whether a folder was left by a merge on this machine that is no longer running."""
-    try:
-        owner = json.loads((part / OWNER).read_text())
-        return owner["host"] == platform.node() and owner != _owner(owner["pid"])
-    except psutil.NoSuchProcess:
-        return True
-    except (OSError, ValueError, KeyError, TypeError):  # not a merge's, or another host's
-        return False
 
 
 # What it will take -------------------------------------------------------------------------------

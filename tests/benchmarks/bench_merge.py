@@ -16,6 +16,7 @@ import csv
 import json
 import math
 import os
+import platform
 import re
 import statistics
 import subprocess
@@ -233,9 +234,17 @@ def cell(name: str, work: Path, repeats: int, others: bool) -> list[dict]:
         medians = {k: statistics.median(m[k] for m in measurements) for k in measurements[0]}
         cell_of = {"size": size, "dtype": dtype, "method": method, "models": int(n)}
         cell_of |= {"threads": 1, "repeats": repeats, "torch": torch.__version__, "load": load}
+        cell_of["machine"] = machine()
         rows.append(cell_of | {"subject": subject} | medians | (same if subject == "ours" else {}))
         remove(work / command_out(subject))
     return rows
+
+
+def machine() -> str:
+    """What the figures hang on: processor and number of cores."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} x {models[0] if models else platform.processor()}"
 
 
 def command_out(subject: str) -> str:
@@ -277,7 +286,7 @@ def table(rows: list[dict]) -> str:
 
 def read(file: Path) -> list[dict]:
     """The rows of a table that `write` wrote, its figures as numbers again."""
-    texts = ("size", "dtype", "method", "subject", "torch")
+    texts = ("size", "dtype", "method", "subject", "torch", "machine")
     with file.open(newline="") as table:
         return [
             {key: x if key in texts else float(x) for key, x in row.items() if x}
