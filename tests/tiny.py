@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     LlamaConfig,
@@ -109,7 +110,7 @@ def save_adapter(
         }
         | options
     )
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

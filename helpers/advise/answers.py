@@ -1,7 +1,7 @@
 """What does the live model answer, and would it give these answers?
 
-A decoder answers in words: greedily, up to its end token or the panel's limit. An encoder answers
-with a label, by the head of the model that is asked.
+A decoder or encoder-decoder answers in words: greedily, up to its end token or the panel's limit.
+An encoder answers with a label, by the head of the model that is asked.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import torch
 
 from helpers.advise.panel import Panel
 from helpers.states.batch import length_buckets, pad
-from helpers.study.answers import closing, read_prompts, readings
+from helpers.study.answers import batches, closing, decode, read_prompts, readings
 
 Prompts = Sequence[list[int]]
 Answers = Sequence[list[int]]  # token ids, or one label
@@ -34,31 +34,21 @@ def score(panel: Panel, label: str, prompts: Prompts, answers: Answers) -> pd.Da
     return _score_texts(panel, prompts, answers)
 
 
-# --- decoders ------------------------------------------------------------------------------------
+# --- models that write --------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def _greedy(panel: Panel, prompts: Prompts) -> list[list[int]]:
     """Greedy continuations with their end token, at most `panel.tokens` long."""
     ends = _end_tokens(panel)
     fill = panel.tokenizer.pad_token_id
     answers: list[list[int]] = [[]] * len(prompts)
     lengths = [len(ids) for ids in prompts]
-    for batch in length_buckets(lengths, panel.batch_size):
-        reversed_prompts = [prompts[i][::-1] for i in batch]
-        ids, mask = pad(reversed_prompts, fill)  # reversed twice: padded on the left
-        out = panel.model.generate(
-            ids.flip(1).to(panel.model.device),
-            attention_mask=mask.flip(1).to(panel.model.device),
-            max_new_tokens=panel.tokens,
-            do_sample=False,
-            repetition_penalty=1.0,  # some bases set another, and exact match knows none
-            pad_token_id=fill,
-            eos_token_id=sorted(ends),
-        )
-        continuations = out[:, ids.shape[1] :].tolist()
-        for i, tokens in zip(batch, continuations, strict=True):
-            answers[i] = _up_to_end(tokens, ends)
+    for batch in batches(panel.model, lengths, panel.batch_size):
+        some = [prompts[i] for i in batch]
+        cached = read_prompts(panel.model, some, fill)
+        decoded = decode(panel.model, cached, panel.tokens, ends)
+        for i, tokens in zip(batch, decoded, strict=True):
+            answers[i] = tokens
     return answers
 
 
@@ -68,19 +58,11 @@ def _end_tokens(panel: Panel) -> set[int]:
     return {panel.tokenizer.eos_token_id, *listed} - {None}
 
 
-def _up_to_end(tokens: list[int], ends: set[int]) -> list[int]:
-    for place, token in enumerate(tokens, 1):
-        if token in ends:
-            return tokens[:place]
-    return tokens
-
-
-@torch.no_grad()
 def _score_texts(panel: Panel, prompts: Prompts, answers: Answers) -> pd.DataFrame:
     kept, nll = np.zeros(len(prompts)), np.zeros(len(prompts))
     fill, stop = panel.tokenizer.pad_token_id, closing(panel.tokenizer)
-    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
-    for batch in length_buckets(lengths, panel.batch_size):
+    lengths = [len(ids) for ids in prompts]
+    for batch in batches(panel.model, lengths, panel.batch_size):
         cached = read_prompts(panel.model, [prompts[i] for i in batch], fill)
         candidates = [[answers[i]] for i in batch]
         read = readings(panel.model, cached, candidates, fill, stop)
@@ -104,15 +86,15 @@ def _score_labels(panel: Panel, label: str, prompts: Prompts, answers: Answers) 
 @torch.no_grad()
 def _classify(panel: Panel, label: str, prompts: Prompts) -> torch.Tensor:
     """Log-probabilities (prompts, labels) of the live encoder below a model's own head."""
-    batches = length_buckets([len(ids) for ids in prompts], panel.batch_size)
+    buckets = length_buckets([len(ids) for ids in prompts], panel.batch_size)
     parts = []
     with _head(panel, label):
-        for batch in batches:
+        for batch in buckets:
             ids, mask = pad([prompts[i] for i in batch], 0)
             device = panel.model.device
             logits = panel.model(ids.to(device), attention_mask=mask.to(device)).logits
             parts.append(logits.float().log_softmax(1).cpu())
-    order = torch.tensor([i for batch in batches for i in batch])
+    order = torch.tensor([i for batch in buckets for i in batch])
     return torch.cat(parts)[order.argsort()]
 
 

@@ -26,11 +26,10 @@ def states(panel: Panel) -> np.ndarray:
     """Last-layer states (models, prompts, d) of every model at a few prompts of each."""
     count = max(2, PROBES // len(panel.labels))
     prompts = [ids for label in panel.labels for ids in panel.inputs[label][:count]]
-    how = "mean" if panel.encoder else "last"
     read = []
     for label in panel.labels:
         with applied(panel, alone(label, 1.0)):
-            by_layer = prompt_states(panel.model, prompts, how, panel.batch_size)
+            by_layer = prompt_states(panel.model, prompts, batch_size=panel.batch_size)
         read.append(by_layer[:, -1].double().numpy())
     return np.stack(read)
 

@@ -78,8 +78,8 @@ def open_panel(
 ) -> Panel:
     """The models (by label) of `base`, opened and checked; no prompt is read by a model yet.
 
-    Raises ValueError, with the reason, for models that cannot be merged into this base, for one
-    whose weights are pickles, and for an encoder-decoder.
+    Raises ValueError, with the reason, for models that cannot be merged into this base, and for
+    one whose weights are pickles.
     """
     check_device(device)
     stored = open_base(model_folder(base))  # first: it says what is wrong with a folder

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 from tqdm import tqdm
 
 from helpers import store
 from helpers.advise import answers
 from helpers.advise.merges import Merge, alone
 from helpers.advise.panel import Panel
+from helpers.merge import applied as merged
 from helpers.merge import merge_tensors, plan, summary
 
 VERSION = 2  # raised by hand whenever a trial records something else
@@ -33,23 +35,19 @@ EVERY: Mapping[str, slice] = {}
 def applied(panel: Panel, merge: Merge) -> Iterator[list[float]]:
     """The live base as the merge; yields each model's dose, <change, tau> / ||tau||^2.
 
-    One tensor's change is held at a time beside base and merge; both are rounded as the base is.
-    Afterwards the base is back bit for bit.
+    One tensor's change is held at a time beside base and merge. Afterwards the base is back bit for
+    bit.
     """
     chosen = plan(merge.rule, merge.models, merge.weights, scale=merge.scale)
-    parameters = dict(panel.model.named_parameters())
-    original, records = {}, []
-    try:
+    records = []
+
+    def changes() -> Iterator[tuple[str, Tensor]]:
         for row, change, record in merge_tensors(panel.of(merge.models), chosen):
-            parameter = parameters[row.name]
-            original[row.name] = parameter.data
-            merged = parameter.data.float() + change
-            parameter.data = merged.to(parameter.dtype)
             records.append(record)
+            yield row.name, change
+
+    with merged(panel.model, changes()):
         yield [dose or 0.0 for dose in summary(chosen, records).own]
-    finally:
-        for name, data in original.items():
-            parameters[name].data = data
 
 
 def references(panel: Panel, label: str) -> pd.DataFrame:

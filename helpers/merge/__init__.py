@@ -7,12 +7,13 @@ card, command (from a stated merge to a model on disk).
 
 from helpers.merge.blocks import Factors, Lazy, gram_matrix, row_blocks, zero
 from helpers.merge.command import main
-from helpers.merge.engine import MATCHES, dose, merge, merge_tensors, rounded
+from helpers.merge.engine import MATCHES, dose, matched, merge, merge_tensors, rounded
 from helpers.merge.folder import merge_to_folder
 from helpers.merge.mergekit import MERGEKIT, read_mergekit
 from helpers.merge.plans import RULES, MergePlan, check_rule, options_of, plan
 from helpers.merge.recipe import DTYPES, Recipe
 from helpers.merge.report import Report, delta_digest, same, summary
+from helpers.merge.rounding import Grid
 from helpers.merge.sources import Source, open_base, open_specialist
 from helpers.merge.spectral import singular_triplets
 from helpers.merge.surroundings import objections
@@ -25,6 +26,7 @@ __all__ = [
     "MERGEKIT",
     "RULES",
     "Factors",
+    "Grid",
     "Lazy",
     "MergePlan",
     "Recipe",
@@ -38,6 +40,7 @@ __all__ = [
     "dose",
     "gram_matrix",
     "main",
+    "matched",
     "merge",
     "merge_tensors",
     "merge_to_folder",

@@ -124,7 +124,8 @@ class Loaded(NamedTuple):
 def as_loaded(where: Path, stored: Mapping[str, Tensor], body: Anatomy | None) -> Loaded:
     """A file's tensors under the names of the class, every tied one once.
 
-    Raises ValueError for two names of one tensor and for copies of a tied tensor that differ.
+    A copy that differs from its original is a tensor of its own, as transformers has it (the head
+    of flan-t5). Raises ValueError for two names of one tensor.
     """
     if body is None:
         return Loaded(dict(stored), frozenset(), 0)
@@ -137,9 +138,9 @@ def as_loaded(where: Path, stored: Mapping[str, Tensor], body: Anatomy | None) -
     for copy, original in body.ties.items():
         if copy not in tensors:
             continue
-        tensor = tensors.pop(copy)
-        if not torch.equal(tensors.setdefault(original, tensor), tensor):
-            raise ValueError(f"{where}: {copy} is tied to {original}, but differs from it")
+        tensor = tensors[copy]
+        if torch.equal(tensors.setdefault(original, tensor), tensor):
+            del tensors[copy]
     recomputed = frozenset(name for name in tensors if body.is_recomputed(name))
     return Loaded(tensors, recomputed, len(tensors.keys() - stored.keys()))
 

@@ -124,8 +124,10 @@ def _checkpoint_names(who: str, base: Source, specialist: Source) -> Source:
             continue
         tensors[loaded] = tensor
     for copy, original in body.ties.items():
-        tensor = tensors.pop(copy, None)
-        if tensor is not None and not torch.equal(tensors.setdefault(original, tensor), tensor):
+        if copy in base.tensors or copy not in tensors:
+            continue
+        tensor = tensors.pop(copy)
+        if not torch.equal(tensors.setdefault(original, tensor), tensor):
             raise ValueError(f"{who} unties {copy}, which in the base is {original}")
     return specialist._replace(tensors=tensors)
 

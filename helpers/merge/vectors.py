@@ -6,7 +6,7 @@ adapter (tau = scaling * B A, exactly), a state dict in memory. Nothing is dense
 for: files stay memory-mapped, adapters stay factors, and a `Lazy` tensor reads the rows it must.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -146,19 +146,27 @@ def _reader(base: Source, device: str) -> Callable[[str, Any], Tensor]:
 
 
 @contextmanager
-def applied(model: torch.nn.Module, delta: Mapping[str, Tensor]) -> Iterator[torch.nn.Module]:
+def applied(
+    model: torch.nn.Module,
+    delta: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+) -> Iterator[torch.nn.Module]:
     """`model` with base + delta as its parameters inside the `with`, and the base again after it.
 
-    The base's own storage is set aside and put back, so it is restored bit for bit. Raises
-    ValueError if the model is not fp32 or a name or a shape does not fit.
+    Sums are taken in fp32 and rounded to the model's own type. The base's storage of what changes
+    is set aside and put back, so it is restored bit for bit. Pairs (name, change) are taken one at
+    a time: beside base and merge no change is then held. Raises ValueError if a name or a shape
+    does not fit.
     """
     parameters = dict(model.named_parameters())
-    for name, change in delta.items():
-        _check_parameter(name, parameters.get(name), change)
-    base = {name: parameters[name].data for name in delta}
+    changes = delta.items() if isinstance(delta, Mapping) else delta
+    base: dict[str, Tensor] = {}
     try:
-        for name, change in delta.items():
-            parameters[name].data = base[name] + change.to(base[name].device)
+        for name, change in changes:
+            _check_parameter(name, parameters.get(name), change)
+            original = parameters[name].data
+            base[name] = original
+            summed = original.float() + change.to(original.device)
+            parameters[name].data = summed.to(original.dtype)
         yield model
     finally:
         for name, original in base.items():
@@ -171,5 +179,3 @@ def _check_parameter(name: str, parameter: Tensor | None, change: Tensor) -> Non
     if parameter.shape != change.shape:
         shape = tuple(parameter.shape)
         raise ValueError(f"{name} is {tuple(change.shape)}, in the model {shape}")
-    if parameter.dtype != torch.float32:
-        raise ValueError(f"{name} of the model is {parameter.dtype}: load the model in fp32")

@@ -16,7 +16,7 @@ _NAMES = {
         "length_buckets",
         "pad",
     ],
-    "read": ["blocks_of", "layer_names", "pool", "prompt_states"],
+    "read": ["blocks_of", "layer_names", "logits", "pool", "pooling", "prompt_states"],
     "measures": [
         "MEASURES",
         "change_cosine",
@@ -32,7 +32,8 @@ _NAMES = {
     ],
     "compare": ["MDS_READINGS", "half_samples", "mds", "pair_table"],
     "conflict": ["METRICS", "PRIMARY", "group_variance", "metrics", "pair_metrics", "pair_sums"],
-    "gradients": ["answer_loss", "gradient_table", "grams"],
+    "loss": ["answer_loss"],
+    "gradients": ["gradient_table", "grams"],
     "rivals": ["RIVALS", "barrier", "jaccard", "shared_mass"],
     "geometry": [
         "checked",

@@ -29,6 +29,22 @@ def _distance2(s: pd.DataFrame) -> pd.Series:
     return s.square_a + s.square_b - 2 * s.inner
 
 
+def _subspaces(
+    side: str,
+    meaning: str,
+) -> dict[str, Metric]:
+    """How much of their leading singular directions two task vectors share, and by chance."""
+    shared = f"{side}_shared"
+    expected = f"{side}_expected"
+    return {
+        f"{side}_overlap": Metric(meaning, lambda s: s[shared] / s.directions),
+        f"{side}_chance": Metric(
+            "the same for random subspaces",
+            lambda s: s[expected] / s.directions,
+        ),
+    }
+
+
 # The first four are the study's primary readings of the metrics of arXiv:2603.09463, which gives
 # them in words; the others are its sensitivity family and its rivals.
 METRICS = {
@@ -84,22 +100,8 @@ METRICS = {
         "the same for sets drawn independently",
         lambda s: 2 * s.top_expected / (s.top_a + s.top_b),
     ),
-    "left_overlap": Metric(
-        "||U_a' U_b||_F^2 / r, leading left singular vectors (output space)",
-        lambda s: s.left_shared / s.directions,
-    ),
-    "left_chance": Metric(
-        "the same for random subspaces",
-        lambda s: s.left_expected / s.directions,
-    ),
-    "right_overlap": Metric(
-        "||V_a' V_b||_F^2 / r, leading right singular vectors (input space)",
-        lambda s: s.right_shared / s.directions,
-    ),
-    "right_chance": Metric(
-        "the same for random subspaces",
-        lambda s: s.right_expected / s.directions,
-    ),
+    **_subspaces("left", "||U_a' U_b||_F^2 / r, leading left singular vectors (output space)"),
+    **_subspaces("right", "||V_a' V_b||_F^2 / r, leading right singular vectors (input space)"),
     "variance": Metric(
         "variance of (a, b), mean over coordinates: PRISM (arXiv:2610.03199), raw",
         lambda s: _distance2(s) / (4 * s.coordinates),

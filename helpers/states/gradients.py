@@ -14,13 +14,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from helpers.merge import gram_matrix
-from helpers.states.batch import IGNORED, length_buckets, pad
+from helpers.states.batch import length_buckets
+from helpers.states.loss import Example, answer_loss
 from helpers.states.read import blocks_of
-
-Example = tuple[list[int], list[int]]
 
 
 class Kept(NamedTuple):
@@ -29,22 +27,6 @@ class Kept(NamedTuple):
     inputs: list[Tensor]
     others: list[tuple[tuple, dict]]  # the blocks' other arguments: masks, positions
     towards: Tensor
-
-
-def answer_loss(model: nn.Module, examples: Sequence[Example]) -> Tensor:
-    """Sum over all answer tokens of their negative log-likelihood in a decoder, in nats."""
-    ids, mask = pad([prompt + answer for prompt, answer in examples], 0)
-    targets = [[IGNORED] * len(prompt) + answer for prompt, answer in examples]
-    labels, _ = pad(targets, IGNORED)
-    counted = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]  # the head is a fifth of the work
-    ids, mask, labels, counted = (t.to(model.device) for t in (ids, mask, labels, counted))
-    logits = model(ids, attention_mask=mask, logits_to_keep=counted, use_cache=False).logits
-    return cross_entropy(
-        logits.float().flatten(0, 1),
-        labels[:, counted + 1].flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
 
 
 def grams(
@@ -61,7 +43,8 @@ def grams(
     then each block is run again on them, from the last to the first, and differentiated.
 
     Args:
-        model: a decoder in evaluation mode; `names`' parameters are those differentiated.
+        model: a decoder in evaluation mode, or an encoder-decoder, of which the decoder's blocks
+            are differentiated; `names`' parameters are those.
         tasks: by label, (prompt ids, answer ids) of each example.
         names: parameters inside blocks; by default all matrices of the blocks.
         batch_size: how many examples at a time; it changes nothing but rounding.

@@ -175,13 +175,17 @@ def logit_kl(a: ArrayLike, b: ArrayLike) -> float:
     return float(divergence.sum(axis=1).mean() / 2)
 
 
-def logit_kls(states: NDArray, readout: NDArray, block: int = 8) -> NDArray:
+def logit_kls(
+    states: NDArray,
+    logits: Callable[[NDArray], NDArray],
+    block: int = 8,
+) -> NDArray:
     """`logit_kl` of every two models on every single probe: (models, models, n_probes), nats.
 
     Args:
         states: (models, n_probes, d), the states that feed the readout (final-normed).
-        readout: (vocabulary, d), the output layer, the same for all models (true of adapters that
-            leave the embeddings alone).
+        logits: (n, d) states to (n, vocabulary), by a head that is the same for all models (true of
+            adapters that leave the embeddings alone).
         block: probes at a time; memory models * block * vocabulary * 16 bytes.
 
     (KL(p|q) + KL(q|p)) / 2 = (p - q)(log p - log q) / 2 needs only the products of every p with
@@ -191,8 +195,10 @@ def logit_kls(states: NDArray, readout: NDArray, block: int = 8) -> NDArray:
     out = np.empty((models, models, probes))
     for start in range(0, probes, block):
         part = slice(start, start + block)
-        logits = np.asarray(states[:, part] @ readout.T, dtype=np.float64)
-        log_p = special.log_softmax(logits, axis=-1).swapaxes(0, 1)  # (probes, models, vocabulary)
+        some = states[:, part]
+        read = np.float64(logits(some.reshape(-1, some.shape[-1])))
+        read = read.reshape(*some.shape[:2], -1)
+        log_p = special.log_softmax(read, axis=-1).swapaxes(0, 1)  # (probes, models, vocabulary)
         products = np.exp(log_p) @ log_p.swapaxes(1, 2)
         own = np.diagonal(products, axis1=1, axis2=2)
         both = own[:, :, None] + own[:, None]

@@ -3,58 +3,105 @@
 from collections.abc import Sequence
 
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from helpers.states.batch import length_buckets, pad
 
 HOW = ("last", "mean", "first_decoder")
 
 
+def pooling(model: nn.Module) -> str:
+    """Which state stands for a prompt, as declared: an encoder-decoder's where its decoder starts
+    ("first_decoder"), an encoder's "mean", a decoder's "last".
+    """
+    if model.config.is_encoder_decoder:
+        return "first_decoder"
+    return "mean" if model.get_output_embeddings() is None else "last"
+
+
 @torch.no_grad()
 def prompt_states(
-    model: nn.Module, encoded: Sequence[list[int]], how: str = "last", batch_size: int = 20
+    model: nn.Module,
+    encoded: Sequence[list[int]],
+    how: str | None = None,
+    batch_size: int = 20,
 ) -> Tensor:
     """States (prompts, layers, d) of a model at prompts, all layers from one pass, fp32 on the CPU.
 
     Args:
         model: a decoder, an encoder or an encoder-decoder of transformers, with or without a head.
         encoded: token ids of each prompt; they are batched by length and padded on the right.
-        how: as in `pool`. An encoder-decoder reads the prompt with its encoder; its state is that
-            of the decoder's start token, "first_decoder", which no other model has.
+        how: as in `pool`; by default the model's own `pooling`. An encoder-decoder reads the prompt
+            with its encoder: "first_decoder" is the state of its decoder's start token, "mean" the
+            mean of the encoder's.
 
     Memory: beside the model's own activations prompts * layers * d * 4 bytes.
 
     Raises:
-        ValueError: "first_decoder" for a model that is no encoder-decoder, or the reverse; a prompt
-            without tokens.
+        ValueError: "first_decoder" for a model that is no encoder-decoder, "last" for one that is;
+            a prompt without tokens.
     """
-    two_stacks = model.config.is_encoder_decoder
-    if (how == "first_decoder") != two_stacks:
-        possible = '"first_decoder"' if two_stacks else '"last" or "mean"'
-        raise ValueError(f"{type(model).__name__} has no {how!r} state of a prompt: use {possible}")
-    read = _decoder_start if two_stacks else _prompt
-    lengths = [len(ids) for ids in encoded]
-    batches = length_buckets(lengths, batch_size)
+    how = how or pooling(model)
+    if how == ("last" if model.config.is_encoder_decoder else "first_decoder"):
+        usual = pooling(model)
+        raise ValueError(
+            f'{type(model).__name__} has no {how!r} state of a prompt: use "{usual}" or "mean"'
+        )
+    read = _decoder_start if how == "first_decoder" else _prompt
+    batches = length_buckets([len(ids) for ids in encoded], batch_size)
     pooled = []
     for batch in batches:
         ids, mask = pad([encoded[i] for i in batch], 0)
-        states = read(model, ids.to(model.device), mask.to(model.device), how)
+        states = read(
+            model,
+            ids.to(model.device),
+            mask.to(model.device),
+            how,
+        )
         pooled.append(states.cpu())
     order = torch.tensor([i for batch in batches for i in batch])
     return torch.cat(pooled)[order.argsort()].contiguous()
 
 
-def _prompt(model: nn.Module, ids: Tensor, mask: Tensor, how: str) -> Tensor:
-    stack = model.base_model  # below the head: logits are not wanted
-    states = stack(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    return pool(states, mask, mask.sum(1) - 1, how)
+def _prompt(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    how: str,
+) -> Tensor:
+    # below the head: logits are not wanted
+    stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    output = stack(
+        ids,
+        attention_mask=mask,
+        output_hidden_states=True,
+    )
+    last = mask.sum(1) - 1
+    return pool(output.hidden_states, mask, last, how)
 
 
-def _decoder_start(model: nn.Module, ids: Tensor, mask: Tensor, how: str) -> Tensor:
+def _decoder_start(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    how: str,
+) -> Tensor:
     start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
-    output = model(ids, attention_mask=mask, decoder_input_ids=start, output_hidden_states=True)
-    first = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-    return pool(output.decoder_hidden_states, torch.ones_like(start), first, how)
+    output = model(
+        ids,
+        attention_mask=mask,
+        decoder_input_ids=start,
+        output_hidden_states=True,
+    )
+    first = torch.zeros_like(start[:, 0])
+    return pool(
+        output.decoder_hidden_states,
+        torch.ones_like(start),
+        first,
+        how,
+    )
 
 
 def pool(
@@ -125,3 +172,28 @@ def layer_names(model: nn.Module) -> list[str]:
     raw = outputs[0] if isinstance(outputs[0], Tensor) else outputs[0][0]
     final = f"block {len(blocks)}" if torch.equal(raw, states[-1]) else "final norm"
     return ["embeddings", *(f"block {i}" for i in range(1, len(blocks))), final]
+
+
+@torch.no_grad()
+def logits(
+    model: nn.Module,
+    states: ArrayLike,
+) -> NDArray:
+    """What the model itself makes of final states (n, d): logits (n, vocabulary).
+
+    Its own forward pass is run with the states in place of its decoder's output, so that bias,
+    scale and soft cap of the head are those of its class.
+    """
+    stack = model.get_decoder()
+    given = torch.as_tensor(states)[:, None].to(model.device, model.dtype)
+    ids = torch.zeros(len(given), 1, dtype=torch.long, device=model.device)
+    output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=given)
+    stack.forward = lambda *args, **kwargs: output
+    try:
+        if model.config.is_encoder_decoder:
+            read = model(encoder_outputs=(given,), decoder_input_ids=ids)
+        else:
+            read = model(ids)
+    finally:
+        del stack.forward
+    return read.logits[:, 0].float().cpu().numpy()

@@ -1,10 +1,10 @@
-"""What does a decoder say? Candidate answers read token by token, and greedy texts.
+"""What does a model say? Candidate answers read token by token, and greedy texts.
 
-A prompt is read once; its cached keys and values then serve every candidate answer, teacher-forced,
-and the greedy continuation.
+A prompt is read once (by the encoder of an encoder-decoder); the cached keys and values then serve
+every candidate answer, teacher-forced, and the greedy continuation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -35,31 +35,112 @@ def closing(tokenizer, end: str | None = None) -> Stop:
 # --- one pass over prompts, one over candidates ----------------------------------------------
 
 
+def batches(
+    model,
+    lengths: Sequence[int],
+    batch_size: int,
+) -> list[list[int]]:
+    """Indices of prompts that are read together: of similar length, shortest first.
+
+    Of equal length where a sliding window is not far longer than the prompts, as it would count the
+    padding between a prompt and its answer.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    if window is None or 2 * max(lengths) <= window:
+        return length_buckets(lengths, batch_size)
+    together: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        together.setdefault(length, []).append(i)
+    return [
+        same[i : i + batch_size]
+        for _, same in sorted(together.items())
+        for i in range(0, len(same), batch_size)
+    ]
+
+
 class Cached(NamedTuple):
-    """B prompts that a model has read."""
+    """B prompts that a model has read, and what it has read behind them."""
 
     mask: Tensor  # (B, T): which positions are real
-    logits: Tensor  # (B, vocabulary): of the next token
+    logits: Tensor  # (B, vocabulary) of the next token, or (B, t, vocabulary) after `follow`
     cache: Any  # keys and values
+    encoded: Tensor | None = None  # (B, T, d): what an encoder-decoder's encoder made of them
 
 
 @torch.no_grad()
-def read_prompts(model, prompts: Sequence[list[int]], fill: int) -> Cached:
+def read_prompts(
+    model,
+    prompts: Sequence[list[int]],
+    fill: int,
+) -> Cached:
     """Read prompts, padded on the right; logits are computed where one of them ends only."""
     ids, mask = pad(prompts, fill)
     ids, mask = ids.to(model.device), mask.to(model.device)
+    if model.config.is_encoder_decoder:
+        start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
+        out = model(
+            ids,
+            attention_mask=mask,
+            decoder_input_ids=start,
+            use_cache=True,
+        )
+        return Cached(
+            mask,
+            out.logits[:, 0],
+            out.past_key_values,
+            out.encoder_last_hidden_state,
+        )
     last = mask.sum(1) - 1
     ends, place = last.unique(return_inverse=True)
-    out = model(ids, attention_mask=mask, use_cache=True, logits_to_keep=ends)
+    out = model(
+        ids,
+        attention_mask=mask,
+        use_cache=True,
+        logits_to_keep=ends,
+    )
     each = torch.arange(len(prompts), device=model.device)
     return Cached(mask, out.logits[each, place], out.past_key_values)
+
+
+@torch.no_grad()
+def follow(
+    model,
+    cached: Cached,
+    tokens: Tensor,
+    real: Tensor,
+) -> Cached:
+    """Read tokens (B, t) behind what was read, those that `real` (B, t) marks; the cache grows."""
+    mask, _, cache, encoded = cached
+    if encoded is not None:
+        out = model(
+            attention_mask=mask,
+            encoder_outputs=(encoded,),
+            decoder_input_ids=tokens,
+            past_key_values=cache,
+        )
+        return cached._replace(logits=out.logits)
+    steps = torch.arange(tokens.shape[1], device=model.device)
+    whole = torch.cat([mask, real], 1)
+    out = model(
+        tokens,
+        attention_mask=whole,
+        position_ids=mask.sum(1, keepdim=True) + steps,
+        past_key_values=cache,
+    )
+    return Cached(whole, out.logits, cache)
 
 
 def some_of(cached: Cached, rows: Tensor) -> Cached:
     """These rows of read prompts, in a cache of their own."""
     cache = deepcopy(cached.cache)
     cache.batch_select_indices(rows)
-    return Cached(cached.mask[rows], cached.logits[rows], cache)
+    encoded = cached.encoded
+    return Cached(
+        cached.mask[rows],
+        cached.logits[rows],
+        cache,
+        None if encoded is None else encoded[rows],
+    )
 
 
 class Reading(NamedTuple):
@@ -72,7 +153,6 @@ class Reading(NamedTuple):
     ends: np.ndarray  # is the end token the most likely one?
 
 
-@torch.no_grad()
 def readings(
     model,
     cached: Cached,
@@ -83,17 +163,16 @@ def readings(
     """The candidate answers of each read prompt."""
     owners = [i for i, texts in enumerate(answers) for _ in texts]
     tokens = [ids for texts in answers for ids in texts]
-    mask, start, cache = some_of(cached, torch.tensor(owners, device=model.device))
+    each = some_of(cached, torch.tensor(owners))
     target, real = pad(tokens, fill)
     target, real = target.to(model.device), real.to(model.device)
-    steps = torch.arange(target.shape[1] - 1, device=model.device)
-    rest = model(
+    rest = follow(
+        model,
+        each,
         target[:, :-1],
-        attention_mask=torch.cat([mask, real[:, :-1]], 1),
-        position_ids=mask.sum(1, keepdim=True) + steps,
-        past_key_values=cache,
+        real[:, :-1],
     )
-    logits = torch.cat([start[:, None], rest.logits], 1).float()
+    logits = torch.cat([each.logits[:, None], rest.logits], 1).float()
     fields = per_token(logits, target, stop)
     out: list[list[Reading]] = [[] for _ in answers]
     for i, ids, padded in zip(owners, tokens, fields, strict=True):
@@ -135,11 +214,16 @@ def greedy_texts(
     unknown = [i for i, ids in enumerate(tokens) if ids is None]
     if unknown:
         longest = max(len(of.tokens) for candidates in read for of in candidates)
-        rest = some_of(cached, torch.tensor(unknown, device=model.device))
-        decoded = decode(model, rest, longest + MORE, stop.token)
+        rest = some_of(cached, torch.tensor(unknown))
+        decoded = decode(model, rest, longest + MORE, {stop.token})
         for i, ids in zip(unknown, decoded, strict=True):
-            tokens[i] = ids
+            tokens[i] = before(ids, stop.token)
     return [tokenizer.decode(ids).strip() for ids in tokens]
+
+
+def before(tokens: list[int], end: int) -> list[int]:
+    """Tokens without a closing `end`."""
+    return tokens[:-1] if tokens[-1] == end else tokens
 
 
 def followed(read: Sequence[Reading], stop: Stop) -> list[int] | None:
@@ -154,25 +238,31 @@ def followed(read: Sequence[Reading], stop: Stop) -> list[int] | None:
     return None
 
 
-@torch.no_grad()
-def decode(model, cached: Cached, most: int, end: int) -> list[list[int]]:
-    """Greedy tokens after read prompts, up to `end` or `most` of them; changes the cache."""
-    mask, logits, cache = cached
-    position = mask.sum(1, keepdim=True)
-    tokens = logits.argmax(1, keepdim=True)
+def decode(
+    model,
+    cached: Cached,
+    most: int,
+    ends: Collection[int],
+) -> list[list[int]]:
+    """Greedy tokens after read prompts, through one of `ends` or `most`; changes the cache."""
+    tokens = cached.logits.argmax(1, keepdim=True)
+    stops = torch.tensor(list(ends), device=model.device)
     out = tokens
-    while out.shape[1] < most and not (out == end).any(1).all():
-        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-        logits = model(
-            tokens,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-        ).logits
-        tokens = logits[:, -1].argmax(1, keepdim=True)
+    real = torch.ones_like(tokens)
+    while out.shape[1] < most and not torch.isin(out, stops).any(1).all():
+        cached = follow(model, cached, tokens, real)
+        tokens = cached.logits[:, -1].argmax(1, keepdim=True)
         out = torch.cat([out, tokens], 1)
-        position = position + 1
-    return [ids[: ids.index(end)] if end in ids else ids for ids in out.tolist()]
+    return [through_end(ids, ends) for ids in out.tolist()]
+
+
+def through_end(
+    tokens: list[int],
+    ends: Collection[int],
+) -> list[int]:
+    """Tokens up to the first of `ends`, with it; all of them if there is none."""
+    length = next((at for at, token in enumerate(tokens, 1) if token in ends), None)
+    return tokens[:length]
 
 
 def generate(
@@ -186,10 +276,10 @@ def generate(
     texts = [""] * len(prompts)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     lengths = [len(ids) for ids in encoded]
-    for batch in length_buckets(lengths, batch_size):
+    for batch in batches(model, lengths, batch_size):
         some = [encoded[i] for i in batch]
         cached = read_prompts(model, some, tokenizer.pad_token_id)
-        out = decode(model, cached, max_new_tokens, tokenizer.eos_token_id)
+        out = decode(model, cached, max_new_tokens, {tokenizer.eos_token_id})
         for i, ids in zip(batch, out, strict=True):
-            texts[i] = tokenizer.decode(ids).strip()
+            texts[i] = tokenizer.decode(before(ids, tokenizer.eos_token_id)).strip()
     return texts

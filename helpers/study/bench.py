@@ -1,8 +1,8 @@
 """What is a study done on? The live base, its tasks and their specialists, as one bench.
 
-The base is a decoder, which answers in words, or an encoder (no LM head): each task's specialist
-then brings its own classification head, which is attached while that task is scored and never
-merged.
+The base answers in words (a decoder or an encoder-decoder), or is an encoder (no LM head): each
+task's specialist then brings its own classification head, which is attached while that task is
+scored and never merged.
 """
 
 import json
@@ -17,9 +17,11 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     logging,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from helpers import merge, store
 from helpers.study import identity, memory, models, specialists
@@ -69,7 +71,7 @@ class Bench:
 
     def sources(self, labels: Iterable[str]) -> tuple[merge.Source, list[merge.Source]]:
         """The base and these specialists, open for streaming; of encoders without their heads."""
-        base = merge.open_base(dict(self.model.named_parameters()))
+        base = merge.open_base(self.model.state_dict())
         base = base._replace(base_digest=self.base["digest"])
         trained = [merge.open_specialist(self.specialists[x], x) for x in labels]
         if self.encoder:
@@ -110,24 +112,32 @@ def load_base(
     dtype: str = "float32",
     device: str = "cpu",
 ) -> tuple[Any, Any, dict]:
-    """(model, tokenizer, name and digest) of a base: a decoder, or an encoder below some head.
+    """(model, tokenizer, name and digest) of a base; an encoder has some head, which is not used.
 
     Raises ValueError (AssetError) for a model that cannot be had or does not fit into what is
-    free, and for an encoder-decoder.
+    free.
     """
     folder = models.model_folder(name)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder: name a decoder or an encoder")
+    auto_class = _auto_class(folder)
     memory.check_base(name, folder, dtype, device)
-    writes = any(kind.endswith("ForCausalLM") for kind in config.architectures or [])
-    auto_class = AutoModelForCausalLM if writes else AutoModelForSequenceClassification
     verbosity = logging.get_verbosity()
-    if not writes:  # that the head is untrained is no news: no task is scored with it
+    if auto_class is AutoModelForSequenceClassification:
+        # that the head is untrained is no news: no task is scored with it
         logging.set_verbosity_error()
     model, tokenizer = models.load_model(name, dtype, device, auto_class)
     logging.set_verbosity(verbosity)
     return model, tokenizer, models.base_info(name)
+
+
+def _auto_class(folder: Path) -> type:
+    """Which kind of model a folder holds, by its configuration and transformers' own lists."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    writers = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if writers.intersection(config.architectures or []):
+        return AutoModelForCausalLM
+    return AutoModelForSequenceClassification
 
 
 # --- an encoder's heads ----------------------------------------------------------------------

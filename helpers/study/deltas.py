@@ -1,7 +1,7 @@
 """Which model does a row of a plan visit? Its delta, and the report of the merge that made it."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,27 @@ from helpers.study.readings import Delta
 def model(bench: Bench, row: Row) -> tuple[dict, Callable[[], Delta]]:
     """The report of a row's model, and a maker of its delta, which is built at most once.
 
-    The base's delta is empty; a dose has no report.
+    The base's delta is empty; a dose has no report. Of a model in half precision, which may be too
+    large for a dense delta, it is streamed: pairs of name and change, made anew at every call.
     """
     entry = keys.model_entry(row, bench.identity)
     if entry[0] == "base":
         return {}, dict
+    build = {"dose": _dose, "merge": _merge, "solo": _solo}[row.kind]
+    if bench.model.dtype != torch.float32:
+        build = _streamed
 
     @cache
-    def build() -> tuple[Delta, dict]:
-        makers = {"dose": _dose, "merge": _merge, "solo": _solo}
-        return makers[row.kind](bench, row)
+    def once() -> tuple[Callable[[], Delta], dict]:
+        return build(bench, row)
 
     def compute(folder: Path) -> None:
-        text = json.dumps(build()[1], default=int)
+        text = json.dumps(once()[1], default=int)
         (folder / "record.json").write_text(text, encoding="utf-8")
 
     file = store.cached(*entry, compute, readings.machine(bench)) / "record.json"
     report = json.loads(file.read_text(encoding="utf-8"))
-    return report, lambda: build()[0]
+    return report, lambda: once()[0]()
 
 
 def specialist(bench: Bench, label: str) -> Delta:
@@ -46,11 +49,22 @@ def specialist(bench: Bench, label: str) -> Delta:
     return merge.dose(bench.rows([label]), 0, 1.0)
 
 
-def _dose(bench: Bench, row: Row) -> tuple[Delta, dict]:
-    return merge.dose(bench.rows(row.tasks), 0, row.options["dose"]), {}
+def _dose(
+    bench: Bench,
+    row: Row,
+) -> tuple[Callable[[], Delta], dict]:
+    delta = merge.dose(
+        bench.rows(row.tasks),
+        0,
+        row.options["dose"],
+    )
+    return lambda: delta, {}
 
 
-def _merge(bench: Bench, row: Row) -> tuple[Delta, dict]:
+def _merge(
+    bench: Bench,
+    row: Row,
+) -> tuple[Callable[[], Delta], dict]:
     """On a grid the delta leads from the base in fp32 to the rounded result; the report is that of
     the merge before rounding, but for the own-direction doses, which are those left on the grid."""
     vector_rows = bench.rows(row.tasks)
@@ -62,18 +76,62 @@ def _merge(bench: Bench, row: Row) -> tuple[Delta, dict]:
         tensors = bench.sources([])[0].tensors
         delta, own = merge.rounded(tensors, vector_rows, delta, torch.bfloat16)
         about |= {"own": own}
-    return delta, about
+    return lambda: delta, about
 
 
-def _solo(bench: Bench, row: Row) -> tuple[Delta, dict]:
+def _solo(
+    bench: Bench,
+    row: Row,
+) -> tuple[Callable[[], Delta], dict]:
     """The rule's merge of one task with partners that changed nothing."""
-    n = row.options["n"]
-    labels = [*row.tasks, *(f"unchanged {i}" for i in range(1, n))]
-    padded = []
-    for name, base, (tau,) in bench.rows(row.tasks):
-        unchanged = [merge.zero(tau.shape, tau.device)] * (n - 1)
-        padded.append(merge.Row(name, base, [tau, *unchanged]))
-    return merge.merge(padded, labels=labels, **recipe(bench, row))[0], {}
+    padded, labels = _padded(bench, row)
+    delta, _ = merge.merge(
+        padded,
+        labels=labels,
+        **recipe(bench, row),
+    )
+    return lambda: delta, {}
+
+
+def _padded(
+    bench: Bench,
+    row: Row,
+) -> tuple[list[merge.Row], list[str]]:
+    """The rows of a merge or solo with their labels; a solo's partners have changed nothing."""
+    n = row.options.get("n", len(row.tasks))
+    more = n - len(row.tasks)
+    labels = [*row.tasks, *(f"unchanged {i}" for i in range(1, more + 1))]
+    rows = []
+    for name, base, taus in bench.rows(row.tasks):
+        unchanged = [merge.zero(base.shape, base.device)] * more
+        rows.append(merge.Row(name, base, [*taus, *unchanged]))
+    return rows, labels
+
+
+def _streamed(
+    bench: Bench,
+    row: Row,
+) -> tuple[Callable[[], Iterator], dict]:
+    """A model in half precision, its change never held; the report is of what survives the cast."""
+    rows, labels = _padded(bench, row)
+    if row.kind == "dose":
+        asked = {"rule": "task_arithmetic", "weights": [row.options["dose"]]}
+    else:
+        asked = recipe(bench, row)
+    match = asked.pop("match", None)
+    scale = asked.pop("scale", 1.0)
+    chosen = merge.plan(labels=labels, scale=scale, **asked)
+    if match:
+        chosen = merge.matched(rows, chosen, match)
+    grid = merge.Grid(bench.model.dtype)
+    records = [x for _, _, x in merge.merge_tensors(rows, chosen, lambda name: grid)]
+
+    def changes() -> Iterator[tuple[str, torch.Tensor]]:
+        for tensor, change, _ in merge.merge_tensors(rows, chosen):
+            yield tensor.name, change
+
+    about = merge.summary(chosen, records).as_dict() if row.kind == "merge" else {}
+    return changes, about
 
 
 def recipe(bench: Bench, row: Row) -> dict[str, Any]:

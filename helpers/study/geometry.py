@@ -48,17 +48,31 @@ class Readout(NamedTuple):
     first answer's token, and how far a state may move until that changes."""
 
     weight: NDArray
+    bias: NDArray
     top: NDArray
     rho: NDArray
 
 
-def readout(pool: Pool, weight: torch.Tensor) -> Readout:
-    """The first answers of each probe's own specialist."""
-    matrix = weight.detach().double().cpu().numpy()
+def readout(
+    pool: Pool,
+    head: torch.nn.Module,
+) -> Readout:
+    """The first answers of each probe's own specialist.
+
+    What a class does behind its head (a scale, a soft cap) keeps the order of its logits.
+    """
+    matrix = head.weight.detach().double().cpu().numpy()
+    bias = np.zeros(len(matrix))
+    if getattr(head, "bias", None) is not None:
+        bias = head.bias.detach().double().cpu().numpy()
     places = [pool.models.index(task) for task in pool.owner]
     own = pool.states[places, np.arange(len(places)), -1]
+    logits = own @ matrix.T + bias
     return Readout(
-        matrix, (own @ matrix.T).argmax(1), bound.margin_radius(own, matrix)
+        matrix,
+        bias,
+        logits.argmax(1),
+        bound.margin_radius(own, matrix, bias),
     )
 
 
@@ -112,9 +126,8 @@ def _readings(visit: Visit, pool: Pool, answers: Readout | None) -> list[dict]:
     weights = visit.report["ingredient"] if weighted else None
     flipped = rho = None
     if answers:
-        flipped = (merged[:, -1] @ answers.weight.T).argmax(1) != answers.top[
-            on
-        ]
+        logits = merged[:, -1] @ answers.weight.T + answers.bias
+        flipped = logits.argmax(1) != answers.top[on]
         rho = answers.rho[on]
     models = [BASE, *members]
     near = pool.of(models, on)

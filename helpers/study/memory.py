@@ -12,12 +12,14 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def free_gb(device: str = "cpu") -> float:
-    """What is free on this machine, or on its CUDA device."""
+    """What is free on this machine, on its CUDA device, or on all of them ("auto")."""
     if device == "cpu":
         return psutil.virtual_memory().available / GB
     import torch
 
-    return torch.cuda.mem_get_info(device)[0] / GB
+    devices = range(torch.cuda.device_count()) if device == "auto" else [device]
+    free = sum(torch.cuda.mem_get_info(each)[0] for each in devices) / GB
+    return free or free_gb()  # accelerate falls back on the CPU
 
 
 def parameters(folder: Path) -> int:
@@ -36,8 +38,8 @@ def check_base(
     dtype: str,
     device: str,
 ) -> None:
-    """Raise ValueError unless a base and one merge of it, kept in fp32, fit into what is free."""
-    needed = parameters(folder) * (BYTES.get(dtype, 4) + 4) / GB
+    """Raise ValueError unless a base and one merge of it fit into what is free."""
+    needed = parameters(folder) * 2 * BYTES.get(dtype, 4) / GB
     free = free_gb(device)
     if needed > free:
         raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -71,6 +72,11 @@ def model_folder(name: str) -> Path:
             allow_patterns=wanted,
             ignore_patterns=unwanted,
         )
+    except GatedRepoError as error:
+        raise AssetError(
+            f"{resolved!r} is gated: accept its terms on its page on the hub, and log in (`hf auth "
+            "login`)."
+        ) from error
     except OSError as error:
         raise AssetError(
             f"cannot fetch {resolved!r} from the hub ({type(error).__name__}): connect to the "
@@ -97,23 +103,26 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model in evaluation mode, tokenizer) of an embedded, local or hub model.
 
-    `options` go to `auto_class.from_pretrained` (num_labels, say). TF32 is switched off; the
-    tokenizer pads on the right, with the end token where the model has no pad token of its own.
-    Raises AssetError, ValueError.
+    `options` go to `auto_class.from_pretrained` (num_labels, say). Device "auto" spreads the model
+    over all GPUs (by accelerate). TF32 is switched off; the tokenizer pads on the right, with the
+    end token where the model has no pad token of its own. Raises AssetError, ValueError.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: name one of {', '.join(DTYPES)}.")
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     folder = model_folder(name)
+    if device == "auto":
+        options["device_map"] = device
     model = auto_class.from_pretrained(
         folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **options
     )
+    model = model if device == "auto" else model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def _local(path: Path) -> Path:

@@ -17,6 +17,7 @@ from helpers.study import identity as keys
 from helpers.study import scores, specialists
 from helpers.study.bench import Bench, with_head
 from helpers.study.plan import SHOTS, Row
+from helpers.study.probe import linear_probe
 from helpers.study.tasks import SHOT_END, Task, few_shot, label_set
 
 Delta = Mapping[str, Tensor]
@@ -88,19 +89,20 @@ def read_examples(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(folder / EXAMPLES)
 
 
-def _answered(bench: Bench, row: Row, task: Task) -> pd.DataFrame:
-    """A decoder's scores; the untaught base is shown solved examples first."""
+def _answered(
+    bench: Bench,
+    row: Row,
+    task: Task,
+) -> pd.DataFrame:
+    """Scores of what a model writes; the untaught base is shown solved examples first.
+
+    A decoder goes on behind them, and ends as they do; an encoder-decoder has its own end.
+    """
     shots = row.options.get("shots", 0)
     rows = few_shot(task, row.split, shots) if shots else task.splits[row.split]
-    end = SHOT_END if shots else None
-    about = (
-        bench.model,
-        bench.tokenizer,
-        rows,
-        task.metric,
-        bench.batch_size,
-        end,
-    )
+    goes_on = shots and not bench.model.config.is_encoder_decoder
+    end = SHOT_END if goes_on else None
+    about = bench.model, bench.tokenizer, rows, task.metric, bench.batch_size, end
     return scores.score(*about, texts=row.split == "test" and not shots)
 
 
@@ -112,7 +114,7 @@ def _probe_scores(bench: Bench, task: Task, split: str) -> pd.DataFrame:
     seen = _prompt_states(bench, [row["prompt"] for row in train])[:, -1]
     asked = _prompt_states(bench, rows["prompt"])[:, -1]
     targets = torch.tensor([labels.index(row["answers"][0]) for row in train])
-    logprobs = scores.linear_probe(seen, targets, asked, len(labels))
+    logprobs = linear_probe(seen, targets, asked, len(labels))
     return scores.graded(list(rows), labels, logprobs)
 
 
@@ -142,6 +144,6 @@ def read_states(folder: Path) -> Tensor:
 
 def _prompt_states(bench: Bench, prompts: Iterable[str]) -> Tensor:
     """States (prompts, layers, d) of the live model at prompts."""
-    encode, how = (encode_input, "mean") if bench.encoder else (encode_prompt, "last")
+    encode = encode_input if bench.encoder else encode_prompt
     encoded = [encode(bench.tokenizer, prompt) for prompt in prompts]
-    return prompt_states(bench.model, encoded, how, bench.batch_size)
+    return prompt_states(bench.model, encoded, batch_size=bench.batch_size)

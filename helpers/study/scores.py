@@ -18,6 +18,7 @@ from helpers.states.batch import encode_answer, encode_input, encode_prompt, len
 from helpers.study.answers import (
     Reading,
     Stop,
+    batches,
     closing,
     generate,
     greedy_texts,
@@ -26,8 +27,6 @@ from helpers.study.answers import (
     readings,
 )
 from helpers.study.kinds import failure_kind
-from helpers.study.probe import linear_probe as linear_probe
-from helpers.study.probe import logistic as logistic
 from helpers.study.tasks import Task
 
 __all__ = ["classify", "constant_answer", "generate", "graded", "outcome", "rouge_l", "score"]
@@ -60,7 +59,7 @@ def score(
     rows = list(rows)
     lengths = [len(encode_prompt(tokenizer, row["prompt"])) for row in rows]
     out: list[dict] = [{}] * len(rows)
-    for batch in length_buckets(lengths, batch_size):
+    for batch in batches(model, lengths, batch_size):
         some = [rows[i] for i in batch]
         scored = score_batch(model, tokenizer, some, metric, end, texts)
         for i, scores in zip(batch, scored, strict=True):
@@ -144,14 +143,14 @@ def classify(model, tokenizer, rows, labels: Sequence[str], batch_size: int = 16
     """What `score` gives of a decoder, of an encoder whose head has these outputs (`graded`)."""
     rows = list(rows)
     encoded = [encode_input(tokenizer, row["prompt"]) for row in rows]
-    batches = length_buckets([len(ids) for ids in encoded], batch_size)
+    buckets = length_buckets([len(ids) for ids in encoded], batch_size)
     parts = []
-    for batch in batches:
+    for batch in buckets:
         ids, mask = pad([encoded[i] for i in batch], 0)
         mask = mask.to(model.device)
         logits = model(ids.to(model.device), attention_mask=mask).logits.float()
         parts.append(logits.log_softmax(1).cpu())
-    order = torch.tensor([i for batch in batches for i in batch])
+    order = torch.tensor([i for batch in buckets for i in batch])
     logprobs = torch.cat(parts)[order.argsort()]
     return graded(rows, labels, logprobs)
 

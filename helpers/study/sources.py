@@ -46,10 +46,8 @@ def known(name: str, sources: Mapping[str, str]) -> tuple[str, str]:
     if source == "generated" and name not in catalogue():
         names = (x for x in catalogue() if x.startswith("generated:"))
         raise ValueError(f"unknown generated task {name!r}: choose one of {', '.join(names)}")
-    if source == "sni" and not (file := sni_file(path, sources.get("sni"))).is_file():
-        raise ValueError(
-            f"task file {file.name} is not in {file.parent}: name the folder that holds it"
-        )
+    if source == "sni":
+        _check_sni(path, sources.get("sni"))
     return source, path
 
 
@@ -148,23 +146,46 @@ def sni_file(path: str, source: str | None) -> Path:
     return Path(source or ".") / f"{path.removesuffix('.jsonl')}.jsonl"
 
 
-def read_sni(path: str, source: str | None) -> tuple[Rows, None]:
-    """A Super-NaturalInstructions task: definition, input, output(s); any listed output counts."""
-    text = sni_file(path, source).read_text(encoding="utf-8")
-    examples = [json.loads(line) for line in text.splitlines() if line]
-    rows = []
-    for example in examples:
-        output = example["output"]
-        several = [output] if isinstance(output, str) else output
-        definition, given = example["definition"].strip(), example["input"].strip()
-        rows.append(
-            {
-                "prompt": f"{definition}\n\nInput: {given}\nOutput:",
-                "answers": [answer.strip() for answer in several],
-            }
+def _check_sni(path: str, source: str | None) -> None:
+    """Raise ValueError for a task that a folder does not hold; a hub's is asked when it is read."""
+    file = sni_file(path, source)
+    folder = file.with_suffix("")
+    elsewhere = source and not file.parent.exists()
+    if not (file.is_file() or folder.is_dir() or elsewhere):
+        raise ValueError(
+            f"task file {file.name} is not in {file.parent}: name the folder that holds it"
         )
-    options = _closed_set(rows)
-    return [row | {"options": options} for row in rows], None
+
+
+def read_sni(path: str, source: str | None) -> tuple[Rows, Rows | None]:
+    """A Super-NaturalInstructions task; any listed output counts.
+
+    Either a file of `source` (definition, input, output), or a data set of it with train and test
+    splits whose inputs are whole prompts (a folder, or a collection of the hub as Lots-of-LoRAs).
+    """
+    file = sni_file(path, source)
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+        pool = [_sni_row(json.loads(line)) for line in text.splitlines() if line]
+        options = _closed_set(pool)
+        return [row | {"options": options} for row in pool], None
+    try:
+        data = load_dataset(f"{source}/{path}")
+    except OSError as error:
+        raise ValueError(f"cannot fetch the task {source}/{path} from the hub: {error}") from error
+    pool, held_out = ([_sni_row(x) for x in data[part]] for part in ("train", "test"))
+    options = _closed_set(pool + held_out)
+    pool, held_out = ([row | {"options": options} for row in rows] for rows in (pool, held_out))
+    return pool, held_out
+
+
+def _sni_row(example: Mapping[str, Any]) -> dict[str, Any]:
+    output = example["output"]
+    several = [output] if isinstance(output, str) else output
+    prompt = example["input"].strip()
+    if "definition" in example:
+        prompt = f"{example['definition'].strip()}\n\nInput: {prompt}\nOutput:"
+    return {"prompt": prompt, "answers": [answer.strip() for answer in several]}
 
 
 def _closed_set(rows: Rows) -> list[str]:

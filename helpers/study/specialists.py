@@ -1,4 +1,4 @@
-"""How is a specialist made? LoRA (decoder) or full fine-tuning (encoder with its own head).
+"""How is a specialist made? By LoRA, or tuned whole; an encoder with a head of its own.
 
 A specialist is a folder that PEFT or transformers opens, with two files more: `base.json`, the base
 it belongs to, and `training.json`, what its training cost and how the loss went.
@@ -21,14 +21,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from helpers import store as records
-from helpers.states.batch import (
-    IGNORED,
-    encode_answer,
-    encode_input,
-    encode_prompt,
-    length_buckets,
-    pad,
-)
+from helpers.states.batch import encode_examples, encode_input, length_buckets, pad
+from helpers.states.loss import answer_loss
 from helpers.study.tasks import Task, label_set
 
 VERSION = 1  # raised by hand whenever training computes something else
@@ -67,9 +61,9 @@ def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool 
             f"task {task.name} was loaded with {len(rows)} training examples, the recipe wants "
             f"{recipe.examples}: load it with more"
         )
-    if (model.get_output_embeddings() is None) == bool(recipe.rank):
+    if recipe.rank and model.get_output_embeddings() is None:
         raise ValueError(
-            "a decoder is tuned by LoRA (rank 1 or more) and an encoder whole (rank 0), "
+            "an encoder is tuned whole (rank 0), "
             f"not {type(model).__name__} at rank {recipe.rank}"
         )
     rows = rows.select(range(recipe.examples))
@@ -119,14 +113,14 @@ def task_seed(seed: int, name: str) -> int:
 def train_lora(
     model, tokenizer, base, rows, recipe: Recipe, folder: Path, desc: str | None
 ) -> dict:
-    """Fine-tune a LoRA adapter of a decoder and save it; the loss counts answer tokens only."""
+    """Fine-tune a LoRA adapter of a model that writes, and save it; answer tokens only count."""
     from peft import LoraConfig, get_peft_model  # 3 s: not paid by those who only read results
 
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         base_model_name_or_path=base["name"],
     )
     adapted = get_peft_model(model, config)
@@ -152,43 +146,41 @@ class Examples(NamedTuple):
 
 def answer_examples(tokenizer, rows) -> Examples:
     """Prompts with their first answers; the answers' tokens are predicted, their end included."""
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    answers = [encode_answer(tokenizer, row["answers"][0]) for row in rows]
-    whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    # labels by position, never by id: the padding id is also that of the end token
-    hidden = [
-        [IGNORED] * len(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    pairs = encode_examples(tokenizer, rows)
+    lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
+    targets = [len(answer) for _, answer in pairs]
 
     def loss(model, batch: list[int]) -> torch.Tensor:
-        ids, mask = pad([whole[i] for i in batch], tokenizer.pad_token_id)
-        labels, _ = pad([hidden[i] for i in batch], IGNORED)
-        # logits are wanted where some row has an answer: the vocabulary is a fifth of the work
-        counted = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
-        wanted = labels[:, counted + 1].flatten().to(model.device)
-        ids, mask, counted = (tensor.to(model.device) for tensor in (ids, mask, counted))
-        logits = model(ids, attention_mask=mask, logits_to_keep=counted).logits
-        return cross_entropy(
-            logits.float().flatten(0, 1), wanted, ignore_index=IGNORED, reduction="sum"
-        )
+        return answer_loss(model, [pairs[i] for i in batch])
 
-    return Examples([len(ids) for ids in whole], [len(ids) for ids in answers], loss)
+    return Examples(lengths, targets, loss)
 
 
 def train_full(
     model, tokenizer, base, rows, recipe: Recipe, folder: Path, desc: str | None
 ) -> dict:
-    """Fine-tune a copy of an encoder with a fresh classification head, and save all of it."""
-    labels = label_set(rows)
+    """Fine-tune a copy of the model and save all of it; an encoder's has a fresh head."""
+    if model.get_output_embeddings() is None:
+        labels = label_set(rows)
+        specialist = _with_labels(model, labels)
+        examples = label_examples(tokenizer, rows, labels)
+    else:
+        specialist = deepcopy(model)
+        examples = answer_examples(tokenizer, rows)
+    log = descend(specialist, examples, recipe, desc)
+    specialist.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return log
+
+
+def _with_labels(model, labels: list[str]):
+    """A copy of an encoder below a classification head of its own."""
     config = deepcopy(model.config)
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.id2label = dict(enumerate(labels))  # sets the number of outputs
     specialist = type(model)(config).to(model.device, model.dtype)
     specialist.base_model.load_state_dict(model.base_model.state_dict())
-    log = descend(specialist, label_examples(tokenizer, rows, labels), recipe, desc)
-    specialist.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return log
+    return specialist
 
 
 def label_examples(tokenizer, rows, labels: list[str]) -> Examples:

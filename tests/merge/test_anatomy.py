@@ -99,8 +99,10 @@ def test_copies_of_a_tied_tensor_are_one_whatever_the_configuration_says(tmp_pat
         assert row.name == original
         torch.testing.assert_close(row.taus[0][...], tuned[original] - stored(base)[original])
     torn = edited(base, tmp_path / "torn", tuned | {copy: tuned[original] + 1})
-    with pytest.raises(ValueError, match=f"{copy} is tied to {original}, but differs"):
-        merging.open_specialist(torn)
+    with pytest.raises(ValueError, match=f"unties {copy}, which in the base is {original}"):
+        merging.views(ours, [merging.open_specialist(torn)])
+    alike = merging.views(merging.open_base(torn), [merging.open_specialist(torn, "same")])
+    assert not alike and copy in merging.open_base(torn).tensors
 
 
 def test_the_hubs_layout_without_prefix_and_with_old_buffers_is_one_model(tmp_path, capsys):

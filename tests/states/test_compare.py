@@ -36,7 +36,7 @@ def test_pair_table_on_the_probes_of_other_tasks():
 
 def test_half_samples_spread_as_means_of_the_probes_do():
     """HiddenSim is a mean over probes: its spread must be s / sqrt(n), within tasks."""
-    kls = measures.logit_kls(STATES[:, :, -1], RNG.normal(size=(7, 10)))
+    kls = measures.logit_kls(STATES[:, :, -1], lambda x: x[:, :7])
     asked = {"base": STATES.mean(0), "kls": kls, "draws": 2}
     assert set(measures.MEASURES) < set(compare.half_samples(STATES, LABELS, PROBE_TASK, **asked))
     halves = compare.half_samples(
@@ -53,7 +53,7 @@ def test_pair_table_has_the_columns_that_its_inputs_allow():
     optional = {"change_cosine", "logit_kl"}
     assert set(measures.MEASURES) - set(compare.pair_table(STATES, LABELS)) == optional
     readout = RNG.normal(size=(7, 10))
-    kls = measures.logit_kls(STATES[:, :, -1], readout, block=5)
+    kls = measures.logit_kls(STATES[:, :, -1], lambda x: x @ readout.T, block=5)
     full = compare.pair_table(STATES, LABELS, base=STATES.mean(0), kls=kls)
     assert set(measures.MEASURES) < set(full) and full.notna().all(axis=None)
     expected = measures.logit_kl(STATES[0, :, -1] @ readout.T, STATES[1, :, -1] @ readout.T)

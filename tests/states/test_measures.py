@@ -171,7 +171,7 @@ def test_measures_refuse(call, message):
 def test_logit_kls_are_those_of_each_pair_and_probe():
     states = RNG.normal(size=(3, 36, 10)).astype(np.float32)
     readout = RNG.normal(size=(7, 10))
-    kls = measures.logit_kls(states, readout, block=5)
+    kls = measures.logit_kls(states, lambda x: x @ readout.T, block=5)
     assert kls.shape == (3, 3, 36)
     logits = states.astype(float) @ readout.T
     for i, j in [(0, 1), (1, 2), (2, 2)]:

@@ -186,8 +186,8 @@ def test_distances_and_distortions_are_those_of_the_states(study):
     bench, visits = study
     states = geometry.pooled(visits, "abc")
     assert states.models == ["base", "a", "b", "c"] and states.states.shape[1] == 18
-    weight = bench.model.get_output_embeddings().weight
-    answers = geometry.readout(states, weight)
+    head = bench.model.get_output_embeddings()
+    answers = geometry.readout(states, head)
     arrays = geometry.arrays(states, ["0", "1", "2"], answers)
     by_hand = ((states.states[1, :, -1] - states.states[2, :, -1]) ** 2).sum(-1)
     np.testing.assert_allclose(arrays["d2x"][1, 2], by_hand, rtol=1e-4)
@@ -202,7 +202,7 @@ def test_distances_and_distortions_are_those_of_the_states(study):
     own = frames.specialists(visits)["a"].states["a"][:, -1]
     moved = (pair.states["a"][:, -1] - own).square().sum(1).mean()
     assert last["delta"] == pytest.approx(float(moved), rel=1e-4)
-    logits = pair.states["a"][:, -1] @ weight.T, own @ weight.T
+    logits = pair.states["a"][:, -1] @ head.weight.T, own @ head.weight.T
     flips = (torch.stack(logits).argmax(2).diff(dim=0) != 0).float().mean()
     assert last["flips"] == pytest.approx(float(flips))
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from helpers.study import answers
+from helpers.study import answers, probe
 from helpers.study import scores as evaluate
 
 
@@ -185,10 +185,10 @@ def test_a_linear_probe_minimises_its_objective_and_learns_what_is_linear():
     known, asked = (torch.randn(n, 5, generator=generator) for n in (200, 100))
     truth = torch.tensor([2.0, -1, 0, 0, 0])
     targets = (known @ truth > 0.3).long()
-    guess = evaluate.linear_probe(known, targets, asked, 2).argmax(1)
+    guess = probe.linear_probe(known, targets, asked, 2).argmax(1)
     assert (guess == (asked @ truth > 0.3).long()).float().mean() > 0.9
 
-    logprobs = evaluate.logistic(known, targets, known, 2, penalty=0.1)
+    logprobs = probe.logistic(known, targets, known, 2, penalty=0.1)
     standard = (known.double() - known.double().mean(0)) / known.double().std(0)
     residual = logprobs.exp() - torch.nn.functional.one_hot(targets, 2)
     # the gradient in W is X'(p - y) / n + penalty W: where it vanishes, W gives these odds again

@@ -1,0 +1,90 @@
+"""Which specialists are there already? Published adapters, checked and taken into the store."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from helpers import merge, store
+from helpers.study.bench import Bench, specialist_key
+from helpers.study.models import model_folder
+
+VERSION = 1  # raised by hand whenever something else is kept of an adapter
+
+
+def adopt(
+    bench: Bench,
+    adapters: Mapping[str, str],
+    rank: int = 0,
+) -> dict[str, Path]:
+    """Folders in the store of ready adapters (task label -> local folder or hub id), as if trained.
+
+    Each is fetched and checked first: its base by name, its rank (0: any), and every tensor against
+    the base's. Raises ValueError with a sentence for each that is missing, gated or does not fit;
+    then nothing is kept.
+    """
+    unknown = adapters.keys() ^ bench.tasks.keys()
+    if unknown:
+        raise ValueError(f"SPECIALISTS and TASKS name other tasks: {', '.join(sorted(unknown))}")
+    folders = {}
+    reasons = []
+    for label, name in adapters.items():
+        try:
+            folders[label] = _checked(bench, label, name, rank)
+        except ValueError as error:
+            reasons.append(f"{label}: {error}")
+    if reasons:
+        raise ValueError("\n".join(reasons))
+    return {label: _kept(bench, label, folder) for label, folder in folders.items()}
+
+
+def _checked(
+    bench: Bench,
+    label: str,
+    name: str,
+    rank: int,
+) -> Path:
+    """The folder of one adapter; ValueError if it is none of this base."""
+    path = Path(name).expanduser()
+    folder = path if path.is_dir() else model_folder(name)
+    opened = merge.open_specialist(folder, label)
+    if opened.adapter is None:
+        raise ValueError(f"{name} is no adapter: name a folder with adapter_config.json")
+    stated = opened.adapter.base or bench.base["name"]
+    wanted, _, _ = bench.base["name"].partition("@")  # a revision
+    if Path(stated).name != Path(wanted).name:
+        raise ValueError(f"{name} was trained on {stated}, not on {wanted}")
+    ranks = {factors.A.shape[0] for factors in opened.factors.values()}
+    ranks -= {rank} if rank else ranks
+    if ranks:
+        raise ValueError(f"{name} has rank {min(ranks)}, not {rank}")
+    base, _ = bench.sources([])
+    merge.views(base, [opened])
+    return folder
+
+
+def _kept(
+    bench: Bench,
+    label: str,
+    folder: Path,
+) -> Path:
+    """The adapter's files in the store, with the base and the (empty) log of a specialist."""
+    spent = ["seconds", "cpu_seconds", "tokens_per_second", "peak_memory_mb"]
+    factors = merge.open_specialist(folder, label).factors.values()
+    log = {"loss": []} | dict.fromkeys(spent, 0.0)
+    log["trained_parameters"] = sum(x.A.numel() + x.B.numel() for x in factors)
+
+    def compute(place: Path) -> None:
+        for file in folder.iterdir():
+            if file.suffix in (".safetensors", ".json"):
+                shutil.copyfile(file, place / file.name)
+        (place / "base.json").write_text(json.dumps(bench.base), encoding="utf-8")
+        (place / "training.json").write_text(json.dumps(log), encoding="utf-8")
+
+    about = {
+        "base": bench.base["digest"],
+        "task": bench.tasks[label].name,
+        "adapter": specialist_key(folder),
+        "dtype": str(bench.model.dtype),
+    }
+    return store.cached("specialist", VERSION, about, compute)
