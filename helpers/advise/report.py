@@ -142,6 +142,7 @@ def page(advice: Advice) -> str:
         matrix=matrix(advice),
         wide=len(advice.sources) <= WIDE,
         how=how_of,
+        many=MANY,
         models=advice.models.to_dict("records"),
         pairs=advice.pairs.to_dict("records"),
         studies=advice.studies.to_dict("records"),
