@@ -217,7 +217,7 @@ def test_the_prompts_are_said_to_be_bare_where_they_were(name, studies):
 NAME = re.compile(r"[\w.:|/@=-]*( \w+)?")  # of a task, merge, layer ("block 3"): no sentence
 OWN_WORDS = {
     ("examples.csv.gz", "kind"): KINDS,
-    ("choices.csv", "criterion"): ("trial, retention", "trial, NLL"),
+    ("choices.csv", "criterion"): ("trial, NLL",),
 }
 TEXTS = {"answers"}  # BIG-bench's own words stand here, and in no other table
 
