@@ -175,8 +175,9 @@ def main() -> None:
         study = STUDIES[name]()
         rows += [row(study, workers) for workers in WORKERS]
         rows += [measured(study)] if name == "demo" else []
-        print(pd.DataFrame(rows).round(3).to_string(index=False), flush=True)
-    write_table(options.out, pd.DataFrame(rows).round(4))
+        table = pd.DataFrame(rows).round(4)
+        print(table.to_string(index=False), flush=True)
+        write_table(options.out, table)
 
 
 if __name__ == "__main__":
