@@ -13,12 +13,12 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import yaml
-from helpers.advise.inputs import read_prompts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from helpers import merge as merging
+from helpers.advise.prompts import read_prompts
 from helpers.merge.folder import plan_of
 from helpers.merge.recipe import read_recipe
 
