@@ -28,7 +28,8 @@ class Advice(NamedTuple):
 
     models: `choices.decide`. merges: a dict per proposal (verdict, models, rule, weights, scale,
     prompts wanted, command, mergekit). cells: victim, partner, kept, low, high, rise, cause of
-    every pair under LA. trials: the same of every trial. pairs, studies: `explain`.
+    every pair under LA. trials: the same of every trial. pairs, studies: `explain`. spent: whether
+    the budget ended the search.
     """
 
     base: str
@@ -42,6 +43,7 @@ class Advice(NamedTuple):
     pairs: pd.DataFrame
     studies: pd.DataFrame
     minutes: float
+    spent: bool
     limits: list[str]
 
 
@@ -65,13 +67,10 @@ def advise(
     panel = open_panel(base, models, prompts, **settings)
     parts = {x: choices.split(len(panel.inputs[x])) for x in models}
     _print_costs(panel, keep, budget, parts)
-    for label in tqdm(panel.labels, desc="own answers", unit="model", disable=None):
-        references(panel, label)
     with tqdm(desc="trial merges", unit="trial", disable=None) as bar:
         search = Search(partial(_measure, panel, parts, 0, bar), keep, 60 * budget)
         proposals = propose(panel.labels, search)
         cells = pair_cells(search)
-        unmoved = [x for x in panel.labels if not search.failing(alone(x, 0.0))]
         judged = choices.verdicts(proposals, search, partial(_measure, panel, parts, 1, bar))
     return Advice(
         base=base,
@@ -85,7 +84,8 @@ def advise(
         pairs=explain.pairs(panel),
         studies=explain.verdicts(),
         minutes=(time.monotonic() - started) / 60,
-        limits=[*notes, *limits_of(panel, prompts, search, unmoved)],
+        spent=search.spent,
+        limits=[*notes, *limits_of(panel, prompts, search)],
     )
 
 
@@ -177,12 +177,7 @@ def _merge_rows(judged: Sequence[choices.Verdict], base: str, sources: Mapping) 
 # --- limits --------------------------------------------------------------------------------------
 
 
-def limits_of(
-    panel: Panel,
-    prompts: Mapping[str, Sequence],
-    search: Search,
-    unmoved: Sequence[str],
-) -> list[str]:
+def limits_of(panel: Panel, prompts: Mapping[str, Sequence], search: Search) -> list[str]:
     """What the advice cannot carry, in sentences."""
     out = []
     for model in panel.labels:
@@ -192,6 +187,7 @@ def limits_of(
         cut = _cut_short(panel, model)
         if cut:
             out.append(f"{model}: {cut:.0%} of its answers count only to token {panel.tokens}")
+    unmoved = [model for model in panel.labels if not search.failing(alone(model, 0.0))]
     if unmoved:
         out.append(
             f"the base alone gives the answers of {', '.join(unmoved)} on these prompts: they do "
@@ -202,8 +198,6 @@ def limits_of(
             f"{a} and {b} answer {count} of the same prompts differently: no merge keeps both "
             "unless the prompt says which task it is"
         )
-    if search.spent:
-        out.append("the budget ended the search: the same command goes on where it stopped")
     out.append(
         "a model's own answers are the reference, right or wrong; prompts should be drawn like "
         "those that the merge will meet"

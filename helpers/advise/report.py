@@ -33,6 +33,8 @@ def sentence(advice: Advice) -> str:
         parts.append(f"keep {_list(by_decision['keep apart'])} apart")
     if "abstain" in by_decision:
         parts.append(f"it cannot tell for {_list(by_decision['abstain'])}{_more(advice)}")
+    if advice.spent:
+        parts.append("the budget ended the search: the same command goes on")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}."
 

@@ -114,7 +114,7 @@ def example(n):
     return Advice(
         "base", {m: m for m in models}, 0.9, dict.fromkeys(models, 64), table, [],
         pd.DataFrame(cells), pd.DataFrame(cells), pd.DataFrame(), pd.DataFrame(),
-        1.0, [],
+        1.0, False, [],
     )  # fmt: skip
 
 
