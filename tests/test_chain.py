@@ -1,5 +1,7 @@
 """The whole chain on the smallest profile, with the real model and real tasks."""
 
+import html
+
 import pytest
 
 from helpers import run
@@ -28,7 +30,7 @@ def test_every_notebook_finishes_and_leaves_its_results(results):
     finished = run.finished(results)
     assert list(finished) == [notebook.name for notebook in run.notebooks()]
     assert list((results / "figures").glob("*.png"))
-    page = (results / "index.html").read_text()
+    page = html.unescape((results / "index.html").read_text())
     assert all(notebook.question in page for notebook in run.notebooks())
 
 
@@ -44,4 +46,4 @@ def test_an_altered_parameter_recomputes_only_what_depends_on_it(results):
     assert row["parameters"]["PROFILE"] == "smoke"
     assert {path for path in store().glob("*/*") if path.is_dir()} == steps
     assert "task_arithmetic" not in (results / "losses.csv").read_text()
-    assert list(run.finished(results)) == ["00_start_here", "01_finetune", "02_merge"]
+    assert not {"03_measure", "05_statistics"} & run.finished(results).keys()
