@@ -4,16 +4,16 @@ A decoder or encoder-decoder answers in words: greedily, up to its end token or 
 An encoder answers with a label, by the head of the model that is asked.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 
 from helpers.advise.panel import Panel
-from helpers.states.batch import length_buckets, pad
 from helpers.study.answers import batches, closing, decode, read_prompts, readings
+from helpers.study.bench import attached
+from helpers.study.scores import label_logprobs
 
 Prompts = Sequence[list[int]]
 Answers = Sequence[list[int]]  # token ids, or one label
@@ -83,30 +83,7 @@ def _score_labels(panel: Panel, label: str, prompts: Prompts, answers: Answers) 
     return pd.DataFrame({"kept": kept.double().numpy(), "nll": nll.double().numpy()})
 
 
-@torch.no_grad()
 def _classify(panel: Panel, label: str, prompts: Prompts) -> torch.Tensor:
     """Log-probabilities (prompts, labels) of the live encoder below a model's own head."""
-    buckets = length_buckets([len(ids) for ids in prompts], panel.batch_size)
-    parts = []
-    with _head(panel, label):
-        for batch in buckets:
-            ids, mask = pad([prompts[i] for i in batch], 0)
-            device = panel.model.device
-            logits = panel.model(ids.to(device), attention_mask=mask.to(device)).logits
-            parts.append(logits.float().log_softmax(1).cpu())
-    order = torch.tensor([i for batch in buckets for i in batch])
-    return torch.cat(parts)[order.argsort()]
-
-
-@contextmanager
-def _head(panel: Panel, label: str) -> Iterator[None]:
-    """The live encoder with a model's own head inside the `with`."""
-    model, head = panel.model, panel.heads[label]
-    original = {name: model.get_parameter(name).data for name in head}
-    try:
-        for name, tensor in head.items():
-            model.get_parameter(name).data = tensor.to(model.device, model.dtype)
-        yield
-    finally:
-        for name, data in original.items():
-            model.get_parameter(name).data = data
+    with attached(panel.model, panel.heads[label]):
+        return label_logprobs(panel.model, prompts, panel.batch_size)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers.advise.prompts import LONGEST, Prompt, encode
 from helpers.merge import Row, Source, objections, open_base, open_specialist, views
-from helpers.study.bench import load_base, specialist_key
+from helpers.study.bench import body, head_of, load_base, specialist_key
 from helpers.study.models import model_folder
 
 
@@ -88,7 +88,7 @@ def open_panel(
     encoder = model.get_output_embeddings() is None
     sources = [open_specialist(path, label) for label, path in folders.items()]
     _check_meaning(stored, model_folder(base), folders, sources, encoder)
-    heads = _heads(model, sources) if encoder else {}
+    heads = {x.label: head_of(model, x.tensors) for x in sources} if encoder else {}
     limit = _longest(model, 0 if encoder else tokens)
     inputs = {x: encode(prompts[x], x, tokenizer, encoder, limit) for x in models}
     return Panel(
@@ -146,27 +146,8 @@ def _rows(
     if encoder:
         live = open_base(dict(model.named_parameters()))
         base = live._replace(base_digest=base.base_digest)
-        base, *sources = (_body(source, model) for source in (base, *sources))
+        base, *sources = (body(model, source) for source in (base, *sources))
     rows = views(base, sources, model.device.type)
     if not rows:
         raise ValueError("no model differs from the base: there is nothing to merge")
     return rows
-
-
-# --- an encoder's heads --------------------------------------------------------------------------
-
-
-def _heads(model: torch.nn.Module, sources: Sequence[Source]) -> dict[str, dict[str, Tensor]]:
-    """Each model's tensors outside the encoder, by label."""
-    prefix = f"{model.base_model_prefix}."
-    heads = {}
-    for source in sources:
-        tensors = source.tensors.items()
-        heads[source.label] = {name: t for name, t in tensors if not name.startswith(prefix)}
-    return heads
-
-
-def _body(source: Source, model: torch.nn.Module) -> Source:
-    prefix = f"{model.base_model_prefix}."
-    tensors = source.tensors.items()
-    return source._replace(tensors={name: t for name, t in tensors if name.startswith(prefix)})

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -100  # label of a position that a loss does not count (torch's own default)
 
@@ -35,6 +35,11 @@ def pad(sequences: Sequence[list[int]], fill: int) -> tuple[Tensor, Tensor]:
         ids[row, : len(sequence)] = torch.tensor(sequence)
         mask[row, : len(sequence)] = 1
     return ids, mask
+
+
+def decoder_start(model: nn.Module, ids: Tensor) -> Tensor:
+    """What the decoder of an encoder-decoder reads first for each prompt of ids (B, T): (B, 1)."""
+    return torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
 
 
 def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from helpers.states.batch import length_buckets, pad
+from helpers.states.batch import decoder_start, length_buckets, pad
 
 HOW = ("last", "mean", "first_decoder")
 
@@ -88,7 +88,7 @@ def _decoder_start(
     mask: Tensor,
     how: str,
 ) -> Tensor:
-    start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
+    start = decoder_start(model, ids)
     output = model(
         ids,
         attention_mask=mask,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.states.batch import encode_prompt, length_buckets, pad
+from helpers.states.batch import decoder_start, encode_prompt, length_buckets, pad
 
 MORE = 4  # tokens that a generated answer may have beyond the longest right one of its batch
 
@@ -77,11 +77,10 @@ def read_prompts(
     ids, mask = pad(prompts, fill)
     ids, mask = ids.to(model.device), mask.to(model.device)
     if model.config.is_encoder_decoder:
-        start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
         out = model(
             ids,
             attention_mask=mask,
-            decoder_input_ids=start,
+            decoder_input_ids=decoder_start(model, ids),
             use_cache=True,
         )
         return Cached(

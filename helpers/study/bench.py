@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -75,13 +76,8 @@ class Bench:
         base = base._replace(base_digest=self.base["digest"])
         trained = [merge.open_specialist(self.specialists[x], x) for x in labels]
         if self.encoder:
-            base, *trained = (self._body(source) for source in (base, *trained))
+            base, *trained = (body(self.model, source) for source in (base, *trained))
         return base, trained
-
-    def _body(self, source: merge.Source) -> merge.Source:
-        tensors = source.tensors.items()
-        body = {name: tensor for name, tensor in tensors if not _in_head(self.model, name)}
-        return source._replace(tensors=body)
 
     def rows(
         self,
@@ -143,12 +139,30 @@ def _auto_class(folder: Path) -> type:
 # --- an encoder's heads ----------------------------------------------------------------------
 
 
-def _in_head(
-    model: torch.nn.Module,
-    name: str,
-) -> bool:
-    """Whether a parameter of a sequence classifier lies outside its body."""
-    return not name.startswith(f"{model.base_model_prefix}.")
+def head_of(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a sequence classifier's tensors that lie outside its body."""
+    prefix = f"{model.base_model_prefix}."
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+
+
+def body(model: torch.nn.Module, source: merge.Source) -> merge.Source:
+    """A sequence classifier without its head."""
+    head = head_of(model, source.tensors)
+    kept = {name: tensor for name, tensor in source.tensors.items() if name not in head}
+    return source._replace(tensors=kept)
+
+
+@contextmanager
+def attached(model: torch.nn.Module, head: Mapping[str, Tensor]) -> Iterator[None]:
+    """`model` with these tensors as its head inside the `with`."""
+    own = {name: model.get_parameter(name).data for name in head}
+    try:
+        for name, tensor in head.items():
+            model.get_parameter(name).data = tensor.to(model.device, model.dtype)
+        yield
+    finally:
+        for name, tensor in own.items():
+            model.get_parameter(name).data = tensor
 
 
 @contextmanager
@@ -159,16 +173,8 @@ def with_head(
     """`model` with the classification head of a specialist inside the `with`: yields its labels."""
     config = json.loads((specialist / "config.json").read_text(encoding="utf-8"))
     names = config["id2label"]
-    stored = merge.read_folder(specialist)
-    head = {name: tensor for name, tensor in stored.items() if _in_head(model, name)}
-    own = {name: model.get_parameter(name).data for name in head}
-    try:
-        for name, tensor in head.items():
-            model.get_parameter(name).data = tensor.to(model.device)
+    with attached(model, head_of(model, merge.read_folder(specialist))):
         yield [names[str(i)] for i in range(len(names))]
-    finally:
-        for name, tensor in own.items():
-            model.get_parameter(name).data = tensor
 
 
 # --- specialists -----------------------------------------------------------------------------

@@ -139,19 +139,24 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 
 
 @torch.no_grad()
-def classify(model, tokenizer, rows, labels: Sequence[str], batch_size: int = 16) -> pd.DataFrame:
-    """What `score` gives of a decoder, of an encoder whose head has these outputs (`graded`)."""
-    rows = list(rows)
-    encoded = [encode_input(tokenizer, row["prompt"]) for row in rows]
-    buckets = length_buckets([len(ids) for ids in encoded], batch_size)
+def label_logprobs(model, encoded: Sequence[list[int]], batch_size: int) -> torch.Tensor:
+    """Log-probabilities (examples, labels) of a classifier, of the token ids of each example."""
+    batches = length_buckets([len(ids) for ids in encoded], batch_size)
     parts = []
-    for batch in buckets:
+    for batch in batches:
         ids, mask = pad([encoded[i] for i in batch], 0)
         mask = mask.to(model.device)
         logits = model(ids.to(model.device), attention_mask=mask).logits.float()
         parts.append(logits.log_softmax(1).cpu())
-    order = torch.tensor([i for batch in buckets for i in batch])
-    logprobs = torch.cat(parts)[order.argsort()]
+    order = torch.tensor([i for batch in batches for i in batch])
+    return torch.cat(parts)[order.argsort()]
+
+
+def classify(model, tokenizer, rows, labels: Sequence[str], batch_size: int = 16) -> pd.DataFrame:
+    """What `score` gives of a decoder, of an encoder whose head has these outputs (`graded`)."""
+    rows = list(rows)
+    encoded = [encode_input(tokenizer, row["prompt"]) for row in rows]
+    logprobs = label_logprobs(model, encoded, batch_size)
     return graded(rows, labels, logprobs)
 
 
