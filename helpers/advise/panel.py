@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers.advise.prompts import LONGEST, Prompt, encode
 from helpers.merge import Row, Source, objections, open_base, open_specialist, views
-from helpers.study.bench import body, head_of, load_base, specialist_key
+from helpers.study.bench import Bench, body, head_of, load_base, specialist_key
 from helpers.study.models import model_folder
 
 
@@ -85,23 +85,48 @@ def open_panel(
     stored = open_base(model_folder(base))  # first: it says what is wrong with a folder
     folders = {label: folder_of(model) for label, model in models.items()}
     model, tokenizer, info = load_base(base, dtype, device)
-    encoder = model.get_output_embeddings() is None
+    encoder = _is_encoder(model)
     sources = [open_specialist(path, label) for label, path in folders.items()]
     _check_meaning(stored, model_folder(base), folders, sources, encoder)
-    heads = {x.label: head_of(model, x.tensors) for x in sources} if encoder else {}
-    limit = _longest(model, 0 if encoder else tokens)
-    inputs = {x: encode(prompts[x], x, tokenizer, encoder, limit) for x in models}
+    rows = _rows(model, stored._replace(base_digest=info["digest"]), sources, encoder)
+    return _panel(model, tokenizer, info["digest"], rows, folders, prompts, tokens)
+
+
+def panel_of(bench: Bench, tokens: int = 32) -> Panel:
+    """The specialists of a study, to be tried on the probes of their tasks, without labels."""
+    folders = bench.specialists
+    prompts = {label: bench.tasks[label].splits["probe"]["prompt"] for label in folders}
+    given = bench.base["digest"], bench.rows(folders), folders, prompts, tokens
+    return _panel(bench.model, bench.tokenizer, *given)
+
+
+def _panel(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    base: str,
+    rows: list[Row],
+    folders: Mapping[str, Path],
+    prompts: Mapping[str, Sequence[Prompt]],
+    tokens: int,
+) -> Panel:
+    encoder = _is_encoder(model)
+    places = getattr(model.config, "max_position_embeddings", None)
+    limit = places - tokens * (not encoder) if places else LONGEST  # leaves room for an answer
+    heads = {}
+    if encoder:
+        for label, folder in folders.items():
+            heads[label] = head_of(model, open_specialist(folder, label).tensors)
     return Panel(
         model,
         tokenizer,
-        info["digest"],
-        tuple(models),
-        _rows(model, stored._replace(base_digest=info["digest"]), sources, encoder),
-        contents={label: specialist_key(path) for label, path in folders.items()},
-        inputs=inputs,
+        base,
+        tuple(folders),
+        rows,
+        contents={label: specialist_key(folder) for label, folder in folders.items()},
+        inputs={x: encode(prompts[x], x, tokenizer, encoder, limit) for x in folders},
         heads=heads,
         tokens=tokens,
-        batch_size=16 if device == "cpu" else 64,
+        batch_size=16 if model.device.type == "cpu" else 64,
     )
 
 
@@ -130,10 +155,8 @@ def _check_meaning(
         raise ValueError(reason)
 
 
-def _longest(model: torch.nn.Module, answer: int) -> int:
-    """Tokens of a prompt that leave the model room for an answer."""
-    places = getattr(model.config, "max_position_embeddings", None)
-    return places - answer if places else LONGEST
+def _is_encoder(model: torch.nn.Module) -> bool:
+    return model.get_output_embeddings() is None
 
 
 def _rows(

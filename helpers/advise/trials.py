@@ -10,21 +10,24 @@ Every trial is remembered in the store: a killed search goes on, a second call i
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
-from tqdm import tqdm
 
 from helpers import store
 from helpers.advise import answers
 from helpers.advise.merges import Merge, alone
-from helpers.advise.panel import Panel
+from helpers.advise.panel import Panel, panel_of
 from helpers.merge import applied as merged
 from helpers.merge import merge_tensors, plan, summary
+from helpers.study.bench import Bench
+from helpers.study.executor import call_each
 
 VERSION = 2  # raised by hand whenever a trial records something else
 TRIED = ["prompt", "kept", "rise", "confidence", "cpu_seconds"]
@@ -109,15 +112,33 @@ def trial(
     return table[["model", *TRIED, "dose"]]
 
 
-def try_pairs(panel: Panel, rules: Sequence[str]) -> pd.DataFrame:
-    """Trials of every pair of the panel: a row for each rule, pair (tasks), task and prompt."""
+def try_pairs(
+    bench: Bench,
+    rules: Sequence[str],
+    pool: Executor | None = None,
+) -> pd.DataFrame:
+    """Trials of every pair of a study's specialists on the probes of their tasks.
+
+    A row for each rule, pair (tasks), task and prompt. `pool`: who does the work
+    (`study.executor`).
+    """
+    pairs = list(combinations(bench.specialists, 2))
+    merges = [Merge(pair, rule) for rule in rules for pair in pairs]
+    call_each(bench, _fill, [(merge,) for merge in merges], pool, "trial merges")
+    panel = panel_of(bench)
     frames = []
-    for rule in rules:
-        for pair in tqdm(list(combinations(panel.labels, 2)), desc=rule, disable=None):
-            table = trial(panel, Merge(pair, rule))
-            frames.append(table.assign(rule=rule, tasks=[pair] * len(table)))
+    for merge in merges:
+        table = trial(panel, merge)
+        frames.append(table.assign(rule=merge.rule, tasks=[merge.models] * len(table)))
     table = pd.concat(frames, ignore_index=True).rename(columns={"model": "task"})
     return table[["rule", "tasks", "task", *TRIED]]
+
+
+def _fill(bench: Bench, merge: Merge) -> None:
+    """Make a trial where it is not in the store; a worker sends nothing back."""
+    members = {label: bench.specialists[label] for label in merge.models}
+    tasks = {label: bench.tasks[label] for label in merge.models}
+    trial(panel_of(replace(bench, specialists=members, tasks=tasks)), merge)
 
 
 def _held(panel: Panel, label: str, own: pd.DataFrame) -> pd.DataFrame:

@@ -1,5 +1,7 @@
 """A trial against the merged model itself, made by other code, and what it must leave alone."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import tiny
@@ -10,8 +12,10 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaForCaus
 from helpers.advise import advise, page, sentence
 from helpers.advise.merges import Merge, alone, retention
 from helpers.advise.panel import open_panel
-from helpers.advise.trials import applied, references, trial
+from helpers.advise.trials import applied, references, trial, try_pairs
 from helpers.merge import Lazy
+from helpers.study.bench import Bench, load_base
+from helpers.study.executor import executor
 
 TOKENS = 2
 
@@ -107,6 +111,27 @@ def test_parts_are_parts(panel):
     assert len(part) == len(joined) == 7
     assert (joined["kept"] == joined["kept_part"]).all()
     assert np.allclose(joined["rise"], joined["rise_part"], atol=1e-5)
+
+
+def test_trials_of_a_study_are_those_of_its_adapters_whoever_makes_them(
+    tiny_base, tiny_adapters, tmp_path, monkeypatch
+):
+    folders = {folder.name: folder for folder in tiny_adapters}
+    toys = {label: tiny.toy(label, 10, ("0", "1")) for label in folders}
+    bench = Bench(*load_base(str(tiny_base)), toys, folders)
+    with executor(workers=2) as pool:
+        shared = try_pairs(bench, ["linear"], pool)
+    assert set(shared["tasks"]) == set(combinations(folders, 2))
+    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "another"))
+    texts = {label: task.splits["probe"]["prompt"] for label, task in toys.items()}
+    models = {label: str(folder) for label, folder in folders.items()}
+    panel = open_panel(str(tiny_base), models, texts)
+    for pair in combinations(folders, 2):
+        alone = trial(panel, Merge(pair))
+        rows = shared[[tasks == pair for tasks in shared["tasks"]]]
+        assert rows["task"].tolist() == alone["model"].tolist()
+        assert rows["kept"].tolist() == alone["kept"].tolist()
+        assert np.allclose(rows["rise"], alone["rise"], atol=1e-5)
 
 
 def test_wilson_intervals_are_known_ones():
