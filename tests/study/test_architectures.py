@@ -202,7 +202,7 @@ def test_an_encoder_decoder_learns_two_tasks_by_lora_or_whole(tmp_path, monkeypa
     monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "store"))
     place = zoo.save(tmp_path / "model", name)
     untaught = benches.Bench(*benches.load_base(str(place)), TASKS, {})
-    recipe = replace(RECIPE, epochs=60, learning_rate=0.02, rank=rank)
+    recipe = replace(RECIPE, epochs=120, learning_rate=0.01, rank=rank)
     trained = {x: benches.train(untaught, x, recipe) for x in TASKS}
     bench = replace(untaught, specialists=trained)
     rows = bench.rows(TASKS)
