@@ -130,8 +130,8 @@ def test_a_page_that_only_reads_tables_takes_the_committed_ones(project, capsys,
 def test_the_page_shows_each_figure_with_its_words_and_the_verdicts(tmp_path):
     (tmp_path / "figures").mkdir()
     words = {"caption": "Loss < 1", "alt": 'a "line"', "notebook": "01_make"}
-    (tmp_path / "figures" / "loss.json").write_text(json.dumps(words))
-    (tmp_path / "figures" / "loss.png").write_bytes(b"")
+    (tmp_path / "figures" / "02_pair_losses.json").write_text(json.dumps(words))
+    (tmp_path / "figures" / "02_pair_losses.png").write_bytes(b"")
     other = words | {"notebook": "02_read", "caption": "not shown"}
     (tmp_path / "figures" / "other.json").write_text(json.dumps(other))
     claim = {"claim": "it <falls>", "paper": "yes", "here": "no", "verdict": "open"}
@@ -140,9 +140,9 @@ def test_the_page_shows_each_figure_with_its_words_and_the_verdicts(tmp_path):
     row |= {"revision": None, "machine": "2 cores", "parameters": {"PROFILE": "demo"}}
     books = [profiles.Notebook(name, f"{name}?", [], []) for name in ("01_make", "02_read")]
     text = page.write_page(tmp_path, {"01_make": row}, books).read_text()
-    assert 'src="figures/loss.png" alt="a &#34;line&#34;"' in text
+    assert 'src="figures/02_pair_losses.png" alt="a &#34;line&#34;"' in text
     assert "Loss &lt; 1" in text and "not shown" not in text and "02_read?" not in text
-    assert "it &lt;falls&gt;" in text
+    assert text.index("Who harms whom?") < text.index("it &lt;falls&gt;")
 
 
 @pytest.mark.parametrize(

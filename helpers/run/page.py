@@ -12,6 +12,7 @@ from helpers.store import atomic_write
 from helpers.study.tables import Study
 
 TEMPLATES = Path(__file__).parent
+HARMS = "figures/02_pair_losses.png"  # who harms whom, beside the verdicts
 
 
 def pictures(results: Path, notebook: str) -> list[dict]:
@@ -42,11 +43,13 @@ def write_page(results: Path, finished: dict[str, dict], notebooks: list[Noteboo
     rows = [finished[notebook.name] for notebook in done]
     names = dict.fromkeys(row["parameters"].get("PROFILE", results.name) for row in rows)
     sections = [about._asdict() | {"figures": pictures(results, about.name)} for about in done]
+    shown = [about for section in sections for about in section["figures"]]
     loader = jinja2.FileSystemLoader(TEMPLATES)
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
     text = templates.get_template("page.html").render(
         title=f"Model-merging collapse: {', '.join(names)}",
         playground=_playground(results),
+        harms=[about for about in shown if about["picture"] == HARMS],
         tables=_verdicts(results),
         sections=sections,
         made=pd.DataFrame([_made(row) for row in rows]),
