@@ -92,7 +92,7 @@ def _merges(losses: pd.DataFrame, prompts: dict, answers: dict) -> list[dict[str
             said[task] = [answers.get((model, task, x), UNKNOWN) for x in examples]
         merge = {"tasks": list(first["tasks"]), "rule": first["rule"], "arm": first["arm"]}
         merge["score"] = _numbers(of_task["score"], 4)
-        merge["loss"] = _numbers(of_task["loss"], 1)
+        merge["loss"] = _numbers(of_task["loss"], 2)
         merge["answers"] = said
         merges.append(merge)
     return merges
@@ -166,7 +166,8 @@ def cards_html(frame: pd.DataFrame) -> str:
     """Cards as a table that keeps the lines of a prompt; plain HTML, for any page."""
     shown = frame.copy()
     for column in frame.select_dtypes(exclude="number"):
-        shown[column] = [html.escape(text).replace("\n", "<br>") for text in frame[column]]
+        texts = [html.escape(text).replace("\n", "<br>") for text in frame[column]]
+        shown[column] = [text.replace("_", "_<wbr>") for text in texts]  # long names may break
     table = shown.to_html(index=False, escape=False, border=0, justify="left")
     # notebooks align cells to the right, as for numbers
     return table.replace("<td>", '<td style="text-align: left; vertical-align: top">')

@@ -32,14 +32,14 @@ def measured(notebook: str, profile: str = "demo") -> tuple[float, float] | None
     return known["minutes"][notebook], known["peak_gb"][notebook]
 
 
-def cost_table(notebook: str) -> pd.DataFrame:
-    """Minutes and memory of a notebook by profile, as last measured; for its first cell."""
+def cost_table(notebook: str) -> pd.DataFrame | None:
+    """Minutes and memory of a notebook by profile, if they were measured; for its first cell."""
     rows = []
     for profile, about in costs().items():
         spent = measured(notebook, profile)
         if spent:
             rows.append([profile, *spent, about["threads"], about["machine"], about["date"]])
-    return pd.DataFrame(rows, columns=COST_COLUMNS)
+    return pd.DataFrame(rows, columns=COST_COLUMNS) if rows else None
 
 
 def overview() -> str:

@@ -115,7 +115,9 @@ def recompute(profile: str, write: bool = False) -> Path:
     books = [book for book in notebooks() if _recomputable(book, tables)]
     for book in books:
         _rerun(book, profile, tables, out)
-    files = [file for book in books for file in book.produces]
+    produced = [file for book in books for file in book.produces]
+    # a page that has no trials of models writes no table of them
+    files = [x for x in produced if (tables / x).exists() or (out / x).exists()]
     stale = [file for file in files if not same(tables / file, out / file)]
     if write:
         for file in stale:

@@ -21,6 +21,7 @@ REPORTED = [
     "lerp_steps",
     "slerp_steps",
 ]
+AMBIGUOUS = 0.05  # share of contradictory prompts above which a pair's loss is no incompatibility
 KEPT_ANSWERS = 3  # of each task under each model
 READ = ["correct", "nll", "invalid"]
 
@@ -127,9 +128,11 @@ def cells(visits: Iterable[Visit], collisions: pd.DataFrame) -> pd.DataFrame:
 
     merge, task, score, nll, invalid, dose_ingredient, dose_own; control_solo and nll_solo where the
     rule is no weighted sum and no copy of one: `losses.loss_table` takes it from here. ambiguous:
-    the merge holds a task that collides with this one (`tasks.collisions`).
+    the merge holds a task that collides with this one in more than a few prompts
+    (`tasks.collisions`).
     """
     visits = list(visits)
+    collisions = collisions[collisions["share"] >= AMBIGUOUS]
     ends = zip(collisions["task_a"], collisions["task_b"], strict=True)
     colliding = {frozenset(pair) for pair in ends}
     alone = {x.row.model: x for x in of_kind(visits, "solo")}

@@ -90,7 +90,7 @@ def test_alone_is_what_the_rule_leaves_without_a_partner(study, table):
 def test_a_cell_is_ambiguous_where_its_task_collides_with_another_of_the_merge(study, table):
     _, visits = study
     assert not table["ambiguous"].any()  # the toy tasks share no prompt
-    collisions = pd.DataFrame({"task_a": ["a"], "task_b": ["c"]})
+    collisions = pd.DataFrame({"task_a": ["a", "a"], "task_b": ["c", "b"], "share": [0.9, 0.001]})
     merges = frames.merges(visits)[["merge", "tasks"]]
     cells = frames.cells(visits, collisions).merge(merges, on="merge")
     both = cells["tasks"].map({"a", "c"}.issubset) & cells["task"].isin(["a", "c"])
