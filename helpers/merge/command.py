@@ -65,13 +65,20 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 def _expanded(model: str) -> str:
-    return str(Path(model).expanduser()) if model.startswith("~") else model
+    return str(_home(model)) if model.startswith("~") else model
+
+
+def _home(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text}: there is no such user's home folder") from error
 
 
 def _path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("a path must not be empty")
-    return Path(text).expanduser()
+    return _home(text)
 
 
 def _print_report(recipe: Recipe, report: Report) -> None:

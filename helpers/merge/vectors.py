@@ -8,15 +8,15 @@ for: files stay memory-mapped, adapters stay factors, and a `Lazy` tensor reads 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from helpers.merge.adapters import Adapter
-from helpers.merge.blocks import Factors, Lazy, zero
-from helpers.merge.fit import changed_names, check, has_extras
+from helpers.merge.blocks import Factors, Lazy, row_blocks, zero
+from helpers.merge.fit import changed_names, check, has_extras, untied
 from helpers.merge.sources import Source
 
 
@@ -38,6 +38,7 @@ def views(
 
     Checked first (`fit.check`, which says what `heads` means).
     """
+    base = untied(base, specialists)
     return rows_of(base, check(base, specialists, heads), device)
 
 
@@ -102,19 +103,20 @@ def _saved_change(
 
 
 def _whole_change(name: str, origin: Lazy, change: Lazy, adapter: Adapter) -> Lazy:
-    """The change of a tensor with a magnitude (DoRA: m (W + s B A) / ||W + s B A|| by rows; Liu et
-    al. 2024, eq. 5), with trained token rows or with an added bias, as PEFT merges them.
+    """The change of a tensor with magnitudes (DoRA: m (W + s B A) / ||W + s B A|| by outputs; Liu
+    et al. 2024, eq. 5), with trained token rows or with an added bias, as PEFT merges them.
     """
     shape, device = origin.shape, origin.device
     magnitude = adapter.magnitudes.get(name)
     bias = adapter.biases.get(name)
     numbers, values = adapter.tokens.get(name, (torch.tensor([]), None))
+    by_outputs = _column_factor if name in adapter.transposed else _row_factor
+    factor = by_outputs(magnitude, origin, change)
 
     def read(rows) -> Tensor:
         tuned = origin[rows] + change[rows]
         if magnitude is not None:
-            factor = magnitude[rows].to(device) / torch.linalg.vector_norm(tuned, dim=1)
-            tuned = tuned * factor[:, None]
+            tuned = tuned * factor(rows, tuned)
         if bias is not None:
             tuned = tuned + bias[rows].to(device)
         if values is not None:
@@ -124,6 +126,30 @@ def _whole_change(name: str, origin: Lazy, change: Lazy, adapter: Adapter) -> La
         return tuned - origin[rows]
 
     return Lazy(shape, device, read)
+
+
+def _row_factor(magnitude: Tensor, origin: Lazy, change: Lazy) -> Callable[[Any, Tensor], Tensor]:
+    """What DoRA multiplies a block by, where rows are outputs."""
+
+    def factor(rows: Any, block: Tensor) -> Tensor:
+        return (magnitude[rows].to(block.device) / torch.linalg.vector_norm(block, dim=1))[:, None]
+
+    return factor
+
+
+def _column_factor(
+    magnitude: Tensor, origin: Lazy, change: Lazy
+) -> Callable[[Any, Tensor], Tensor]:
+    """The same where columns are outputs: their norms are taken over all rows, once."""
+
+    @cache
+    def whole() -> Tensor:
+        squares = 0.0
+        for rows, _ in row_blocks(origin.shape, origin.device):
+            squares = squares + (origin[rows] + change[rows]).double().square().sum(0)
+        return magnitude.to(squares.device) / squares.sqrt().float()
+
+    return lambda rows, block: whole()
 
 
 def _reader(base: Source, device: str) -> Callable[[str, Any], Tensor]:
