@@ -110,13 +110,20 @@ def _whole_change(name: str, origin: Lazy, change: Lazy, adapter: Adapter) -> La
     magnitude = adapter.magnitudes.get(name)
     bias = adapter.biases.get(name)
     numbers, values = adapter.tokens.get(name, (torch.tensor([]), None))
-    by_outputs = _column_factor if name in adapter.transposed else _row_factor
-    factor = by_outputs(magnitude, origin, change)
+    by_columns = name in adapter.transposed
+
+    @cache
+    def column_norms() -> Tensor:
+        blocks = row_blocks(shape, device)
+        return sum((origin[x] + change[x]).double().square().sum(0) for x, _ in blocks).sqrt()
 
     def read(rows) -> Tensor:
         tuned = origin[rows] + change[rows]
-        if magnitude is not None:
-            tuned = tuned * factor(rows, tuned)
+        if magnitude is not None and by_columns:
+            tuned = tuned * (magnitude.to(device) / column_norms().float())
+        elif magnitude is not None:
+            factor = magnitude[rows].to(device) / torch.linalg.vector_norm(tuned, dim=1)
+            tuned = tuned * factor[:, None]
         if bias is not None:
             tuned = tuned + bias[rows].to(device)
         if values is not None:
@@ -126,30 +133,6 @@ def _whole_change(name: str, origin: Lazy, change: Lazy, adapter: Adapter) -> La
         return tuned - origin[rows]
 
     return Lazy(shape, device, read)
-
-
-def _row_factor(magnitude: Tensor, origin: Lazy, change: Lazy) -> Callable[[Any, Tensor], Tensor]:
-    """What DoRA multiplies a block by, where rows are outputs."""
-
-    def factor(rows: Any, block: Tensor) -> Tensor:
-        return (magnitude[rows].to(block.device) / torch.linalg.vector_norm(block, dim=1))[:, None]
-
-    return factor
-
-
-def _column_factor(
-    magnitude: Tensor, origin: Lazy, change: Lazy
-) -> Callable[[Any, Tensor], Tensor]:
-    """The same where columns are outputs: their norms are taken over all rows, once."""
-
-    @cache
-    def whole() -> Tensor:
-        squares = 0.0
-        for rows, _ in row_blocks(origin.shape, origin.device):
-            squares = squares + (origin[rows] + change[rows]).double().square().sum(0)
-        return magnitude.to(squares.device) / squares.sqrt().float()
-
-    return lambda rows, block: whole()
 
 
 def _reader(base: Source, device: str) -> Callable[[str, Any], Tensor]:

@@ -122,6 +122,14 @@ def test_the_hubs_layout_without_prefix_and_with_old_buffers_is_one_model(tmp_pa
         torch.testing.assert_close(merged.state_dict()[name], tensor)
 
 
+def test_a_configuration_that_changes_is_read_anew(tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    assert anatomy.anatomy(folder).ties
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": False}))
+    assert not anatomy.anatomy(folder).ties
+
+
 def test_inverse_frequencies_of_old_files_take_no_part(tiny_base, tmp_path):
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.arange(4.0)}
     tuned = edited(tiny_base, tmp_path / "old", noisy(stored(tiny_base)) | old)
