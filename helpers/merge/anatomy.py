@@ -90,6 +90,7 @@ def _anatomy(file: Path, text: str, architecture: str) -> Anatomy | None:
         config = config_class.from_dict(json.loads(text))
         with torch.device("meta"):
             model = model_class(config)
+        settings, renamings = config.to_dict(), _renamings(model)
     except Exception as error:  # whatever a class makes of a configuration that it cannot take
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} describes no {architecture}: {reason}") from error
@@ -113,8 +114,8 @@ def _anatomy(file: Path, text: str, architecture: str) -> Anatomy | None:
         tuple(patterns),
         transposed,
         frozenset(_vocabulary(model)),
-        config.to_dict(),
-        _renamings(model),
+        settings,
+        renamings,
     )
 
 
