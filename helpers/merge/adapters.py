@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from helpers.merge.blocks import Factors
-from helpers.merge.weights import INDEX, no_weights, read_file, read_json
+from helpers.merge.weights import FLOATS, INDEX, no_weights, read_file, read_json
 
 UNMERGEABLE = {
     "target_parameters": "it adapts parameters that are no layer's weight",
@@ -46,7 +46,7 @@ class Adapter(NamedTuple):
 
     factors: dict[str, Factors]
     saved: dict[str, Tensor]
-    magnitudes: dict[str, Tensor]  # DoRA: the norm of each row, (out,)
+    magnitudes: dict[str, Tensor]  # DoRA: the norm of each output's weights, (out,)
     tokens: dict[str, tuple[Tensor, Tensor]]  # numbers and values of the rows
     biases: dict[str, Tensor]
     transposed: frozenset[str]  # of the factors, those turned to the base's (in, out)
@@ -103,6 +103,8 @@ def _parts(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]
         name = key.removeprefix(PREFIX)
         kinds = {kind: re.fullmatch(rf"(.+)\.{end}", name) for kind, end in KINDS.items()}
         for kind, match in kinds.items():
+            if match and tensor.dtype not in FLOATS:
+                raise ValueError(f"{file} holds {key} as {tensor.dtype}: convert it to float32")
             if match:
                 parts[kind][match[1]] = tensor.float()
         if any(kinds.values()):
@@ -162,7 +164,10 @@ def _is_size(value: Any) -> bool:
 def _factors(file: Path, config: dict, module: str, A: Tensor, B: Tensor) -> Factors:
     """A module's factors with PEFT's scaling, alpha / r or alpha / sqrt(r)."""
     if A.ndim != 2 or B.ndim != 2:
-        raise ValueError(f"{file}: the factors of {module} are no matrices")
+        raise ValueError(
+            f"{file}: the factors of {module} are no matrices, as those of a convolution: merge it "
+            "into its base first"
+        )
     rank = _pattern(config, "r", "rank_pattern", module)
     alpha = _pattern(config, "lora_alpha", "alpha_pattern", module)
     if not A.shape[0] == B.shape[1] == rank:

@@ -1,9 +1,11 @@
 """How does a model class name its tensors, and which of them are one? Asked of transformers itself.
 
-Files hold a model's tensors under several names: without the class's prefix (the hub's GPT-2), with
-copies of tied ones, with buffers that loading computes anew. What counts is what is loaded.
+Files hold a model's tensors under several names: without the class's prefix (the hub's GPT-2), by
+the names of older versions (LayerNorm.gamma), with copies of tied ones, with buffers that loading
+computes anew. What counts is what is loaded.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from helpers.merge.weights import read_json
+from helpers.merge.weights import read_json, read_text
 
 
 class Anatomy(NamedTuple):
@@ -28,15 +30,25 @@ class Anatomy(NamedTuple):
     ignored: tuple[str, ...]  # patterns of names in files that are not loaded
     transposed: Mapping[str, bool]  # a weight's name -> whether it is stored (in, out) for LoRA
     vocabulary: frozenset[str]  # tensors with a row for each token
+    settings: Mapping[str, Any]  # the configuration, as the class reads it
+    renamings: Sequence[Any]  # transformers' own, of names in older files
 
     def loaded(self, name: str) -> str:
-        """The name under which a file's tensor is loaded: with or without the class's prefix."""
-        known = self.names | self.recomputed
-        body = name.removeprefix(f"{self.prefix}.")
-        for candidate in (name, f"{self.prefix}.{name}", body):
-            if candidate in known:
+        """The name under which a file's tensor is loaded: with or without the class's prefix, or
+        from an older one.
+        """
+        if found := self._known(name):
+            return found
+        renamed = name
+        for renaming in self.renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        return self._known(renamed) or name
+
+    def _known(self, name: str) -> str | None:
+        for candidate in (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")):
+            if candidate in self.names or candidate in self.recomputed:
                 return candidate
-        return name
+        return None
 
     def is_recomputed(self, name: str) -> bool:
         """Whether loading leaves a file's tensor aside."""
@@ -55,17 +67,19 @@ def anatomy(folder: Path) -> Anatomy | None:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures or "model_type" not in config:
         return None
-    return _anatomy(folder / "config.json", str(architectures[0]))
+    file = folder / "config.json"
+    return _anatomy(file, read_text(file), str(architectures[0]))
 
 
 def config_of(folder: Path) -> dict[str, Any]:
     """A folder's model configuration; empty if it has none."""
     file = folder / "config.json"
-    return read_json(file, dict) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 @lru_cache
-def _anatomy(file: Path, architecture: str) -> Anatomy | None:
+def _anatomy(file: Path, text: str, architecture: str) -> Anatomy | None:
+    """The anatomy by a configuration's text, which may change while this process lives."""
     import transformers  # seconds and 0.2 GB: not for folders that say nothing of a class
 
     model_class = getattr(transformers, architecture, None)
@@ -73,9 +87,10 @@ def _anatomy(file: Path, architecture: str) -> Anatomy | None:
     if config_class is None:
         return None
     try:
-        config = config_class.from_json_file(file)
+        config = config_class.from_dict(json.loads(text))
         with torch.device("meta"):
             model = model_class(config)
+        settings, renamings = config.to_dict(), _renamings(model)
     except Exception as error:  # whatever a class makes of a configuration that it cannot take
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} describes no {architecture}: {reason}") from error
@@ -98,8 +113,20 @@ def _anatomy(file: Path, architecture: str) -> Anatomy | None:
         frozenset(buffers - names),
         tuple(patterns),
         transposed,
-        frozenset(ties.get(name, name) for name in _vocabulary(model)),
+        frozenset(_vocabulary(model)),
+        settings,
+        renamings,
     )
+
+
+def _renamings(model: torch.nn.Module) -> list[Any]:
+    """How transformers renames old files' tensors; none where it also stacks them, as experts."""
+    from transformers import conversion_mapping, core_model_loading
+
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    if any(isinstance(x, core_model_loading.WeightConverter) for x in transforms):
+        return []
+    return transforms
 
 
 def _vocabulary(model: torch.nn.Module) -> list[str]:
@@ -118,7 +145,7 @@ class Loaded(NamedTuple):
 
     tensors: dict[str, Tensor]
     recomputed: frozenset[str]
-    renamed: int
+    filed: Mapping[str, str]  # a tensor's name -> another, which the file has
 
 
 def as_loaded(where: Path, stored: Mapping[str, Tensor], body: Anatomy | None) -> Loaded:
@@ -128,21 +155,22 @@ def as_loaded(where: Path, stored: Mapping[str, Tensor], body: Anatomy | None) -
     of flan-t5). Raises ValueError for two names of one tensor.
     """
     if body is None:
-        return Loaded(dict(stored), frozenset(), 0)
+        return Loaded(dict(stored), frozenset(), {})
     tensors: dict[str, Tensor] = {}
+    filed = {}
     for name, tensor in stored.items():
         loaded = body.loaded(name)
         if loaded in tensors:
             raise ValueError(f"{where} holds {loaded} twice, once as {name}")
         tensors[loaded] = tensor
+        if loaded != name:
+            filed[loaded] = name
     for copy, original in body.ties.items():
-        if copy not in tensors:
-            continue
-        tensor = tensors[copy]
-        if torch.equal(tensors.setdefault(original, tensor), tensor):
+        tensor = tensors.get(copy)
+        if tensor is not None and torch.equal(tensors.setdefault(original, tensor), tensor):
             del tensors[copy]
     recomputed = frozenset(name for name in tensors if body.is_recomputed(name))
-    return Loaded(tensors, recomputed, len(tensors.keys() - stored.keys()))
+    return Loaded(tensors, recomputed, filed)
 
 
 # Layers ------------------------------------------------------------------------------------------

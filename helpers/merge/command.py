@@ -1,6 +1,7 @@
 """`python -m helpers merge`: the flags, read into a recipe, and what is said at the end."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -65,13 +66,15 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 def _expanded(model: str) -> str:
-    return str(Path(model).expanduser()) if model.startswith("~") else model
+    return os.path.expanduser(model)  # unlike pathlib's it leaves an unknown user's name as it is
 
 
 def _path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("a path must not be empty")
-    return Path(text).expanduser()
+    if (path := _expanded(text)).startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text}: there is no such user")
+    return Path(path)
 
 
 def _print_report(recipe: Recipe, report: Report) -> None:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from helpers.merge.adapters import Adapter, turned
 from helpers.merge.anatomy import LAYER
-from helpers.merge.blocks import Factors
 from helpers.merge.sources import Source
 from helpers.merge.weights import FLOATS
 
@@ -23,6 +22,38 @@ def check(base: Source, specialists: Sequence[Source], heads: str = "merge") -> 
     differ.
     """
     return fitted(base, named(base, specialists, heads))
+
+
+def untied(base: Source, specialists: Sequence[Source]) -> Source:
+    """The base with a tensor of its own for each copy of a tied one that a specialist has apart.
+
+    A checkpoint has it where the two differ; an adapter where it saved another value for one alone,
+    as PEFT's module is then no longer the other's. Raises ValueError where an adapter changes what
+    another one has apart by factors or tokens, which mean both.
+    """
+    apart = {}
+    for specialist in specialists:
+        for copy, original in base.anatomy.ties.items() if base.anatomy else ():
+            if copy not in base.tensors and _is_apart(base, specialist, copy, original):
+                apart[copy] = original
+    for specialist in specialists:
+        tokens = specialist.adapter.tokens if specialist.adapter else {}
+        both = [x for x in (*specialist.factors, *tokens) if x in apart.values()]
+        if both:
+            raise ValueError(
+                f"specialist {specialist.label} adapts {both[0]} and its copies, which another "
+                "specialist no longer ties: merge it into its base first"
+            )
+    own = {copy: base.tensors[original] for copy, original in apart.items()}
+    return base._replace(tensors=dict(base.tensors) | own)
+
+
+def _is_apart(base: Source, specialist: Source, copy: str, original: str) -> bool:
+    stored = {base.anatomy.loaded(name): x for name, x in specialist.tensors.items()}
+    pair = [stored[name] for name in (copy, original) if name in stored]
+    if len(pair) == 1 and specialist.adapter is not None:
+        pair.append(base.tensors[original])
+    return len(pair) == 2 and not equal(*reversed(pair))
 
 
 def named(base: Source, specialists: Sequence[Source], heads: str = "merge") -> list[Source]:
@@ -43,7 +74,7 @@ def named(base: Source, specialists: Sequence[Source], heads: str = "merge") -> 
             skipped = base.tensors.keys() - merged if heads == "base" else None
             specialist = _adapter_names(who, base, specialist, skipped)
         else:
-            specialist = _checkpoint_names(who, base, specialist)
+            specialist = _checkpoint_names(base, specialist)
             if heads == "base":
                 body = {name: x for name, x in specialist.tensors.items() if name in merged}
                 specialist = specialist._replace(tensors=body)
@@ -112,7 +143,7 @@ def equal(base: Tensor, tuned: Tensor) -> bool:
 # Names -------------------------------------------------------------------------------------------
 
 
-def _checkpoint_names(who: str, base: Source, specialist: Source) -> Source:
+def _checkpoint_names(base: Source, specialist: Source) -> Source:
     """A checkpoint under the names of the base's class, without what loading computes anew."""
     body = base.anatomy
     if body is None:
@@ -124,11 +155,10 @@ def _checkpoint_names(who: str, base: Source, specialist: Source) -> Source:
             continue
         tensors[loaded] = tensor
     for copy, original in body.ties.items():
-        if copy in base.tensors or copy not in tensors:
-            continue
-        tensor = tensors.pop(copy)
-        if not torch.equal(tensors.setdefault(original, tensor), tensor):
-            raise ValueError(f"{who} unties {copy}, which in the base is {original}")
+        if copy in base.tensors and original in tensors:
+            tensors.setdefault(copy, tensors[original])
+        elif copy in tensors:  # equal to the original (`untied`)
+            tensors.setdefault(original, tensors.pop(copy))
     return specialist._replace(tensors=tensors)
 
 
@@ -167,12 +197,15 @@ def _adapter_names(
             base_name = body.loaded(name) if body else name
             if skipped is not None and _is_head(base, base_name, skipped):
                 continue
+            if field == "saved" and body and base_name in body.ties.keys() - base.tensors.keys():
+                continue  # equal to the original (`untied`)
             _check_known(who, base, base_name)
             parts[field][base_name] = value
     flipped = {body.loaded(name) if body else name for name in adapter.transposed}
-    for name, pair in parts["factors"].items():
-        parts["factors"][name] = _oriented(base, name, pair, name in flipped)
-    adapter = adapter._replace(**parts)
+    stored = {name for name in parts["factors"] if _is_transposed(base, name, name in flipped)}
+    for name in stored ^ (flipped & parts["factors"].keys()):
+        parts["factors"][name] = turned(parts["factors"][name])
+    adapter = adapter._replace(**parts, transposed=frozenset(stored))
     return specialist._replace(tensors=adapter.saved, factors=adapter.factors, adapter=adapter)
 
 
@@ -188,14 +221,11 @@ def _check_known(who: str, base: Source, name: str) -> None:
     raise ValueError(f"{who} adapts {name}: the base lacks it{_remedy(base, name)}")
 
 
-def _oriented(base: Source, name: str, pair: Factors, flipped: bool) -> Factors:
-    """The factors as the base stores the weight: its layer's class decides, if it is known, and
+def _is_transposed(base: Source, name: str, flipped: bool) -> bool:
+    """Whether the base stores a weight (in, out): its layer's class decides, if it is known, and
     else the adapter's own flag.
     """
-    transposed = base.anatomy.transposed.get(name) if base.anatomy else None
-    if transposed is None or transposed == flipped:
-        return pair
-    return turned(pair)
+    return base.anatomy.transposed.get(name, flipped) if base.anatomy else flipped
 
 
 # Shapes and kinds --------------------------------------------------------------------------------
@@ -229,8 +259,9 @@ def _check_adapter(who: str, base: Source, adapter: Adapter) -> None:
                 "dequantise it first"
             )
     for name, magnitude in adapter.magnitudes.items():
-        if name in adapter.transposed or magnitude.shape != base.tensors[name].shape[:1]:
-            raise ValueError(f"{who}: the magnitudes of {name} are not one for each of its rows")
+        outs = base.tensors[name].shape[int(name in adapter.transposed)]
+        if magnitude.shape != (outs,):
+            raise ValueError(f"{who}: the magnitudes of {name} are {len(magnitude)}, not {outs}")
     for name, (numbers, values) in adapter.tokens.items():
         rows, width = base.tensors[name].shape
         if values.shape[1] != width or not bool((numbers < rows).all()):

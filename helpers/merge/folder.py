@@ -6,6 +6,7 @@ folder is written under another name and renamed when it is complete.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection
@@ -21,7 +22,7 @@ from helpers.merge import engine, vocabulary
 from helpers.merge.anatomy import config_of, depths, layers_of
 from helpers.merge.blocks import BLOCK
 from helpers.merge.card import model_card, name_of, provenance
-from helpers.merge.fit import fitted, named
+from helpers.merge.fit import fitted, named, untied
 from helpers.merge.parts import complete_or_absent
 from helpers.merge.plans import RULES, MergePlan, plan
 from helpers.merge.recipe import DTYPES, GB, Recipe, flat, is_layered, numbers
@@ -29,7 +30,14 @@ from helpers.merge.report import Report, summary
 from helpers.merge.rounding import Grid, grid
 from helpers.merge.shards import Layout, bytes_of, layout, write_tensors
 from helpers.merge.sources import Source, open_base, open_specialist
-from helpers.merge.surroundings import TOKENIZER, belonging, copy_surroundings, losses, objections
+from helpers.merge.surroundings import (
+    TOKENIZER,
+    belonging,
+    copy_surroundings,
+    edit,
+    losses,
+    objections,
+)
 from helpers.merge.vectors import Row, rows_of
 
 
@@ -57,8 +65,7 @@ def merge_to_folder(
     that can be refused is refused (ValueError) before a tensor is read; with `force` a merge that
     means nothing (`surroundings.objections`) is not.
     """
-    if out.exists() or out.is_symlink():
-        raise ValueError(f"{out} exists: name another folder, or remove it")
+    _check_place(out)
     chosen = plan_of(recipe)
     engine.check_match(recipe.match)
     _check_device(device)
@@ -89,6 +96,7 @@ def _open(recipe: Recipe, folder_of: Callable[[str], Path], force: bool) -> Inpu
     opened = []
     for i, (name, folder) in enumerate(zip(names, folders[1:], strict=True), 1):
         opened.append(open_specialist(folder, f"{i} ({name})"))
+    base = untied(base, opened)
     models = named(base, opened, recipe.heads)
     choice = _tokenizer(recipe, names, folders)
     target, tokens = vocabulary.chosen(choice, [base, *models], folders)
@@ -135,6 +143,10 @@ def plan_of(recipe: Recipe) -> MergePlan:
 
 def _copy_surroundings(recipe: Recipe, inputs: Inputs, part: Path) -> None:
     copy_surroundings(inputs.folders[0], inputs.tokenizer, part, recipe.dtype, inputs.rows)
+    untied = inputs.base.anatomy and inputs.base.anatomy.ties.keys() & inputs.base.tensors.keys()
+    # of encoder-decoders transformers reads another formula in this setting
+    if untied and not config_of(part).get("is_encoder_decoder"):
+        edit(part / "config.json", {"tie_word_embeddings": False})
     if recipe.tokenizer == "union":
         union = vocabulary.united(inputs.folders[0], inputs.folders[1:])
         union.save(str(part / "tokenizer.json"))
@@ -166,6 +178,16 @@ def _by_tensor(recipe: Recipe, chosen: MergePlan, base: Source, folder: Path) ->
     return chosen._replace(at_tensor=numbers(recipe, deep))
 
 
+def _check_place(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists: name another folder, or remove it")
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not place.is_dir():
+        raise ValueError(f"{place} is a file: {out} cannot be written below it")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{place} cannot be written to: name another --out")
+
+
 def _check_device(device: str) -> None:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"device must be cpu, cuda, or one of several as cuda:1, not {device!r}")
@@ -177,8 +199,13 @@ def _check_device(device: str) -> None:
 def _print_notes(inputs: Inputs) -> None:
     base = inputs.base
     models = list(zip(inputs.names, inputs.folders[1:], inputs.models, strict=True))
-    if base.renamed:
-        print(f"note: {base.renamed} tensors are named as {base.anatomy.architecture} loads them")
+    if base.filed:
+        print(
+            f"note: {len(base.filed)} tensors have the base's names in the file, not those of "
+            f"{base.anatomy.architecture}"
+        )
+    for copy in base.anatomy.ties.keys() & base.tensors.keys() if base.anatomy else ():
+        print(f"note: {copy} is not tied to {base.anatomy.ties[copy]}: each is written")
     if base.recomputed:
         print(f"note: {len(base.recomputed)} buffers that loading computes anew stay as they are")
     if inputs.rows is not None:

@@ -15,8 +15,8 @@ from helpers.merge.recipe import (
     is_layered,
     normalized,
     one_line,
-    read_text,
 )
+from helpers.merge.weights import read_text
 
 # Its methods that are also ours: our name, its default of `normalize`, options that it implies.
 MERGEKIT = {

@@ -9,6 +9,8 @@ import torch
 import yaml
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
+from helpers.merge.weights import read_text
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -103,14 +105,6 @@ def read_recipe(file: Path) -> Recipe:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def read_text(file: Path) -> str:
-    """A text file; ValueError, naming it, if it cannot be read as one."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 FAULTS = {

@@ -50,9 +50,10 @@ def write_tensors(
     for number, names in enumerate(parts, 1):
         suffix = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
         place = f"model{suffix}.safetensors"
-        places |= dict.fromkeys(names, place)
+        filed = {name: base.filed.get(name, name) for name in names}
+        places |= dict.fromkeys(filed.values(), place)
         with (out / place).open("wb") as file:
-            file.write(_header({name: like[name] for name in names}, metadata))
+            file.write(_header({filed[name]: like[name] for name in names}, metadata))
             for name in names:
                 _write_tensor(file, name, base.tensors[name], delta_of(name), grid_of(name))
     if len(parts) > 1:

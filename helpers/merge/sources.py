@@ -25,7 +25,7 @@ class Source(NamedTuple):
     adapter: Adapter | None = None
     anatomy: Anatomy | None = None
     recomputed: frozenset[str] = frozenset()  # tensors in the file that loading leaves aside
-    renamed: int = 0  # tensors whose names in the file are others
+    filed: Mapping[str, str] = {}  # noqa: RUF012 (a tensor's name -> another in the file)
     quantised: str | None = None  # how
 
 
@@ -51,7 +51,7 @@ def open_base(source: Path | str | Mapping[str, Tensor], label: str = "base") ->
         recorded_digest(folder) if sealed else None,
         anatomy=body,
         recomputed=loaded.recomputed,
-        renamed=loaded.renamed,
+        filed=loaded.filed,
         quantised=str(quantised.get("quant_method")) if isinstance(quantised, dict) else None,
     )
 

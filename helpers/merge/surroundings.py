@@ -14,8 +14,8 @@ from typing import Any
 
 from helpers.merge.anatomy import config_of
 from helpers.merge.sources import Source
-from helpers.merge.vocabulary import tokenizer_of
-from helpers.merge.weights import read_json
+from helpers.merge.vocabulary import words_of
+from helpers.merge.weights import read_json, read_text
 
 TOKENIZER = (
     "tokenizer*.json",
@@ -53,7 +53,8 @@ HARMLESS = re.compile(
     r"_.*|architectures|auto_map|(torch_)?dtype|transformers_(version|weights)|use_cache"
     r"|tie_word_embeddings|vocab_size|max_position_embeddings|initializer_\w+|quantization_config"
     r"|\w+_token_id|id2label|label2id|num_labels|problem_type|finetuning_task|output_\w+|return_\w+"
-    r"|\w*dropout\w*|pretraining_tp|task_specific_params|unsloth\w*"
+    r"|\w*dropout\w*|\w*layerdrop|\w*pdrop|drop_path\w*|gradient_checkpointing|pretraining_tp"
+    r"|router_\w*coef|task_specific_params|unsloth\w*"
 )
 RELATED = 0.5  # cosine to the base's weights below which a model was not fine-tuned from it
 SAMPLED = 16  # rows of a tensor, by which that is told
@@ -96,13 +97,12 @@ def copy_surroundings(
     text = config.get("text_config")
     if vocabulary is not None and isinstance(text, dict) and "vocab_size" in text:
         changes["text_config"] = text | {"vocab_size": vocabulary}
-    _edit(out / "config.json", config, changes, stale)
+    edit(out / "config.json", changes, stale)
 
 
-def _edit(
-    file: Path, config: dict[str, Any], changes: dict[str, Any], without: Sequence[str]
-) -> None:
-    """Write a changed configuration; where there is nothing to change, its bytes stay."""
+def edit(file: Path, changes: dict[str, Any], without: Sequence[str] = ()) -> None:
+    """Change a configuration; where there is nothing to change, its bytes stay."""
+    config = config_of(file.parent)
     changed = {key: value for key, value in config.items() if key not in without} | changes
     if file.is_file() and changed != config:
         file.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
@@ -125,20 +125,18 @@ def objections(
         if not by_token:
             yield from _other_vocabulary(name, base_folder, folder)
         if source.adapter is None:
-            yield from _other_function(name, config_of(base_folder), config_of(folder))
+            read = base.anatomy and source.anatomy  # as classes read them, with their defaults
+            pairs = ((base, base_folder), (source, folder))
+            configs = [x.anatomy.settings if read else config_of(place) for x, place in pairs]
+            yield from _other_function(name, *(dict(_flat(config)) for config in configs))
             yield from _unrelated(name, base, source)
     if heads == "merge":
         yield from _other_labels(models)
 
 
 def _other_vocabulary(name: str, base: Path, folder: Path) -> Iterator[str]:
-    vocabularies = [tokenizer_of(place) for place in (base, folder)]
-    if None in vocabularies:
-        return
-    tokens, others = (
-        {number: token for token, number in tokenizer.get_vocab().items()}
-        for tokenizer in vocabularies
-    )
+    vocabularies = [words_of(place) for place in (base, folder)]
+    tokens, others = ({number: token for token, number in x.items()} for x in vocabularies)
     for number in sorted(tokens.keys() & others.keys()):
         if tokens[number] != others[number]:
             yield (
@@ -150,15 +148,24 @@ def _other_vocabulary(name: str, base: Path, folder: Path) -> Iterator[str]:
 
 
 def _other_function(name: str, base: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
-    if not base or not other:
-        return
     for key in sorted(base.keys() & other.keys()):
-        if base[key] != other[key] and not HARMLESS.fullmatch(key):
+        if base[key] != other[key]:
             yield (
                 f"{name} computes something else with the same weights: {key} of its config is "
                 f"{other[key]!r}, the base's {base[key]!r}"
             )
             return
+
+
+def _flat(config: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings that change what the weights compute, those of parts by dotted names."""
+    for key, value in config.items():
+        if HARMLESS.fullmatch(str(key)):
+            continue
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def _other_labels(models: Models) -> Iterator[str]:
@@ -232,7 +239,7 @@ def _is_coarser(source: Source, base: Source) -> bool:
 def _template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     config = folder / "tokenizer_config.json"
     return read_json(config).get("chat_template") if config.is_file() else None
 

@@ -8,15 +8,15 @@ for: files stay memory-mapped, adapters stay factors, and a `Lazy` tensor reads 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from helpers.merge.adapters import Adapter
-from helpers.merge.blocks import Factors, Lazy, zero
-from helpers.merge.fit import changed_names, check, has_extras
+from helpers.merge.blocks import Factors, Lazy, row_blocks, zero
+from helpers.merge.fit import changed_names, check, has_extras, untied
 from helpers.merge.sources import Source
 
 
@@ -38,6 +38,7 @@ def views(
 
     Checked first (`fit.check`, which says what `heads` means).
     """
+    base = untied(base, specialists)
     return rows_of(base, check(base, specialists, heads), device)
 
 
@@ -102,17 +103,25 @@ def _saved_change(
 
 
 def _whole_change(name: str, origin: Lazy, change: Lazy, adapter: Adapter) -> Lazy:
-    """The change of a tensor with a magnitude (DoRA: m (W + s B A) / ||W + s B A|| by rows; Liu et
-    al. 2024, eq. 5), with trained token rows or with an added bias, as PEFT merges them.
+    """The change of a tensor with magnitudes (DoRA: m (W + s B A) / ||W + s B A|| by outputs; Liu
+    et al. 2024, eq. 5), with trained token rows or with an added bias, as PEFT merges them.
     """
     shape, device = origin.shape, origin.device
     magnitude = adapter.magnitudes.get(name)
     bias = adapter.biases.get(name)
     numbers, values = adapter.tokens.get(name, (torch.tensor([]), None))
+    by_columns = name in adapter.transposed
+
+    @cache
+    def column_norms() -> Tensor:
+        blocks = row_blocks(shape, device)
+        return sum((origin[x] + change[x]).double().square().sum(0) for x, _ in blocks).sqrt()
 
     def read(rows) -> Tensor:
         tuned = origin[rows] + change[rows]
-        if magnitude is not None:
+        if magnitude is not None and by_columns:
+            tuned = tuned * (magnitude.to(device) / column_norms().float())
+        elif magnitude is not None:
             factor = magnitude[rows].to(device) / torch.linalg.vector_norm(tuned, dim=1)
             tuned = tuned * factor[:, None]
         if bias is not None:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from helpers.merge.sources import Source
+from helpers.merge.weights import read_json, read_text
 
 
 class Vocabulary(NamedTuple):
@@ -55,6 +56,18 @@ def tokenizer_of(folder: Path) -> Tokenizer | None:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{file} is no tokenizer: {error}") from error
+
+
+def words_of(folder: Path) -> dict[str, int]:
+    """The row of each token that a folder's tokenizer knows, also of those in older files."""
+    tokenizer = tokenizer_of(folder)
+    if tokenizer is not None:
+        return tokenizer.get_vocab()
+    listed, mapped = folder / "vocab.txt", folder / "vocab.json"
+    if listed.is_file():
+        return {token: row for row, token in enumerate(read_text(listed).splitlines())}
+    words = read_json(mapped) if mapped.is_file() else {}
+    return {token: row for token, row in words.items() if isinstance(row, int)}
 
 
 def united(base: Path, models: Sequence[Path]) -> Tokenizer:

@@ -45,7 +45,7 @@ def _weights_file(folder: Path) -> Path:
     """
     config = folder / "config.json"
     if config.is_file():
-        stated = read_json(config, dict).get("transformers_weights")
+        stated = read_json(config).get("transformers_weights")
         if stated is not None:
             return _inside(config, stated)
     for name in ("model.safetensors", INDEX):
@@ -59,7 +59,7 @@ def _weights_file(folder: Path) -> Path:
 
 def _places(index: Path) -> dict[str, str]:
     """The shard of each tensor, from an index."""
-    places = read_json(index, dict).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no weight_map of tensors and files: copy it again")
     for place in places.values():
@@ -98,14 +98,23 @@ def no_weights(folder: Path) -> str:
     return "is not a folder with safetensors weights"
 
 
-def read_json(file: Path, kind: type = dict) -> Any:
-    """What a JSON file holds; ValueError, naming it, if that is no JSON or of another kind."""
+def read_text(file: Path) -> str:
+    """A text file; ValueError, naming it, if it cannot be read as one."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The names and values of a JSON file; ValueError, naming it, if it holds anything else."""
+    text = read_text(file)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{file} must hold a JSON {kind.__name__}, not {type(content).__name__}")
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON dict, not {type(content).__name__}")
     return content
 
 

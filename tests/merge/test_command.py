@@ -45,6 +45,15 @@ def test_the_report_is_printed_as_json_on_request(tiny_base, tiny_adapters, tmp_
     assert report == json.loads((tmp_path / "out" / "merge_report.json").read_text())
 
 
+def test_places_that_cannot_be_are_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is a file: .* cannot be written below it"):
+        merge("--base", "none", "--models", "none", "--out", tmp_path / "file" / "x")
+    with pytest.raises(SystemExit):
+        merge("--base", "none", "--models", "none", "--out", "~no-such-user/x")
+    assert "there is no such user" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", ["5GiB", "0KB", "-1GB", "5000000"])
 def test_sizes_that_are_none_are_refused(tmp_path, size):
     with pytest.raises(SystemExit):

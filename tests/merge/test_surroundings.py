@@ -88,6 +88,13 @@ def test_a_merge_that_means_nothing_is_refused_unless_forced(tiny_base, tmp_path
     assert merge(tiny_base, [folder], tmp_path / "out", "--force").is_dir()
 
 
+def test_a_template_that_is_no_text_is_named(tiny_base, tmp_path):
+    model = tuned(tiny_base, tmp_path / "model")
+    (model / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="chat_template.jinja cannot be read"):
+        merge(tiny_base, [model], tmp_path / "out")
+
+
 def test_heads_of_other_labels_are_refused(tiny_base, tmp_path):
     kinds = {"architectures": ["LlamaForSequenceClassification"]}
     models = [

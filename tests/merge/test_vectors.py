@@ -209,6 +209,14 @@ def test_adapters_that_are_not_b_times_a_are_refused(tiny_adapters, tmp_path, ch
         merging.open_specialist(edited(tiny_adapters[0], tmp_path / "a", **change))
 
 
+def test_factors_of_other_types_are_refused(tiny_adapters, tmp_path):
+    adapter = edited(tiny_adapters[0], tmp_path / "a")
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: x.to(torch.int8) for name, x in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="as torch.int8: convert it to float32"):
+        merging.open_specialist(adapter)
+
+
 def test_pickles_are_refused_unopened(tmp_path, tiny_adapters):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"not a pickle at all")
