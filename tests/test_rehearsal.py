@@ -1,8 +1,9 @@
 """The paper's studies rehearsed: their profiles, run by their command from a hub that is a folder.
 
 Models, adapters and tasks have the names, files and architectures of the profiles, at tiny sizes.
-Given otherwise are the device, where tasks lie, how much is done (LITTLE), and for GLUE how long
-tiny models learn and that all pass screening.
+Given otherwise are the device, where tasks lie, how much is done (LITTLE), and for GLUE how tiny
+models learn and that all pass screening. Cells run in this process and spare a minute of kernels
+that start, which is for test_chain.
 """
 
 import json
@@ -10,12 +11,15 @@ import json
 import hub
 import huggingface_hub
 import numpy as np
+import pandas
 import pytest
+import toy
 import zoo
+from matplotlib import pyplot
 
 from helpers import run
 from helpers.__main__ import main
-from helpers.run import forecast
+from helpers.run import chain, forecast
 from helpers.store import ROOT, read_jsonl
 from helpers.study.tables import Study
 
@@ -59,6 +63,7 @@ def place(tmp_path_factory):
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
         patch.setenv("MERGING_COLLAPSE_STORE", str(folder / "store"))
         patch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody answers there
+        patch.setattr(chain, "execute", in_process)
         base = zoo.save(hub.place(cache, LORAS["MODEL"]), "mistral")
         for number, (label, name) in enumerate(ADAPTERS.items()):
             taught = [hub.instruction(number, "train", i) for i in range(16)]
@@ -67,6 +72,14 @@ def place(tmp_path_factory):
         hub.collection(folder / "Lots-of-LoRAs", LABELS)
         hub.glue(folder / "glue")
         yield folder
+
+
+def in_process(step, part):
+    """`toy.in_process`, after which pictures and tables look as before."""
+    with pyplot.rc_context():
+        toy.in_process(step, part)
+    pyplot.close("all")
+    pandas.reset_option("^display")
 
 
 def command(place, profile, only, **parameters):
