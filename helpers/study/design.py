@@ -122,8 +122,8 @@ def whole(parameters: Mapping[str, Any]) -> Plan:
     """
     tasks = parameters["TASKS"]
     chosen = drawn(tasks, dict(zip(tasks, tasks, strict=True)), parameters)
-    ready = bool(parameters["SPECIALISTS"])
-    examples = dict.fromkeys(tasks, 0 if ready else parameters["TRAIN_EXAMPLES"])
+    trained_on = 0 if parameters.get("SPECIALISTS") else parameters["TRAIN_EXAMPLES"]
+    examples = dict.fromkeys(tasks, trained_on)
     trained = training(tasks, examples, parameters["EPOCHS"])
     asked = visits(tasks, chosen, parameters)
     return trained + asked + plan.solos(asked)
