@@ -140,7 +140,7 @@ def test_an_adapter_that_will_not_do_is_told_before_any_work(place, tmp_path, ca
         hub.adapter(hub.place(place / "hub", name), base, stated, rank=rank)
     given = ADAPTERS | {LABELS[1]: name, LABELS[3]: "org/none"}
     assert adapters(place, SPECIALISTS=given, RESULTS=str(place / name)) == 2
-    told = capsys.readouterr().err.removeprefix("error: ").splitlines()
+    told = capsys.readouterr().err.partition("error: ")[2].splitlines()
     assert told[0].startswith(f"{LABELS[1]}: ") and fault in told[0]
     assert told[1].startswith(f"{LABELS[3]}: cannot fetch 'org/none'") and len(told) == 2
     assert not (place / name / "manifest.jsonl").exists()
