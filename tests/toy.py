@@ -5,7 +5,7 @@ import textwrap
 import nbformat
 
 from helpers import store
-from helpers.run import chain, execute, keys, overview, profiles, publish, readme
+from helpers.run import chain, execute, forecast, keys, overview, profiles, publish, readme
 
 NOTEBOOKS = """
 [[notebook]]
@@ -118,7 +118,7 @@ def make(folder, monkeypatch):
     (folder / "README.md").write_text(README)
     write(folder / "notebooks" / "01_make.ipynb", MAKE)
     write(folder / "notebooks" / "02_read.ipynb", READ)
-    for module in (store, chain, execute, keys, overview, profiles, publish, readme):
+    for module in (store, chain, execute, forecast, keys, overview, profiles, publish, readme):
         monkeypatch.setattr(module, "ROOT", folder)
     return folder
 

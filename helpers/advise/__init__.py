@@ -10,7 +10,7 @@ _NAMES = {
     "advice": ["Advice", "advise"],
     "command": ["main"],
     "merges": ["Merge", "retention"],
-    "panel": ["Panel", "folder_of", "labels_of", "open_panel", "panel_of"],
+    "panel": ["Panel", "folder_of", "labels_of", "open_panel", "panel_of", "trial_prompts"],
     "prompts": ["prompts_of"],
     "report": ["page", "sentence", "text", "write_page"],
     "trials": ["references", "trial", "try_pairs"],

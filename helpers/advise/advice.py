@@ -59,7 +59,7 @@ def advise(
     """Advice on models (label -> folder, adapter, hub id or embedded name) of one base.
 
     prompts: of each model. keep: retention asked of every model. budget: minutes of search. notes:
-    limits to tell beside those that are seen here. settings: device, dtype, tokens (`open_panel`).
+    limits to tell beside those that are seen here. settings: of `open_panel`, device to longest.
     Raises ValueError, before any pass, for anything that cannot be advised on.
     """
     check(keep, budget)

@@ -1,6 +1,7 @@
 """Models of one base, opened and checked, with a live base to try their merges on."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.advise.prompts import LONGEST, Prompt, encode
+from helpers.advise.prompts import FEWEST, LONGEST, Prompt, encode
 from helpers.merge import Row, Source, objections, open_base, open_specialist, views
 from helpers.study.bench import Bench, body, head_of, load_base, specialist_key
 from helpers.study.models import model_folder
+from helpers.study.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,11 @@ def open_panel(
     device: str = "cpu",
     dtype: str = "float32",
     tokens: int = 32,
+    longest: int = LONGEST,
 ) -> Panel:
     """The models (by label) of `base`, opened and checked; no prompt is read by a model yet.
+
+    longest: tokens of a prompt that is read; longer ones are left out.
 
     Raises ValueError, with the reason, for models that cannot be merged into this base, and for
     one whose weights are pickles.
@@ -89,15 +94,24 @@ def open_panel(
     sources = [open_specialist(path, label) for label, path in folders.items()]
     _check_meaning(stored, model_folder(base), folders, sources, encoder)
     rows = _rows(model, stored._replace(base_digest=info["digest"]), sources, encoder)
-    return _panel(model, tokenizer, info["digest"], rows, folders, prompts, tokens)
+    return _panel(model, tokenizer, info["digest"], rows, folders, prompts, tokens, longest)
 
 
 def panel_of(bench: Bench, tokens: int = 32) -> Panel:
-    """The specialists of a study, to be tried on the probes of their tasks, without labels."""
+    """The specialists of a study, to be tried on prompts of their tasks, without labels.
+
+    A study scores prompts of any length, so these may have any as well.
+    """
     folders = bench.specialists
-    prompts = {label: bench.tasks[label].splits["probe"]["prompt"] for label in folders}
-    given = bench.base["digest"], bench.rows(folders), folders, prompts, tokens
+    prompts = {label: trial_prompts(bench.tasks[label]) for label in folders}
+    given = bench.base["digest"], bench.rows(folders), folders, prompts, tokens, sys.maxsize
     return _panel(bench.model, bench.tokenizer, *given)
+
+
+def trial_prompts(task: Task) -> list[str]:
+    """The probes of a task; where these are too few for advice, prompts of its dev split too."""
+    probes, more = (list(task.splits[part]["prompt"]) for part in ("probe", "dev"))
+    return probes + more[: max(FEWEST - len(probes), 0)]
 
 
 def _panel(
@@ -108,10 +122,11 @@ def _panel(
     folders: Mapping[str, Path],
     prompts: Mapping[str, Sequence[Prompt]],
     tokens: int,
+    longest: int,
 ) -> Panel:
     encoder = _is_encoder(model)
-    places = getattr(model.config, "max_position_embeddings", None)
-    limit = places - tokens * (not encoder) if places else LONGEST  # leaves room for an answer
+    places = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    limit = min(places - tokens * (not encoder), longest)  # leaves room for an answer
     heads = {}
     if encoder:
         for label, folder in folders.items():
@@ -132,8 +147,8 @@ def _panel(
 
 def check_device(device: str) -> None:
     """Raise ValueError unless torch has this device here."""
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise ValueError(f"device must be cpu, cuda, cuda:1 or mps, not {device!r}")
+    if not re.fullmatch(r"cpu|mps|auto|cuda(:\d+)?", device):
+        raise ValueError(f"device must be cpu, cuda, cuda:1, auto or mps, not {device!r}")
     kind, _, number = device.partition(":")
     missing = kind == "cuda" and int(number or 0) >= torch.cuda.device_count()
     missing |= kind == "mps" and not torch.backends.mps.is_available()

@@ -99,14 +99,13 @@ def encode(
     encoder: bool,
     limit: int,
 ) -> list[list[int]]:
-    """Token ids of a model's prompts that have at most `limit` (and LONGEST) tokens.
+    """Token ids of a model's prompts that have at most `limit` tokens.
 
     Raises ValueError, naming the model, if fewer than FEWEST do, and for chats without a template.
     """
     chats = any(not isinstance(prompt, str) for prompt in prompts)
     if chats and not tokenizer.chat_template:
         raise ValueError(f"prompts of {label} are chats, but the base has no chat template")
-    limit = min(limit, LONGEST)
     encoded = []
     for prompt in prompts:
         ids = _token_ids(prompt, tokenizer, encoder)

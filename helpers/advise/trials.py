@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -114,15 +113,15 @@ def trial(
 
 def try_pairs(
     bench: Bench,
+    pairs: Sequence[tuple[str, str]],
     rules: Sequence[str],
     pool: Executor | None = None,
 ) -> pd.DataFrame:
-    """Trials of every pair of a study's specialists on the probes of their tasks.
+    """Trials of pairs of a study's specialists on prompts of their tasks.
 
     A row for each rule, pair (tasks), task and prompt. `pool`: who does the work
     (`study.executor`).
     """
-    pairs = list(combinations(bench.specialists, 2))
     merges = [Merge(pair, rule) for rule in rules for pair in pairs]
     call_each(bench, _fill, [(merge,) for merge in merges], pool, "trial merges")
     panel = panel_of(bench)

@@ -25,9 +25,12 @@ def task_size(n: int) -> float:
 def clustered(table: pd.DataFrame) -> list[str]:
     """Tasks ordered so that those with like rows and columns stand together.
 
-    Average linkage of Euclidean distances; an undefined cell counts as the mean of all.
+    Average linkage of Euclidean distances; an undefined cell counts as the mean of all. Where none
+    is defined, their order is left as it is.
     """
     values = table.to_numpy(float)
+    if np.isnan(values).all():
+        return list(table.index)
     filled = np.where(np.isnan(values), np.nanmean(values), values)
     both_ways = np.hstack([filled, filled.T])
     tree = hierarchy.linkage(both_ways, "average", optimal_ordering=True)

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from helpers.run import forecast
 from helpers.run.execute import (
     NotebookFailed,
     execute,
@@ -155,7 +156,7 @@ def _check_same(name: str, asked: dict[str, Any], need: str, made: dict[str, Any
 
 
 def _check_inputs(plan: list[Step]) -> None:
-    """Fetch the model and look up the tasks that the notebooks will open.
+    """Fetch the model and its ready adapters, and look up the tasks that the notebooks will open.
 
     Raises ValueError for what cannot be had.
     """
@@ -170,6 +171,12 @@ def _check_inputs(plan: list[Step]) -> None:
         models.model_folder(base)
     for given in with_tasks:
         tasks.check_names(given["TASKS"], given.get("SOURCES"))
+    for given in with_tasks:
+        if "LORA_RANK" in given and given["SPECIALISTS"]:  # 01: adapters, to be adopted
+            from helpers.study import ready
+
+            base = models.base_info(given["MODEL"])["name"]
+            ready.check(given["SPECIALISTS"], base, given["LORA_RANK"])
 
 
 @contextlib.contextmanager
@@ -189,7 +196,11 @@ def _say_plan(profile: str, plan: list[Step]) -> None:
     names = [step.notebook.name for step in plan]
     print(f"Profile {profile}: {', '.join(names)}")
     if profile not in costs():
-        _say_forecast(profile, plan)
+        asked = all_profiles()[profile]
+        for step in plan:
+            asked = asked | step.parameters
+        if any("TASKS" in step.parameters for step in plan):
+            print(*forecast.lines(profile, asked), sep="\n")
         return
     measured = costs()[profile]
     minutes = {name: m for name, m in measured["minutes"].items() if name in names}
@@ -197,28 +208,6 @@ def _say_plan(profile: str, plan: list[Step]) -> None:
     most = max([measured["peak_gb"][name] for name in minutes], default=0.0)
     where = f"at most {most:.1f} GB of memory, on {measured['machine']}"
     print(f"Expected: {sum(minutes.values()):.0f} minutes ({each}) and {where}")
-
-
-def _say_forecast(profile: str, plan: list[Step]) -> None:
-    """Print what training and merging will cost, in units of the demo, if they are among the steps.
-
-    The costs of the demo's steps are committed; a project without them forecasts nothing.
-    """
-    asked = all_profiles()[profile]
-    for step in plan:
-        asked = asked | step.parameters
-    demo = ROOT / "data" / "results" / "demo"
-    if not any("TASKS" in step.parameters for step in plan) or not demo.is_dir():
-        return
-    from helpers.study import costs as study_costs
-    from helpers.study import design, memory
-
-    units = study_costs.unit_costs(demo, all_profiles()["demo"])
-    if units is not None:
-        sizes = {part: asked[f"{part.upper()}_EXAMPLES"] for part in ("dev", "probe", "test")}
-        cost = design.whole(asked).cost(units, sizes)
-        print(f"Expected: {study_costs.sentence(cost)}")
-        print(memory.sentence(memory.peak_gb(demo), asked["WORKERS"]))
 
 
 # --- running ------------------------------------------------------------------------------------

@@ -55,13 +55,24 @@ def unit_costs(
     return pd.DataFrame(units, UNITS).T.fillna(0.0)
 
 
-def sentence(cost: pd.DataFrame) -> str:
+def scaled(
+    units: pd.DataFrame,
+    larger: float,
+    faster: float = 1.0,
+) -> pd.DataFrame:
+    """Unit costs for a model of `larger` times the parameters, on a machine `faster` times as fast.
+
+    Seconds grow with the parameters; adapters and states with width times depth, which is taken for
+    the root of them.
+    """
+    return units * [larger / faster, larger**0.5]
+
+
+def sentence(cost: pd.DataFrame, processor: str = "CPU") -> str:
     """A `Plan.cost` in words."""
-    kinds = cost.itertuples()
-    each = [f"{kind.visits} {kind.Index} {kind.minutes:.0f} min" for kind in kinds]
+    each = [f"{kind.visits} {kind.Index} {kind.minutes:.0f} min" for kind in cost.itertuples()]
     total = cost.sum()
     return (
-        f"{total.minutes:.0f} CPU minutes and {total.gigabytes:.1f} GB in the store "
-        f"({', '.join(each)}), if every task passes screening and at the machine and prompt "
-        "lengths of the demo; what is finished already is not done again"
+        f"{total.minutes:.0f} {processor} minutes and {total.gigabytes:.1f} GB in the store "
+        f"({', '.join(each)})"
     )

@@ -118,11 +118,12 @@ def training(
 def whole(parameters: Mapping[str, Any]) -> Plan:
     """All visits and trainings of a profile's parameters, for `Plan.cost`: as if all tasks passed.
 
-    Each task counts as a family of its own.
+    Each task counts as a family of its own; ready SPECIALISTS are trained on nothing.
     """
     tasks = parameters["TASKS"]
     chosen = drawn(tasks, dict(zip(tasks, tasks, strict=True)), parameters)
-    examples = dict.fromkeys(tasks, parameters["TRAIN_EXAMPLES"])
+    trained_on = 0 if parameters.get("SPECIALISTS") else parameters["TRAIN_EXAMPLES"]
+    examples = dict.fromkeys(tasks, trained_on)
     trained = training(tasks, examples, parameters["EPOCHS"])
     asked = visits(tasks, chosen, parameters)
     return trained + asked + plan.solos(asked)

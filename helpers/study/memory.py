@@ -1,7 +1,8 @@
 """Does it fit? Gigabytes that a process takes and that are free, asked before long work."""
 
-import math
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -9,6 +10,7 @@ from safetensors import safe_open
 
 GB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+COPIES = 3  # of the largest tensor beside the task vectors: base, change and sum, in fp32
 
 
 def free_gb(device: str = "cpu") -> float:
@@ -28,8 +30,13 @@ def parameters(folder: Path) -> int:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
-            total += sum(map(math.prod, shapes))
+            total += sum(map(prod, shapes))
     return total
+
+
+def with_merge_gb(parameters: float, dtype: str) -> float:
+    """What a base of so many parameters and one merge of it take."""
+    return parameters * 2 * BYTES.get(dtype, 4) / GB
 
 
 def check_base(
@@ -39,13 +46,38 @@ def check_base(
     device: str,
 ) -> None:
     """Raise ValueError unless a base and one merge of it fit into what is free."""
-    needed = parameters(folder) * 2 * BYTES.get(dtype, 4) / GB
+    needed = with_merge_gb(parameters(folder), dtype)
     free = free_gb(device)
     if needed > free:
         raise ValueError(
             f"{name} in {dtype} and one merge of it take {needed:.1f} GB, and {free:.1f} GB are "
             f"free ({device}): name a smaller model, another DTYPE or DEVICE, or fewer WORKERS"
         )
+
+
+def forecast(bench: Any, members: int) -> dict[str, float]:
+    """Gigabytes by purpose for the merge of so many specialists, activations left out.
+
+    base: the model; saved: its own blocks, set aside while merged ones stand in their place;
+    change: the merged change, held whole in fp32 only; tensor: the largest tensor in work. `bench`
+    is a `Bench`.
+    """
+    sizes = [prod(row.base.shape) for row in bench.rows(bench.specialists, "cpu")]
+    width = bench.model.dtype.itemsize
+    amounts = {
+        "base": sum(p.numel() * p.element_size() for p in bench.model.parameters()),
+        "saved": sum(sizes) * width,
+        "change": 4 * sum(sizes) * (width == 4),
+        "tensor": 4 * max(sizes, default=0) * (members + COPIES),
+    }
+    return {name: amount / GB for name, amount in amounts.items()}
+
+
+def merge_sentence(bench: Any, members: int) -> str:
+    """The forecast in words."""
+    amounts = forecast(bench, members)
+    parts = ", ".join(f"{name} {amount:.2f}" for name, amount in amounts.items() if amount)
+    return f"memory of a merge of {members}: {sum(amounts.values()):.2f} GB ({parts})"
 
 
 def peak_gb(study: Path) -> float:

@@ -120,7 +120,7 @@ def test_trials_of_a_study_are_those_of_its_adapters_whoever_makes_them(
     toys = {label: tiny.toy(label, 10, ("0", "1")) for label in folders}
     bench = Bench(*load_base(str(tiny_base)), toys, folders)
     with executor(workers=2) as pool:
-        shared = try_pairs(bench, ["linear"], pool)
+        shared = try_pairs(bench, list(combinations(folders, 2)), ["linear"], pool)
     assert set(shared["tasks"]) == set(combinations(folders, 2))
     monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "another"))
     texts = {label: task.splits["probe"]["prompt"] for label, task in toys.items()}

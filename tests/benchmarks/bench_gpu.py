@@ -21,7 +21,7 @@ from transformers import MistralConfig, MistralForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from helpers import merge
 from helpers.states import prompt_states
-from helpers.study import footprint
+from helpers.study import memory
 from helpers.study.bench import Bench
 
 TINY = {
@@ -99,7 +99,7 @@ def measure(
         trained = adapters(model, Path(folder), members)
         base = {"name": "random", "digest": "random"}
         bench = Bench(model, None, base, {}, trained)
-        out["forecast"] = footprint.forecast(bench, members)
+        out["forecast"] = memory.forecast(bench, members)
         for rule in RULES:
             out[f"{rule}_seconds"] = merging(bench, rule, device)
     if device == "cuda":

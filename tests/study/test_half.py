@@ -8,7 +8,7 @@ from benchmarks import bench_gpu
 
 from helpers import merge
 from helpers.study import bench as benches
-from helpers.study import footprint, plan, scores, visit
+from helpers.study import memory, plan, scores, visit
 
 LABELS = ["task1", "task2"]
 TASKS = {x: tiny.toy(x, 4) for x in LABELS}
@@ -45,7 +45,7 @@ def test_a_merge_is_added_in_fp32_rounded_once_and_taken_back(half):
 
 
 def test_the_forecast_counts_a_model_in_half_precision_once_and_its_changed_blocks_again(half):
-    amounts = footprint.forecast(half, 2)
+    amounts = memory.forecast(half, 2)
     entries = sum(p.numel() for p in half.model.parameters())
     changed = sum(row.base.shape.numel() for row in half.rows(LABELS))
     assert amounts["base"] * 2**30 == 2 * entries

@@ -1,12 +1,15 @@
 """Ready adapters: checked before any is taken, each fault in a sentence of its own."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import tiny
 import torch
+from huggingface_hub.errors import GatedRepoError
 
 from helpers import merge
 from helpers.study import bench as benches
-from helpers.study import ready
+from helpers.study import models, ready
 
 TASKS = {x: tiny.toy(x) for x in ("task1", "task2", "task3")}
 
@@ -44,3 +47,15 @@ def test_every_fault_is_told_before_any_is_kept(bench, tiny_base, tiny_adapters,
     with pytest.raises(ValueError, match="name other tasks: task3"):
         ready.adopt(bench, {x: given[x] for x in ("task1", "task2")})
     assert not list((tmp_path / "store").glob("specialist/*"))
+
+
+def test_a_gated_adapter_is_told_with_what_to_do(bench, tiny_adapters, monkeypatch):
+    def refuse(*_, **__):
+        raise GatedRepoError("403", response=MagicMock())
+
+    monkeypatch.setattr(models, "snapshot_download", refuse)
+    given = {"task1": str(tiny_adapters[0]), "task2": "org/gated", "task3": str(tiny_adapters[2])}
+    with pytest.raises(ValueError) as error:
+        ready.check(given, bench.base["name"])
+    (told,) = str(error.value).splitlines()
+    assert told.startswith("task2: 'org/gated' is gated: accept its terms")
