@@ -38,9 +38,9 @@ def lines(profile: str, asked: Mapping[str, Any]) -> list[str]:
     units = costs.scaled(units, larger, GPU if gpu else 1.0)
     sizes = {part: asked[f"{part.upper()}_EXAMPLES"] for part in ("dev", "probe", "test")}
     cost = design.whole(asked).cost(units, sizes)
-    told = [f"Expected: {costs.sentence(cost, 'GPU' if gpu else 'CPU')}"]
-    told.append(f"  if {'; '.join(_assumptions(study, size, larger, longer, gpu))}")
-    return [*told, _memory(_tables(demo), asked, size)]
+    sentences = [f"Expected: {costs.sentence(cost, 'GPU' if gpu else 'CPU')}"]
+    sentences.append(f"  if {'; '.join(_assumptions(study, size, larger, longer, gpu))}")
+    return [*sentences, _memory(_tables(demo), asked, size)]
 
 
 def _assumptions(
