@@ -1,6 +1,5 @@
 """Models of one base, opened and checked, with a live base to try their merges on."""
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,15 @@ import torch
 from torch import Tensor
 
 from helpers.advise.prompts import FEWEST, LONGEST, Prompt, encode
-from helpers.merge import Row, Source, objections, open_base, open_specialist, views
+from helpers.merge import (
+    Row,
+    Source,
+    check_device,
+    objections,
+    open_base,
+    open_specialist,
+    views,
+)
 from helpers.study.bench import Bench, body, head_of, load_base, specialist_key
 from helpers.study.models import model_folder
 from helpers.study.tasks import Task
@@ -86,7 +93,7 @@ def open_panel(
     Raises ValueError, with the reason, for models that cannot be merged into this base, and for
     one whose weights are pickles.
     """
-    check_device(device)
+    check_device(device, ["mps", "auto"])
     stored = open_base(model_folder(base))  # first: it says what is wrong with a folder
     folders = {label: folder_of(model) for label, model in models.items()}
     model, tokenizer, info = load_base(base, dtype, device)
@@ -143,17 +150,6 @@ def _panel(
         tokens=tokens,
         batch_size=16 if model.device.type == "cpu" else 64,
     )
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError unless torch has this device here."""
-    if not re.fullmatch(r"cpu|mps|auto|cuda(:\d+)?", device):
-        raise ValueError(f"device must be cpu, cuda, cuda:1, auto or mps, not {device!r}")
-    kind, _, number = device.partition(":")
-    missing = kind == "cuda" and int(number or 0) >= torch.cuda.device_count()
-    missing |= kind == "mps" and not torch.backends.mps.is_available()
-    if missing:
-        raise ValueError(f"torch finds no device {device} on this machine: use cpu")
 
 
 def _check_meaning(

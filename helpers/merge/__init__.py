@@ -8,7 +8,7 @@ card, command (from a stated merge to a model on disk).
 from helpers.merge.blocks import Factors, Lazy, gram_matrix, row_blocks, zero
 from helpers.merge.command import main
 from helpers.merge.engine import MATCHES, dose, matched, merge, merge_tensors, rounded
-from helpers.merge.folder import merge_to_folder
+from helpers.merge.folder import check_device, merge_to_folder
 from helpers.merge.mergekit import MERGEKIT, read_mergekit
 from helpers.merge.plans import RULES, MergePlan, check_rule, options_of, plan
 from helpers.merge.recipe import DTYPES, Recipe
@@ -35,6 +35,7 @@ __all__ = [
     "Source",
     "applied",
     "check",
+    "check_device",
     "check_rule",
     "delta_digest",
     "dose",

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ def merge_to_folder(
     _check_place(out)
     chosen = plan_of(recipe)
     engine.check_match(recipe.match)
-    _check_device(device)
+    check_device(device)
     inputs = _open(recipe, folder_of, force)
     base = inputs.base
     chosen = _by_tensor(recipe, chosen, base, inputs.folders[0])
@@ -188,11 +188,15 @@ def _check_place(out: Path) -> None:
         raise ValueError(f"{place} cannot be written to: name another --out")
 
 
-def _check_device(device: str) -> None:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"device must be cpu, cuda, or one of several as cuda:1, not {device!r}")
-    number = int(device.partition(":")[2] or 0)
-    if device != "cpu" and number >= torch.cuda.device_count():
+def check_device(device: str, others: Sequence[str] = ()) -> None:
+    """Raise ValueError unless torch has this device here; `others` than cpu and cuda may do too."""
+    if device not in ("cpu", *others) and not re.fullmatch(r"cuda(:\d+)?", device):
+        names = ", ".join(["cpu", "cuda", "cuda:1", *others])
+        raise ValueError(f"device must be one of {names}, not {device!r}")
+    kind, _, number = device.partition(":")
+    missing = kind == "cuda" and int(number or 0) >= torch.cuda.device_count()
+    missing |= kind == "mps" and not torch.backends.mps.is_available()
+    if missing:
         raise ValueError(f"torch finds no device {device} on this machine: use cpu")
 
 
