@@ -51,6 +51,7 @@ CHOSEN = LORAS["TASKS"][:5]
 LABELS = [task.removeprefix("sni:") for task in CHOSEN]
 ADAPTERS = {label: LORAS["SPECIALISTS"][label] for label in LABELS}
 UNTAUGHT = LABELS[0]
+REHEARSED = {"mistral", "qwen2-tied", "t5-own-head"}  # by the profiles themselves
 
 
 @pytest.fixture(scope="module")
@@ -155,15 +156,30 @@ def test_glue_is_learned_and_merged(place, capsys, profile, architecture, dtype)
     model = run.all_profiles()[profile]["MODEL"]
     zoo.save(hub.place(place / "hub", model), architecture)
     given = GLUE | {"SOURCES": {"glue": str(place / "glue")}}
-    assert command(place, profile, ["01", "02"], **given) == 0, capsys.readouterr().err
+    given |= {"STUDY": "data/results/demo", "SMALL": ["data/results/demo"]}
+    given |= {"PERMUTATIONS": 99}
+    pages = ["01", "02", "03", "03a", "04", "05", "07"]  # 06: nobody scores
+    assert command(place, profile, pages, **given) == 0, capsys.readouterr().err
     study = Study(place / profile)
     rows = read_jsonl(study.folder / "manifest.jsonl")
-    assert [row["status"] for row in rows] == ["finished", "finished"]
+    assert [row["status"] for row in rows] == len(pages) * ["finished"]
     assert rows[0]["parameters"]["MODEL"] == model and rows[0]["parameters"]["DTYPE"] == dtype
     assert set(study.tasks) == set(hub.GLUE) and set(study.merges["n"]) == {2, 3}
     training = study.table("training").groupby("task")["loss"]
     assert (training.last() < training.first()).all()
     assert np.isfinite(study.losses["nll_loss"]).all()
+
+
+@pytest.mark.parametrize("architecture", sorted(zoo.MODELS.keys() - REHEARSED))
+def test_any_architecture_is_tuned_and_merged_from_a_local_folder(place, tmp_path, architecture):
+    folder = zoo.save(tmp_path / "model", architecture)
+    given = GLUE | {"SOURCES": {"glue": str(place / "glue")}, "RULES": ["linear"]}
+    given |= {"MODEL": str(folder), "RESULTS": str(tmp_path / "results")}
+    assert command(place, "paper_glue", ["01", "02", "04"], **given) == 0
+    study = Study(tmp_path / "results")
+    assert set(study.tasks) == set(hub.GLUE) and set(study.merges["n"]) == {2, 3}
+    assert np.isfinite(study.losses["nll_loss"]).all()
+    assert np.isfinite(study.table("bound")["r2"]).all()
 
 
 def test_the_forecast_of_a_profile_says_what_it_rests_on():

@@ -26,7 +26,7 @@ GPT2 = SIZES | {
     "n_embd": 16,
     "n_layer": 2,
     "n_head": 2,
-    "n_positions": 128,
+    "n_positions": 1024,
     "initializer_range": 0.2,
 }
 T5 = SIZES | {
@@ -47,7 +47,7 @@ BART = SIZES | {
     "decoder_attention_heads": 2,
     "encoder_ffn_dim": 32,
     "decoder_ffn_dim": 32,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 512,
     "decoder_start_token_id": 256,
     "forced_eos_token_id": None,
     "dropout": 0.0,
