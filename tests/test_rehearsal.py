@@ -158,12 +158,13 @@ def test_glue_is_learned_and_merged(place, capsys, profile, architecture, dtype)
     given = GLUE | {"SOURCES": {"glue": str(place / "glue")}}
     given |= {"STUDY": "data/results/demo", "SMALL": ["data/results/demo"]}
     given |= {"PERMUTATIONS": 99}
-    pages = ["01", "02", "03", "03a", "04", "05", "07"]  # 06: nobody scores
+    pages = ["00", "01", "02", "03", "03a", "04", "05", "07"]
     assert command(place, profile, pages, **given) == 0, capsys.readouterr().err
     study = Study(place / profile)
     rows = read_jsonl(study.folder / "manifest.jsonl")
     assert [row["status"] for row in rows] == len(pages) * ["finished"]
-    assert rows[0]["parameters"]["MODEL"] == model and rows[0]["parameters"]["DTYPE"] == dtype
+    (given,) = (row["parameters"] for row in rows if row["notebook"] == "01_finetune")
+    assert given["MODEL"] == model and given["DTYPE"] == dtype
     assert set(study.tasks) == set(hub.GLUE) and set(study.merges["n"]) == {2, 3}
     training = study.table("training").groupby("task")["loss"]
     assert (training.last() < training.first()).all()
