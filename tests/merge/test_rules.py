@@ -475,7 +475,8 @@ def test_the_order_of_models_does_not_matter(rule, n, seed):
         weights=[weights[i] for i in order],
         labels=[labels[i] for i in order],
     )
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)  # of an SVD in float32
+    atol = 1e-3 if rule == "iso_cts" else 1e-4  # its SVDs, by processor
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=atol)
 
 
 @quick
