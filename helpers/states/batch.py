@@ -1,6 +1,8 @@
 """From text to tokens, and from token lists to padded batches."""
 
 from collections.abc import Iterable, Sequence
+from os.path import commonprefix
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,23 @@ def pad(sequences: Sequence[list[int]], fill: int) -> tuple[Tensor, Tensor]:
 def decoder_start(model: nn.Module, ids: Tensor) -> Tensor:
     """What the decoder of an encoder-decoder reads first for each prompt of ids (B, T): (B, 1)."""
     return torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
+
+
+def shared_length(prompts: Sequence[list[int]]) -> int:
+    """Tokens that several prompts begin with, as an instruction; of each at least one is left."""
+    if len(prompts) == 1:
+        return 0
+    return min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+
+
+def read_shared(model: nn.Module, ids: Tensor) -> Any:
+    """A decoder's cache of prompts (B, t) that are all equal, read once; None of empty ones."""
+    rows, length = ids.shape
+    if not length:
+        return None
+    cache = model.base_model(ids[:1], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

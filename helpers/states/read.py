@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from helpers.states.batch import decoder_start, length_buckets, pad
+from helpers.states.batch import decoder_start, length_buckets, pad, read_shared, shared_length
 
 HOW = ("last", "mean", "first_decoder")
 
@@ -49,45 +49,61 @@ def prompt_states(
         raise ValueError(
             f'{type(model).__name__} has no {how!r} state of a prompt: use "{usual}" or "mean"'
         )
-    read = _decoder_start if how == "first_decoder" else _prompt
+    if how == "first_decoder":
+        read = _decoder_start
+    else:
+        read = _causal if how == "last" and model.can_generate() else _whole
     batches = length_buckets([len(ids) for ids in encoded], batch_size)
     pooled = []
     for batch in batches:
-        ids, mask = pad([encoded[i] for i in batch], 0)
-        states = read(
-            model,
-            ids.to(model.device),
-            mask.to(model.device),
-            how,
-        )
-        pooled.append(states.cpu())
+        some = [encoded[i] for i in batch]
+        pooled.append(read(model, some, how).cpu())
     order = torch.tensor([i for batch in batches for i in batch])
     return torch.cat(pooled)[order.argsort()].contiguous()
 
 
-def _prompt(
-    model: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    how: str,
-) -> Tensor:
-    # below the head: logits are not wanted
+def _padded(model: nn.Module, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    ids, mask = pad(prompts, 0)
+    return ids.to(model.device), mask.to(model.device)
+
+
+def _causal(model: nn.Module, prompts: Sequence[list[int]], how: str) -> Tensor:
+    # what all begin with is read once; below the head: logits are not wanted
+    ids, mask = _padded(model, prompts)
+    shared = shared_length(prompts)
+    output = model.base_model(
+        ids[:, shared:],
+        attention_mask=mask,
+        past_key_values=read_shared(model, ids[:, :shared]),
+        output_hidden_states=True,
+    )
+    own = mask[:, shared:]
+    return pool(
+        output.hidden_states,
+        own,
+        own.sum(1) - 1,
+        how,
+    )
+
+
+def _whole(model: nn.Module, prompts: Sequence[list[int]], how: str) -> Tensor:
+    ids, mask = _padded(model, prompts)
     stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     output = stack(
         ids,
         attention_mask=mask,
         output_hidden_states=True,
     )
-    last = mask.sum(1) - 1
-    return pool(output.hidden_states, mask, last, how)
+    return pool(
+        output.hidden_states,
+        mask,
+        mask.sum(1) - 1,
+        how,
+    )
 
 
-def _decoder_start(
-    model: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    how: str,
-) -> Tensor:
+def _decoder_start(model: nn.Module, prompts: Sequence[list[int]], how: str) -> Tensor:
+    ids, mask = _padded(model, prompts)
     start = decoder_start(model, ids)
     output = model(
         ids,

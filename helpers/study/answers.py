@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helpers.states.batch import decoder_start, encode_prompt, length_buckets, pad
+from helpers.states.batch import (
+    decoder_start,
+    encode_prompt,
+    length_buckets,
+    pad,
+    read_shared,
+    shared_length,
+)
 
 MORE = 4  # tokens that a generated answer may have beyond the longest right one of its batch
 
@@ -73,7 +80,10 @@ def read_prompts(
     prompts: Sequence[list[int]],
     fill: int,
 ) -> Cached:
-    """Read prompts, padded on the right; logits are computed where one of them ends only."""
+    """Read prompts, padded on the right; logits are computed where one of them ends only.
+
+    What a decoder's prompts all begin with, as their instruction, is read once.
+    """
     ids, mask = pad(prompts, fill)
     ids, mask = ids.to(model.device), mask.to(model.device)
     if model.config.is_encoder_decoder:
@@ -89,11 +99,13 @@ def read_prompts(
             out.past_key_values,
             out.encoder_last_hidden_state,
         )
-    last = mask.sum(1) - 1
+    shared = shared_length(prompts)
+    last = mask.sum(1) - 1 - shared
     ends, place = last.unique(return_inverse=True)
     out = model(
-        ids,
+        ids[:, shared:],
         attention_mask=mask,
+        past_key_values=read_shared(model, ids[:, :shared]),
         use_cache=True,
         logits_to_keep=ends,
     )

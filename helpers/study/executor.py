@@ -42,7 +42,8 @@ def executor(
     """What `visit.run` takes: None (this process), `workers` processes, or a Dask cluster.
 
     `cluster`: the address of a scheduler, its scheduler file, or "local:N", which starts N workers
-    here. Each process holds a model. Raises ValueError for a cluster where Dask is missing.
+    here. Each process holds a model; those here share this one's threads. Raises ValueError for a
+    cluster where Dask is missing.
     """
     if cluster is not None:
         with _client(cluster) as client:
@@ -52,7 +53,7 @@ def executor(
             yield client.get_executor(pure=False, retries=RETRIES)
     elif workers > 1:
         # spawned, not forked: a fork would share locks and a GPU context with this process
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        with _sharing(workers), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             try:
                 yield pool
             except BaseException:
@@ -60,6 +61,17 @@ def executor(
                 raise
     else:
         yield None
+
+
+@contextmanager
+def _sharing(workers: int) -> Iterator[None]:
+    """This process, which only waits, has as many threads as each of its workers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -74,7 +86,11 @@ def _client(cluster: str) -> Iterator[Any]:
     kind, _, count = cluster.partition(":")
     if kind == "local":
         # one visit at a time in a process: the base is changed in place
-        with LocalCluster(int(count), threads_per_worker=1) as here, Client(here) as client:
+        with (
+            _sharing(int(count)),
+            LocalCluster(int(count), threads_per_worker=1) as here,
+            Client(here) as client,
+        ):
             yield client
     else:
         address = {"scheduler_file": cluster} if Path(cluster).is_file() else {"address": cluster}

@@ -14,6 +14,7 @@ from transformers import (
 from helpers.states import read
 
 PROMPTS = [[5, 9, 2], [7, 1, 8, 8, 3, 4, 11], [42], [3, 3, 14, 90]]
+INSTRUCTED = [[7, 1, 8], [7, 1, 8, 8, 3, 4, 11], [7, 1, 8, 3], [7, 1, 14, 90]]  # read once
 
 
 def pooled(model, prompts, how, side="right", length=9):
@@ -65,13 +66,21 @@ def t5():
 
 
 @pytest.mark.parametrize(
-    "make, how", [(tiny.llama, "last"), (tiny.llama, "mean"), (bert, "mean"), (t5, "first_decoder")]
+    "make, how, prompts",
+    [
+        (tiny.llama, "last", PROMPTS),
+        (tiny.llama, "last", INSTRUCTED),
+        (tiny.llama, "mean", INSTRUCTED),
+        (bert, "last", INSTRUCTED),
+        (bert, "mean", PROMPTS),
+        (t5, "first_decoder", INSTRUCTED),
+    ],
 )
-def test_prompt_states_are_those_of_each_prompt_read_alone(make, how):
+def test_prompt_states_are_those_of_each_prompt_read_alone(make, how, prompts):
     model = make()
-    together = read.prompt_states(model, PROMPTS, how, batch_size=3)
+    together = read.prompt_states(model, prompts, how, batch_size=3)
     assert together.dtype == torch.float32 and together.is_contiguous()
-    for prompt, states in zip(PROMPTS, together, strict=True):
+    for prompt, states in zip(prompts, together, strict=True):
         ids = torch.tensor([prompt])
         extra = {"decoder_input_ids": torch.tensor([[0]])} if how == "first_decoder" else {}
         with torch.no_grad():

@@ -13,6 +13,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import tiny
+import torch
 
 from helpers import merge, store
 from helpers.study import bench as benches
@@ -56,6 +57,10 @@ def serial(untrained, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path_factory.mktemp("serial")))
         return table(visit.run(trained(untrained), ASKED))
+
+
+def count_threads(bench):
+    return torch.get_num_threads()
 
 
 def refuse(bench, label):
@@ -183,3 +188,15 @@ def test_a_cluster_without_dask_is_refused(monkeypatch):
     told = pytest.raises(ValueError, match=r"needs Dask, .*\.\[cluster\]")
     with told, executor(cluster="local:1"):
         pass
+
+
+@pytest.mark.parametrize(("own", "workers", "each"), [(4, 2, 2), (2, 3, 1)])
+def test_workers_here_share_the_threads_of_this_process(bench, own, workers, each):
+    before = torch.get_num_threads()
+    torch.set_num_threads(own)
+    try:
+        with executor(workers) as pool:
+            counts = call_each(bench, count_threads, workers * [()], pool)
+        assert set(counts) == {each} and torch.get_num_threads() == own
+    finally:
+        torch.set_num_threads(before)
