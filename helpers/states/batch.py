@@ -56,7 +56,7 @@ def read_shared(model: nn.Module, ids: Tensor) -> Any:
     rows, length = ids.shape
     if not length:
         return None
-    cache = model.base_model(ids[:1], use_cache=True).past_key_values
+    cache = model.get_decoder()(ids[:1], use_cache=True).past_key_values
     cache.batch_repeat_interleave(rows)
     return cache
 

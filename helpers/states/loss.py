@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from helpers.states.batch import IGNORED, pad
+from helpers.states.batch import IGNORED, pad, read_shared, shared_length
 
 Example = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 
@@ -13,13 +13,18 @@ Example = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 def answer_loss(
     model: nn.Module,
     examples: Sequence[Example],
+    share: bool = False,
 ) -> Tensor:
     """Sum over all answer tokens of their negative log-likelihood, in nats.
 
-    `model` is a decoder or an encoder-decoder, which reads prompts with its encoder.
+    `model` is a decoder or an encoder-decoder, which reads prompts with its encoder. `share`: what
+    a decoder's prompts all begin with is read once, in a pass of its own.
     """
-    read = _translated if model.config.is_encoder_decoder else _continued
-    logits, labels = read(model, examples)
+    if model.config.is_encoder_decoder:
+        logits, labels = _translated(model, examples)
+    else:
+        prompts = [prompt for prompt, _ in examples]
+        logits, labels = _continued(model, examples, shared_length(prompts) if share else 0)
     return cross_entropy(
         logits.float().flatten(0, 1),
         labels.flatten().to(logits.device),
@@ -31,6 +36,7 @@ def answer_loss(
 def _continued(
     model: nn.Module,
     examples: Sequence[Example],
+    shared: int,
 ) -> tuple[Tensor, Tensor]:
     """Logits and labels (batch, positions) where some example has an answer token to predict."""
     ids, mask = pad([prompt + answer for prompt, answer in examples], 0)
@@ -39,11 +45,13 @@ def _continued(
     labels, _ = pad(hidden, IGNORED)
     # the head is a fifth of the work
     counted = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+    ids, mask, kept = (x.to(model.device) for x in (ids, mask, counted - shared))
     output = model(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        logits_to_keep=counted.to(model.device),
-        use_cache=False,
+        ids[:, shared:],
+        attention_mask=mask,
+        past_key_values=read_shared(model, ids[:, :shared]),
+        logits_to_keep=kept,
+        use_cache=shared > 0,
     )
     return output.logits, labels[:, counted + 1]
 

@@ -21,7 +21,7 @@ from helpers.states.batch import (
     shared_length,
 )
 
-MORE = 4  # tokens that a generated answer may have beyond the longest right one of its batch
+MORE = 4  # tokens that a generated answer may have beyond the longest candidate
 
 
 class Stop(NamedTuple):
@@ -224,11 +224,11 @@ def greedy_texts(
     tokens = [followed(candidates, stop) for candidates in read]
     unknown = [i for i, ids in enumerate(tokens) if ids is None]
     if unknown:
-        longest = max(len(of.tokens) for candidates in read for of in candidates)
+        most = [MORE + max(len(of.tokens) for of in read[i]) for i in unknown]
         rest = some_of(cached, torch.tensor(unknown))
-        decoded = decode(model, rest, longest + MORE, {stop.token})
-        for i, ids in zip(unknown, decoded, strict=True):
-            tokens[i] = before(ids, stop.token)
+        decoded = decode(model, rest, max(most), {stop.token})
+        for i, ids, own in zip(unknown, decoded, most, strict=True):
+            tokens[i] = before(ids[:own], stop.token)
     return [tokenizer.decode(ids).strip() for ids in tokens]
 
 

@@ -45,7 +45,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         if not self.batch_size:
-            size = 64 if self.model.device.type == "cuda" else 20
+            size = 64 if self.model.device.type == "cuda" else 32
             object.__setattr__(self, "batch_size", size)
 
     @property

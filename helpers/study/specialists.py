@@ -151,7 +151,7 @@ def answer_examples(tokenizer, rows) -> Examples:
     targets = [len(answer) for _, answer in pairs]
 
     def loss(model, batch: list[int]) -> torch.Tensor:
-        return answer_loss(model, [pairs[i] for i in batch])
+        return answer_loss(model, [pairs[i] for i in batch], share=True)
 
     return Examples(lengths, targets, loss)
 

@@ -101,6 +101,19 @@ def test_train(bench, folder, models):
         assert states.answer_loss(taught, examples) < 0.9 * before
 
 
+def test_a_beginning_that_is_read_once_is_differentiated_for_all(folder):
+    model = deepcopy(loaded(folder))
+    examples = [([7, 1, 8, *rest], [9, 4]) for rest in ([], [3], [5, 2, 6])]
+    found = []
+    for share in (True, False):
+        model.zero_grad()
+        loss = states.answer_loss(model, examples, share)
+        loss.backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append(torch.cat([loss.detach()[None], *gradients]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
 def test_merge(bench, folder, models):
     rows = bench.rows(TASKS)
     stored = merge.views(*bench_sources(folder, bench))
