@@ -103,7 +103,13 @@ def _units(plan: Plan) -> list[list[Row]]:
                 units["base", x, row.split] = [row._replace(scored=scored, probed=probed)]
         else:
             units.setdefault((row.tasks, row.seed), []).append(row)
-    return list(units.values())
+    # the longest first: no worker is left alone with one at the end
+    return sorted(units.values(), key=_size, reverse=True)
+
+
+def _size(rows: Sequence[Row]) -> int:
+    """How many specialists are merged or read, over all rows of a unit."""
+    return sum(len(row.tasks) for row in rows)
 
 
 def check(plan: Plan) -> None:
