@@ -62,9 +62,11 @@ SETTINGS = {  # our flags, mergekit's parameters: the same formula
     ),
 }
 
-# The subjects: programs that print the CPU seconds they spent before the merge and in all.
+# The subjects: programs that print the CPU seconds they spent before the merge and in all. Both
+# engines load the model's class of transformers, ours not before it has read the config.
 OURS = """
 import sys, time
+import transformers.models.llama.modeling_llama
 from helpers import merge
 start = time.process_time()
 merge.main(sys.argv[1:])
