@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from helpers import merge, store
+from helpers.states.batch import encode_examples
 from helpers.study import identity, memory, models, specialists
 from helpers.study.tasks import SPLITS, Task, load_tasks
 
@@ -134,6 +135,37 @@ def _auto_class(folder: Path) -> type:
     if writers.intersection(config.architectures or []):
         return AutoModelForCausalLM
     return AutoModelForSequenceClassification
+
+
+def check_lengths(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    tasks: Mapping[str, Task],
+) -> None:
+    """Raise ValueError for a task with an example longer than a writer's learned positions."""
+    places = _learned_positions(model)
+    if places is None or model.get_output_embeddings() is None:
+        return
+    read = max if model.config.is_encoder_decoder else sum  # apart, or one behind the other
+    for label, task in tasks.items():
+        for split in SPLITS:
+            examples = encode_examples(tokenizer, task.splits[split])
+            longest = max((read(map(len, example)) for example in examples), default=0)
+            if longest > places:
+                raise ValueError(
+                    f"{label} has an example of {longest} tokens, and the model has positions for "
+                    f"{places}: leave this task out, or name another MODEL"
+                )
+
+
+def _learned_positions(model: torch.nn.Module) -> int | None:
+    """How many positions a model has learned; None if it computes them."""
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.endswith(("wpe", "embed_positions"))
+    ]
+    return min(tables, default=None)
 
 
 # --- an encoder's heads ----------------------------------------------------------------------

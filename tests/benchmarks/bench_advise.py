@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 
 from helpers import advise
+from helpers.run import machine
 from helpers.store import ROOT
 
 RULES = ("linear", "ties")
@@ -60,6 +61,7 @@ def measure(base: str, models: dict, prompts: dict, pairs: int) -> dict:
         "cpu_minutes": (answers + search) / 60,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "load": load,
+        "machine": machine(),
     }
 
 

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from datasets import Dataset, DatasetDict
 from peft import PeftModel
 
 from helpers import merge, states
@@ -208,6 +209,20 @@ def test_advise(bench, folder, models):
             for ids, answer in zip(panel.inputs[x], said, strict=True)
         ]
         assert table["kept"].tolist() == kept
+
+
+@pytest.mark.parametrize(("name", "places"), [("gpt2", 1024), ("bart", 512), ("llama", None)])
+def test_what_is_longer_than_learned_positions_is_refused(tmp_path, name, places):
+    model, tokenizer, _ = benches.load_base(str(zoo.save(tmp_path / "model", name)))
+    benches.check_lengths(model, tokenizer, TASKS)
+    row = TASKS["a"].splits["test"][0] | {"prompt": 1100 * "x"}
+    splits = DatasetDict(TASKS["a"].splits | {"test": Dataset.from_list([row])})
+    long = {"long": replace(TASKS["a"], splits=splits)}
+    if places is None:
+        benches.check_lengths(model, tokenizer, long)
+    else:
+        with pytest.raises(ValueError, match=f"long has .* positions for {places}: leave"):
+            benches.check_lengths(model, tokenizer, long)
 
 
 @pytest.mark.parametrize(("name", "rank"), [("t5", 0), ("t5-own-head", 4), ("bart", 0)])
