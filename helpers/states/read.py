@@ -49,10 +49,7 @@ def prompt_states(
         raise ValueError(
             f'{type(model).__name__} has no {how!r} state of a prompt: use "{usual}" or "mean"'
         )
-    if how == "first_decoder":
-        read = _decoder_start
-    else:
-        read = _causal if how == "last" and model.can_generate() else _whole
+    read = _decoder_start if how == "first_decoder" else _prompt
     batches = length_buckets([len(ids) for ids in encoded], batch_size)
     pooled = []
     for batch in batches:
@@ -67,37 +64,25 @@ def _padded(model: nn.Module, prompts: Sequence[list[int]]) -> tuple[Tensor, Ten
     return ids.to(model.device), mask.to(model.device)
 
 
-def _causal(model: nn.Module, prompts: Sequence[list[int]], how: str) -> Tensor:
-    # what all begin with is read once; below the head: logits are not wanted
+def _prompt(model: nn.Module, prompts: Sequence[list[int]], how: str) -> Tensor:
     ids, mask = _padded(model, prompts)
-    shared = shared_length(prompts)
-    output = model.base_model(
+    # below the head: logits are not wanted
+    stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    cached, shared = {}, 0
+    if how == "last" and model.can_generate():  # a decoder: what all begin with is read once
+        shared = shared_length(prompts)
+        cached = {"past_key_values": read_shared(model, ids[:, :shared])}
+    output = stack(
         ids[:, shared:],
         attention_mask=mask,
-        past_key_values=read_shared(model, ids[:, :shared]),
         output_hidden_states=True,
+        **cached,
     )
     own = mask[:, shared:]
     return pool(
         output.hidden_states,
         own,
         own.sum(1) - 1,
-        how,
-    )
-
-
-def _whole(model: nn.Module, prompts: Sequence[list[int]], how: str) -> Tensor:
-    ids, mask = _padded(model, prompts)
-    stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
-    output = stack(
-        ids,
-        attention_mask=mask,
-        output_hidden_states=True,
-    )
-    return pool(
-        output.hidden_states,
-        mask,
-        mask.sum(1) - 1,
         how,
     )
 
