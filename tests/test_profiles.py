@@ -117,6 +117,15 @@ def test_a_profile_may_be_like_another(project):
         run.all_profiles()
 
 
+def test_a_profile_leaves_out_what_it_skips(project):
+    path = project / "data" / "profiles.toml"
+    path.write_text(PROFILES + "skip = ['01_make']\n[again]\nlike = 'tiny'\n")
+    for profile in ("tiny", "again"):  # which is like it
+        assert [step.notebook.name for step in run.steps(profile, None, {})] == ["02_read"]
+        assert len(run.steps(profile, ["01", "02"], {})) == 2  # unless it is asked for
+    assert len(run.steps("demo", None, {})) == 2
+
+
 def test_a_misspelt_name_in_a_profile_is_refused(project):
     path = project / "data" / "profiles.toml"
     path.write_text(PROFILES + "RATTE = 1.0\n")

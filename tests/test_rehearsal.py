@@ -104,13 +104,13 @@ def study(place):
     """What five published adapters leave behind; some of them get no answer right."""
     few = {"PAIRS": 6, "POOL_TASKS": 3, "PERMUTATIONS": 99}
     few |= {"STUDY": "data/results/demo", "SMALL": ["data/results/demo"]}
-    assert adapters(place, ["01", "02", "03", "03a", "04", "05", "06"], **few) == 0
+    assert adapters(place, ["01", "02", "03", "03a", "03b", "04", "05", "06"], **few) == 0
     return Study(place / "paper_loras")
 
 
 def test_published_adapters_are_merged_and_measured(study):
     rows = read_jsonl(study.folder / "manifest.jsonl")
-    assert [row["status"] for row in rows] == 7 * ["finished"]
+    assert [row["status"] for row in rows] == 8 * ["finished"]
     assert rows[0]["parameters"]["MODEL"] == LORAS["MODEL"]
     assert rows[0]["parameters"]["DTYPE"] == "bfloat16"
     assert study.tasks == LABELS  # every adapter takes part, as in the paper
@@ -124,6 +124,22 @@ def test_published_adapters_are_merged_and_measured(study):
     assert np.isfinite(study.table("bound")["r2"]).all()
     tried = study.table("trials").groupby(["rule", "tasks", "task"]).size()
     assert (tried == 8).all()  # five probes are too few for advice: dev prompts stand in
+
+
+def test_a_study_whose_partners_are_drawn_reads_the_merged_pairs_alone(place):
+    """Its declared predictors and statistics need no other pair."""
+    drawn = {"RESULTS": str(place / "drawn"), "PARTNERS": 2, "RELATIVES": True, "PERMUTATIONS": 99}
+    drawn |= {"SMALL": ["data/results/demo"], "OTHER_PROMPT": ""}
+    assert adapters(place, ["01", "02", "03", "03b", "05"], **drawn) == 0
+    study = Study(place / "drawn")
+    pairs = study.table("pair_predictors")
+    merged = study.in_arm(n=2, table="merges")["tasks"]
+    assert set(zip(pairs["task_a"], pairs["task_b"], strict=True)) == set(merged)
+    assert len(pairs) == 5 < 10  # two partners each, of five tasks
+    assert np.isfinite(pairs.drop(columns=["task_a", "task_b"])).all(axis=None)
+    assert not study.has("pairs") and "hidden_sim" in study.metrics
+    asked = study.table("predictors").query("status != 'exploratory'")
+    assert {"hidden_sim", "cross_nll", "neutral_movement", "base_ability"} <= set(asked["metric"])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +174,7 @@ def test_glue_is_learned_and_merged(place, capsys, profile, architecture, dtype)
     given = GLUE | {"SOURCES": {"glue": str(place / "glue")}}
     given |= {"STUDY": "data/results/demo", "SMALL": ["data/results/demo"]}
     given |= {"PERMUTATIONS": 99}
-    pages = ["00", "01", "02", "03", "03a", "04", "05", "07"]
+    pages = ["00", "01", "02", "03", "03a", "03b", "04", "05", "07"]
     assert command(place, profile, pages, **given) == 0, capsys.readouterr().err
     study = Study(place / profile)
     rows = read_jsonl(study.folder / "manifest.jsonl")

@@ -97,7 +97,8 @@ def _key(step: Step, results: Path) -> str:
         tables = ROOT / step.parameters["RESULTS"]
         return key(step, {"committed": tables_digest(tables)})
     done = finished(results)
-    return key(step, {need: done[need]["outputs"] for need in step.needs})
+    used = [name for name in step.notebook.uses if name in done]
+    return key(step, {need: done[need]["outputs"] for need in [*step.needs, *used]})
 
 
 def _is_finished(step: Step, results: Path) -> bool:
@@ -204,6 +205,8 @@ def _say_plan(profile: str, plan: list[Step]) -> None:
         return
     measured = costs()[profile]
     minutes = {name: m for name, m in measured["minutes"].items() if name in names}
+    if not minutes:
+        return
     each = ", ".join(f"{name.partition('_')[0]} {m:.1f}" for name, m in minutes.items())
     most = max([measured["peak_gb"][name] for name in minutes], default=0.0)
     where = f"at most {most:.1f} GB of memory, on {measured['machine']}"
@@ -268,7 +271,7 @@ def _forget(notebook: Notebook, results: Path) -> None:
     """
     stale = {notebook.name: None}
     for other in notebooks():
-        if stale.keys() & set(other.needs):
+        if stale.keys() & {*other.needs, *other.uses}:
             stale[other.name] = None
     (results / "index.html").unlink(missing_ok=True)
     for name in reversed(stale):

@@ -31,7 +31,8 @@ KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text
 class Notebook(NamedTuple):
     """One entry of data/notebooks.toml; `produces` is committed, `keeps` is for later notebooks.
 
-    With a value for the parameter `unless`, such as models of one's own, nothing is needed.
+    What those in `uses` wrote is read where it is there. With a value for the parameter `unless`,
+    such as models of one's own, nothing is needed.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Notebook(NamedTuple):
     needs: list[str]
     produces: list[str]
     keeps: list[str] = []
+    uses: list[str] = []
     unless: str = ""
 
     @property
@@ -211,11 +213,19 @@ def _defaults(books: Iterable[Notebook]) -> dict[str, Any]:
     return found
 
 
-def chosen(only: list[str] | None) -> list[Notebook]:
-    """The notebooks that `only` names by number or name; all of them without it."""
+def skipped(profile: str) -> list[str]:
+    """The notebooks that a profile, or the one that it is `like`, leaves out of its chain."""
+    table = profile_tables()[profile]
+    if "skip" in table or "like" not in table:
+        return table.get("skip", [])
+    return skipped(table["like"])
+
+
+def chosen(only: list[str] | None, profile: str = "demo") -> list[Notebook]:
+    """The notebooks that `only` names by number or name; without it all that the profile runs."""
     books = notebooks()
     if not only:
-        return books
+        return [notebook for notebook in books if notebook.name not in skipped(profile)]
     numbers = {notebook.number: notebook.name for notebook in books}
     names = [notebook.name for notebook in books]
     wanted = {pick(numbers.get(text, text), names, "notebook") for text in only}
@@ -242,7 +252,7 @@ def steps(profile: str, only: list[str] | None, given: dict[str, Any]) -> list[S
     everywhere = _defaults(notebooks())
     for name in settings:
         pick(name, everywhere, f"parameter in profile {profile!r}:")
-    books = chosen(only)
+    books = chosen(only, profile)
     given = _checked(given, _defaults(books))
     results = folder(profile, given)
     if ROOT / "data" / "results" in (ROOT / results / "x").resolve().parents:

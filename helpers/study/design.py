@@ -70,8 +70,9 @@ def visits(
     """Every visit of a study but `plan.solos`: base, doses, merges of pairs and groups, swaps.
 
     Specialists are scored on the tasks of their partners as well: what they say there tells whose
-    answer a merge gives. Raises ValueError for parameters that leave a study without what its
-    losses are measured by.
+    answer a merge gives. Their states are read on all probes, those of merges on their members';
+    where PARTNERS are drawn, specialists' on their own and their partners' alone. Raises ValueError
+    for parameters that leave a study without what its losses are measured by.
     """
     tasks = list(tasks)
     rules, arms, seed = given["RULES"], given["ARMS"], given["SEED"]
@@ -84,9 +85,13 @@ def visits(
         raise ValueError(f"ARMS names a rule that is not merged: {arms}")
     asked = plan.base(tasks, probed=tasks)
     asked += plan.doses(tasks, given["DOSES"])
-    asked += plan.doses(tasks, probed=tasks, partners=_partners(chosen))
-    asked += plan.merges(chosen.pairs, rules, arms, seed)
-    asked += plan.merges(chosen.larger, grouped, arms, seed)
+    met = _partners(chosen)
+    whole = not given["PARTNERS"]  # the bound wants everyone's states
+    for x in tasks:
+        near = tasks if whole else (x, *met.get(x, ()))
+        asked += plan.doses([x], probed=near, partners=met)
+    asked += plan.merges(chosen.pairs, rules, arms, seed, whole)
+    asked += plan.merges(chosen.larger, grouped, arms, seed, whole)
     swapped = [*chosen.swaps["tasks"], *chosen.swaps["swapped"]]
     return asked + plan.merges(
         swapped, given["SWAP_RULES"], seed=seed, probe=False

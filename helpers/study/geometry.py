@@ -13,11 +13,14 @@ from helpers.states import bound, squared_distances
 from helpers.study.frames import BASE, of_kind, specialists
 from helpers.study.visit import Visit
 
+DISTORTION = ["merge", "model", "probe_task", "weight", "layer", "delta", "gap2"]
+
 
 class Pool(NamedTuple):
     """States of base and specialists on the probes of all tasks.
 
-    models: "base" and the tasks; owner (P,): the task of each probe; states (models, P, layers, d).
+    models: "base" and the tasks; owner (P,): the task of each probe; states (models, P, layers, d),
+    nan where a specialist has not read the probes of a task.
     """
 
     models: list[str]
@@ -30,16 +33,23 @@ class Pool(NamedTuple):
         return np.float64(self.states[places][:, probes])
 
 
-def pooled(visits: Iterable[Visit], tasks: Sequence[str]) -> Pool:
-    """The states that base and specialists left on everyone's probes."""
+LAST = slice(-1, None)  # the layer that is kept of a study too large for all of them
+
+
+def pooled(
+    visits: Iterable[Visit], tasks: Sequence[str], layers: slice = slice(None)
+) -> Pool:
+    """The states, at some layers, that base and specialists left on everyone's probes."""
     visits = list(visits)
     (base,) = of_kind(visits, "base")
     own = specialists(visits)
-    read = [base.states, *(own[task].states for task in tasks)]
-    owner = np.repeat(list(tasks), [len(read[0][task]) for task in tasks])
-    rows = [
-        torch.cat([states[task] for task in tasks]).numpy() for states in read
-    ]
+    of_base = {task: states[:, layers] for task, states in base.states.items()}
+    unread = {task: torch.full_like(of_base[task], torch.nan) for task in tasks}
+    owner = np.repeat(list(tasks), [len(unread[task]) for task in tasks])
+    rows = []
+    for model in (base, *(own[task] for task in tasks)):
+        read = unread | {task: states[:, layers] for task, states in model.states.items()}
+        rows.append(torch.cat([read[task] for task in tasks]).numpy())
     return Pool([BASE, *tasks], owner, np.stack(rows))
 
 
@@ -97,7 +107,8 @@ def arrays(
 def distortion(
     visits: Iterable[Visit], pool: Pool, answers: Readout | None = None
 ) -> pd.DataFrame:
-    """||H - h||^2 of base and members on the members' probes, of every distinct default merge."""
+    """||H - h||^2 of base and members on the members' probes, of every distinct default merge
+    whose states were read."""
     frames = []
     for visit in of_kind(visits, "merge"):
         if (
@@ -107,7 +118,8 @@ def distortion(
         ):
             rows = pd.DataFrame(_readings(visit, pool, answers))
             frames.append(rows.assign(merge=visit.key))
-    table = pd.concat(frames, ignore_index=True)
+    unread = pd.DataFrame(columns=DISTORTION)
+    table = pd.concat(frames, ignore_index=True) if frames else unread
     for name in ("flips", "certified"):  # of a decoder's own probes only
         table[name] = table.get(name, np.nan)
     return table.astype(

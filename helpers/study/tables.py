@@ -228,7 +228,10 @@ class Study:
     @cached_property
     def _pair_metrics(self) -> pd.DataFrame:
         """Numeric columns by pair; bound_…: means over the rules; …_a, …_b: their mean."""
-        pairs = self.table("pairs").set_index(["task_a", "task_b"])
+        found = [self.table(name) for name in ("pair_predictors", "pairs") if self.has(name)]
+        pairs, *rest = [table.set_index(["task_a", "task_b"]) for table in found]
+        for more in rest:
+            pairs = pairs.combine_first(more)
         if self.has("bound"):
             pairs = pairs.join(self._bound_means(pairs.index))
         names = [name.removesuffix("_a") for name in pairs if name.endswith("_a")]
@@ -263,6 +266,9 @@ class Study:
             raise ValueError(f"{self.name} has no pair metric {name!r}")
         return Pairs.from_table(self._pair_metrics.reset_index(), name, self.tasks)
 
-    def task_metric(self, name: str) -> pd.Series:
-        """A metric of single tasks, of task_metrics.csv."""
-        return self.table("task_metrics").set_index("task").loc[self.tasks, name]
+    @cached_property
+    def task_metrics(self) -> pd.DataFrame:
+        """The metrics of single tasks, of task_predictors.csv and task_metrics.csv, by task."""
+        names = [name for name in ("task_predictors", "task_metrics") if self.has(name)]
+        tables = [self.table(name).set_index("task") for name in names]
+        return pd.concat(tables, axis=1).loc[self.tasks]

@@ -197,3 +197,19 @@ def test_a_study_is_planned_from_the_parameters_of_a_profile():
         design.drawn(LABELS[:1], families, given | {"SWAPS": 0})
     partners = design.drawn(LABELS, families, given | {"PARTNERS": 1, "RELATIVES": False})
     assert all(families[a] != families[b] for a, b in partners.pairs)
+
+
+def test_where_partners_are_drawn_specialists_read_theirs_alone():
+    given = {"RULES": ["linear"], "GROUP_RULES": [], "ARMS": [], "PAIRS": 4, "PARTNERS": 1}
+    given |= {"RELATIVES": False, "GROUP_SIZES": [], "SEED": 0, "GROUPS_PER_SIZE": 1, "SWAPS": 0}
+    given |= {"SWAP_RULES": ["linear"], "GROUP_SEED": 0, "DOSES": [0.0, 1.0]}
+    drawn = design.drawn(LABELS, dict(zip(LABELS, LABELS, strict=True)), given)
+    asked = design.visits(LABELS, drawn, given)
+    assert all(row.probed == () for row in asked.kinds("merge"))
+    for x in LABELS:
+        met = {y for pair in drawn.pairs if x in pair for y in pair}
+        (specialist,) = asked.select(lambda row, x=x: row.tasks == (x,) and bool(row.probed))
+        assert set(specialist.probed) == set(specialist.scored) == met
+    whole = design.visits(LABELS, drawn, given | {"PARTNERS": 0})
+    (specialist,) = whole.select(lambda row: row.tasks == ("a",) and bool(row.probed))
+    assert set(specialist.probed) == set(LABELS)

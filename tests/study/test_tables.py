@@ -140,6 +140,20 @@ def test_metrics_are_those_that_vary_and_are_defined(folder):
         study.metric("hidden_sin")
 
 
+def test_declared_predictors_count_before_other_readings_of_the_same_name(folder):
+    ends = {"task_a": ["a", "a"], "task_b": ["b", "c"]}
+    declared = filled("pair_predictors", pd.DataFrame(ends))
+    schema.write(folder, "pair_predictors", declared.assign(cross_nll=[1.0, 2.0]))
+    tasks = pd.DataFrame({"task": TASKS, "neutral_movement": [0.1, 0.2, 0.3]})
+    schema.write(folder, "task_predictors", filled("task_predictors", tasks))
+    assert Study(folder).metrics == ["cross_nll"]
+    pairs = filled("pairs", pd.DataFrame(ends))
+    schema.write(folder, "pairs", pairs.assign(cross_nll=[7.0, 8.0], barrier=[3.0, 4.0]))
+    study = Study(folder)
+    assert study.metric("cross_nll").of("a", "c") == 2 and study.metric("barrier").of("a", "c") == 4
+    assert study.task_metrics["neutral_movement"].to_dict() == {"a": 0.1, "b": 0.2, "c": 0.3}
+
+
 def test_a_folder_without_a_study_is_refused_in_a_sentence(tmp_path, folder):
     with pytest.raises(ValueError, match="holds no study"):
         Study(tmp_path)
