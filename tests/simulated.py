@@ -1,10 +1,12 @@
 """What can so many tasks tell? Studies simulated with relatives and missing pairs.
 
-Variance components as fourteen tasks with bare prompts had them; relatives' pairs spread three
-times as far as others, so that few of them carry half of what is left without task effects.
+Variance components as fourteen tasks had them, with bare or instructed prompts; relatives' pairs
+spread three times as far as others, so that few of them carry half of what is left without task
+effects.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,15 +17,24 @@ from helpers.stats.dyads import same_family, shares
 from helpers.stats.effects import Interval, contrasts, mean, share
 
 SIZES = (3, 3, 2, 2, 2, 1, 1)  # tasks in each family, again and again
-VICTIM, PARTNER, SYMMETRIC, ANTISYMMETRIC = (
-    0.31,
-    0.25,
-    0.27,
-    0.16,
-)  # variances of an outcome
-TOGETHER = -0.8  # of a task's effects as victim and as partner
 KINSHIP = 0.3  # correlation of the task effects of relatives
 RELATIVES = 3.0  # how much farther relatives' pairs spread
+
+
+class Components(NamedTuple):
+    """Variances of an outcome, and the correlation of a task's effects as victim and as partner."""
+
+    victim: float
+    partner: float
+    symmetric: float
+    antisymmetric: float
+    together: float
+
+
+# The second are those of the NLL loss of unrelated pairs in data/results/tasks14_instructed.
+BARE = Components(0.31, 0.25, 0.27, 0.16, -0.8)
+INSTRUCTED = Components(0.86, 0.03, 0.05, 0.05, -0.28)
+COMPONENTS = {"bare": BARE, "instructed": INSTRUCTED}
 
 
 def families(n: int) -> NDArray:
@@ -60,7 +71,11 @@ def _of_pairs(n: int, rng: np.random.Generator, sign: int = 1) -> NDArray:
 
 
 def simulate(
-    blocks: Sequence, rng: np.random.Generator, partners: int | None = None, **truth: float
+    blocks: Sequence,
+    rng: np.random.Generator,
+    partners: int | None = None,
+    of: Components = BARE,
+    **truth: float,
 ) -> tuple[NDArray, NDArray]:
     """A metric, complete and symmetric, and a directed outcome of the pairs drawn, (n, n) each.
 
@@ -73,16 +88,16 @@ def simulate(
     own = rng.standard_normal((n, 3))
     independent = np.sqrt(KINSHIP) * shared + np.sqrt(1 - KINSHIP) * own
     together = np.array(
-        [[1, victim, partner], [victim, 1, TOGETHER], [partner, TOGETHER, 1]]
+        [[1, victim, partner], [victim, 1, of.together], [partner, of.together, 1]]
     )
     metric, hurt, harm = np.linalg.cholesky(together) @ independent.T
     spread = np.where(same_family(blocks), RELATIVES, 1.0)
     left = _of_pairs(n, rng)
     clash = pair * left + np.sqrt(1 - pair**2) * _of_pairs(n, rng)
     x = metric[:, None] / 2 + metric / 2 + np.sqrt(0.5) * spread * left
-    y = np.sqrt(VICTIM) * hurt[:, None] + np.sqrt(PARTNER) * harm
-    y += np.sqrt(SYMMETRIC) * spread * clash
-    y += np.sqrt(ANTISYMMETRIC) * spread * _of_pairs(n, rng, -1)
+    y = np.sqrt(of.victim) * hurt[:, None] + np.sqrt(of.partner) * harm
+    y += np.sqrt(of.symmetric) * spread * clash
+    y += np.sqrt(of.antisymmetric) * spread * _of_pairs(n, rng, -1)
     merged = drawn_pairs(blocks, partners, rng)
     return x, np.where(merged, y, np.nan)
 
@@ -105,11 +120,12 @@ def of_correlations(
     partners: int | None,
     r: float,
     permutations: int,
+    of: Components = BARE,
 ) -> list[dict]:
     """One study in which each estimand in turn has the correlation r: a row per test."""
     rows = []
     for estimand in ESTIMANDS:
-        x, y = simulate(blocks, rng, partners, **{estimand: r})
+        x, y = simulate(blocks, rng, partners, of, **{estimand: r})
         for unit, units, within in _units(blocks):
             found = correlation(x, y, estimand, units)
             row = {"test": estimand, "unit": unit, "truth": r}
@@ -127,12 +143,15 @@ def _units(blocks: Sequence) -> list[tuple[str, Sequence, Sequence | None]]:
 
 
 def of_means(
-    blocks: Sequence, rng: np.random.Generator, partners: int | None
+    blocks: Sequence,
+    rng: np.random.Generator,
+    partners: int | None,
+    of: Components = BARE,
 ) -> list[dict]:
     """One study of three rules that differ in each task but not on average: a row per test."""
-    y = simulate(blocks, rng, partners)[1]
+    y = simulate(blocks, rng, partners, of)[1]
     missing = np.where(np.isnan(y), np.nan, 0.0)
-    rules = {name: y + simulate(blocks, rng)[1] / 2 + missing for name in "abc"}
+    rules = {name: y + simulate(blocks, rng, of=of)[1] / 2 + missing for name in "abc"}
     rows = []
     for unit, units, _ in _units(blocks):
         row = {"unit": unit, "way": "interval", "truth": 0.0}
@@ -141,8 +160,8 @@ def of_means(
         rows.append(row | {"test": "mean"} | _held(mean(y, units), 0.0))
         rows.append(row | {"test": "contrast"} | _held(first, 0.0))
         found = share(shares, y, "victim_partner", units)
-        row = row | {"test": "victim_partner", "truth": TOGETHER}
-        rows.append(row | _held(found, TOGETHER))
+        row = row | {"test": "victim_partner", "truth": of.together}
+        rows.append(row | _held(found, of.together))
     return rows
 
 

@@ -129,13 +129,14 @@ def test_published_adapters_are_merged_and_measured(study):
 def test_a_study_whose_partners_are_drawn_reads_the_merged_pairs_alone(place):
     """Its declared predictors and statistics need no other pair."""
     drawn = {"RESULTS": str(place / "drawn"), "PARTNERS": 2, "RELATIVES": True, "PERMUTATIONS": 99}
-    drawn |= {"SMALL": ["data/results/demo"], "OTHER_PROMPT": ""}
+    drawn |= {"SMALL": ["data/results/demo"], "OTHER_PROMPT": "", "MOST_TASKS": 4}
     assert adapters(place, ["01", "02", "03", "03b", "05"], **drawn) == 0
     study = Study(place / "drawn")
     pairs = study.table("pair_predictors")
     merged = study.in_arm(n=2, table="merges")["tasks"]
     assert set(zip(pairs["task_a"], pairs["task_b"], strict=True)) == set(merged)
-    assert len(pairs) == 5 < 10  # two partners each, of five tasks
+    assert study.tasks == LABELS[:4]  # all five pass
+    assert len(pairs) == 4 < 6  # two partners each
     assert np.isfinite(pairs.drop(columns=["task_a", "task_b"])).all(axis=None)
     assert not study.has("pairs") and "hidden_sim" in study.metrics
     asked = study.table("predictors").query("status != 'exploratory'")

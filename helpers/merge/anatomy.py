@@ -184,13 +184,14 @@ def layers_of(names: Sequence[str]) -> int:
     return 1 + max((int(match[1]) for match in found if match), default=0)
 
 
-def depths(names: Sequence[str], layers: int) -> dict[str, float]:
-    """How deep each tensor lies: its layer's number / (layers - 1); embeddings 0, the rest 1."""
+def depths(names: Sequence[str], layers: int, after: float = 1.0) -> dict[str, float]:
+    """How deep each tensor lies: its layer's number / (layers - 1), 1 of a single layer; embeddings
+    0, what comes after the layers `after`."""
     deep = {}
     for name in names:
         match = LAYER.search(name)
         if match:
-            deep[name] = min(int(match[1]) / max(layers - 1, 1), 1.0)
+            deep[name] = min(int(match[1]) / (layers - 1), 1.0) if layers > 1 else 1.0
         else:
-            deep[name] = 0.0 if re.search(r"embed|(^|\.)wte\.|(^|\.)shared\.", name) else 1.0
+            deep[name] = 0.0 if re.search(r"embed|(^|\.)wte\.|(^|\.)shared\.", name) else after
     return deep

@@ -169,13 +169,14 @@ def _by_tensor(recipe: Recipe, chosen: MergePlan, base: Source, folder: Path) ->
     if recipe.layers is not None and recipe.layers != layers:
         raise ValueError(f"a slice has {recipe.layers} layers, the base {layers}: only all of them")
     names = list(base.tensors)
-    deep = depths(names, layers if isinstance(layers, int) else layers_of(names))
+    count = layers if isinstance(layers, int) else layers_of(names)
     floats = [tensor for tensor in base.tensors.values() if tensor.is_floating_point()]
     entries = sum(tensor.shape.numel() for tensor in floats)
-    chosen = chosen._replace(entries=entries, depths=deep)
+    chosen = chosen._replace(entries=entries, depths=depths(names, count))
     if not is_layered(recipe):
         return chosen
-    return chosen._replace(at_tensor=numbers(recipe, deep))
+    # mergekit 0.1.5 reads settings along the depth at 0 for all that lies outside the layers
+    return chosen._replace(at_tensor=numbers(recipe, depths(names, count, after=0.0)))
 
 
 def _check_place(out: Path) -> None:

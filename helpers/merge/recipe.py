@@ -133,7 +133,7 @@ def first_fault(error: ValidationError) -> str:
 def at_tensor(setting: Setting, name: str, depth: float) -> float:
     """A setting's number for one tensor, as mergekit reads it.
 
-    depth: of the tensor's layer, from 0 (and what comes before the layers) to 1 (and after them).
+    depth: of the tensor's layer, from 0 to 1; of what lies outside the layers 0.
     Raises ValueError if no filter matches.
     """
     if not isinstance(setting, list | tuple):

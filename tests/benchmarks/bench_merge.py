@@ -143,7 +143,9 @@ def checkpoint(folder: Path, size: str, dtype: torch.dtype, seed: int) -> Path:
         "vocab_size": vocabulary,
     }
     config |= {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers}
-    config |= {"num_attention_heads": width // 64, "num_key_value_heads": kv // 64}
+    heads = {"num_attention_heads": max(1, width // 64)}
+    heads |= {"num_key_value_heads": max(1, kv // 64)}
+    config |= heads
     config |= {"tie_word_embeddings": True, "dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config))
     return folder

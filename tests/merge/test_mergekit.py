@@ -3,13 +3,15 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import oracle_mergekit
 import pytest
 import tiny
 import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from helpers import merge as merging
 from helpers.merge import mergekit
@@ -215,7 +217,7 @@ models:
     ours = load_file(tmp_path / "out" / "model.safetensors")
     base, one, two = (load_file(f / "model.safetensors") for f in (tiny_base, a, b))
     for name, tensor in ours.items():
-        deep = float("layers.1." in name or name == "model.norm.weight")
+        deep = float("layers.1." in name)  # what lies outside the layers counts as the first
         weight = (0.2, 0.8)[int(deep)] if "mlp" in name else 1
         row = merging.Row(name, base[name], [one[name] - base[name], two[name] - base[name]])
         densities = [0.5, (0.1, 0.9)[int(deep)]]
@@ -250,3 +252,40 @@ def test_whatever_a_configuration_holds_it_is_a_recipe_or_a_sentence(tree):
             assert str(file) in str(error)
         else:
             assert recipe.models and recipe.rule in merging.RULES
+
+
+# --- the oracle ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded_models(tmp_path_factory):
+    """Folders of the models that mergekit was given."""
+    with safe_open(oracle_mergekit.RECORD, "pt") as record:
+        settings_of = record.metadata()["config"]
+    folders = {}
+    for model in oracle_mergekit.MODELS:
+        folders[model] = tmp_path_factory.mktemp(model)
+        (folders[model] / "config.json").write_text(settings_of)
+        tensors = oracle_mergekit.recorded(model)
+        save_file(tensors, folders[model] / "model.safetensors", metadata={"format": "pt"})
+    return folders
+
+
+@pytest.mark.parametrize("case", oracle_mergekit.CASES)
+def test_a_merge_is_what_mergekit_makes_of_the_same_files(case, recorded_models, tmp_path):
+    file = oracle_mergekit.written(case, recorded_models, tmp_path / "config.yml")
+    merging.main(["--mergekit", str(file), "--out", str(tmp_path / "out")])
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    theirs = oracle_mergekit.recorded(case)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_the_oracle_tells_merges_apart():
+    base = oracle_mergekit.recorded("base")
+    cases = [oracle_mergekit.recorded(case) for case in oracle_mergekit.CASES]
+    for at, one in enumerate(cases):
+        for other in [base, *cases[:at]]:
+            apart = [(one[name] - other[name]).abs().max() for name in one]
+            assert max(apart) > 1e-5

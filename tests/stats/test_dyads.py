@@ -46,9 +46,8 @@ def test_components_are_unbiased_where_most_pairs_are_missing(monkeypatch):
     blocks = simulated.families(40)
     studies = [simulated.simulate(blocks, rng, partners=6)[1] for _ in range(150)]
     found = np.array([dyads.components(y) for y in studies])
-    covariance = simulated.TOGETHER * np.sqrt(simulated.VICTIM * simulated.PARTNER)
-    variances = (simulated.VICTIM, simulated.PARTNER, simulated.SYMMETRIC, simulated.ANTISYMMETRIC)
-    true = [*variances, covariance]
+    *variances, together = simulated.BARE
+    true = [*variances, together * np.sqrt(variances[0] * variances[1])]
     error = found.std(axis=0) / np.sqrt(len(found))
     assert (np.abs(found.mean(axis=0) - true) < 3.5 * error).all()
 
