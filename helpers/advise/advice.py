@@ -112,7 +112,7 @@ def _print_costs(panel: Panel, keep: float, budget: float, parts: Mapping) -> No
     n = len(panel.labels)
     size = sum(p.numel() * p.element_size() for p in panel.model.parameters())
     print(
-        f"{n} models, {n * (n - 1) // 2} pairs: at most {budget:g} minutes of trial merges beside "
+        f"{n} models, each pair of them: at most {budget:g} minutes of trial merges beside "
         f"the models' own answers, about {2 * size / 1e9:.1f} GB of memory",
         file=sys.stderr,
     )

@@ -1,14 +1,14 @@
 """What does a merge cost, beside mergekit and beside merely moving the bytes?
 
-    python tests/benchmarks/bench_merge.py [--cells SIZE:DTYPE:METHOD:MODELS ...] [--repeats N]
+    python tests/benchmarks/bench_merge.py [--cells SIZE:DTYPE:METHOD:MODELS[:THREADS] ...]
 
-Every subject merges the same synthetic checkpoints in a process of its own, one thread, inputs in
-the page cache: this engine; mergekit 0.1.5, in a virtual environment that this script makes beside
-the checkpoints (its torch is the one in use here); and the floor, which reads every input byte and
-writes as many bytes as the result has. Measured: CPU seconds of the merge itself (after imports)
-and of the whole process, wall seconds, peak anonymous memory (beside it, what this engine said
-before the merge that it would need). Outputs are compared entry by entry. Cells that the table
-already has are not run again: a run that was broken off goes on where it was.
+Every subject merges the same synthetic checkpoints in a process of its own, one thread unless the
+cell names more, inputs in the page cache: this engine; mergekit 0.1.5, in a virtual environment
+that this script makes beside the checkpoints (its torch is the one in use here); and the floor,
+which reads every input byte and writes as many bytes as the result has. Measured: CPU and wall
+seconds of the merge itself (after imports) and of the whole process, peak anonymous memory (beside
+it, what this engine said before the merge that it would need). Outputs are compared entry by entry.
+Cells that the table already has are not run again: a run that was broken off goes on where it was.
 """
 
 import argparse
@@ -51,6 +51,9 @@ CELLS = [
     "500M:bfloat16:slerp:2",
     "500M:float32:linear:4",
 ]
+# Of this engine alone: more models, more threads.
+GROWTH = [f"135M:bfloat16:{m}:{n}" for m in ("linear", "ties") for n in (2, 4, 8, 16, 32)]
+CORES = [f"500M:float32:{m}:4:{threads}" for m in ("linear", "ties") for threads in (1, 2)]
 SETTINGS = {  # our flags, mergekit's parameters: the same formula
     "linear": ([], {"weight": 1.0}),
     "task_arithmetic": ([], {"weight": 1.0}),
@@ -68,9 +71,9 @@ OURS = """
 import sys, time
 import transformers.models.llama.modeling_llama
 from helpers import merge
-start = time.process_time()
+start = time.process_time(), time.perf_counter()
 merge.main(sys.argv[1:])
-print(start, time.process_time())
+print(*start, time.process_time(), time.perf_counter())
 """
 THEIRS = """
 import sys, time, torch, yaml
@@ -78,15 +81,15 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 config = MergeConfiguration.model_validate(yaml.safe_load(open(sys.argv[1])))
-start = time.process_time()
+start = time.process_time(), time.perf_counter()
 run_merge(config, sys.argv[2], MergeOptions(quiet=True, copy_tokenizer=False, random_seed=0))
-print(start, time.process_time())
+print(*start, time.process_time(), time.perf_counter())
 """
 FLOOR = """
 import sys, time
 from pathlib import Path
 out, size, *files = sys.argv[1:]
-start = time.process_time()
+start = time.process_time(), time.perf_counter()
 buffer = bytearray(8 << 20)
 for name in files:
     with open(name, "rb", buffering=0) as file:
@@ -96,7 +99,7 @@ Path(out).mkdir()
 with open(Path(out) / "bytes", "wb", buffering=0) as file:
     for _ in range(int(size) >> 23):
         file.write(buffer)
-print(start, time.process_time())
+print(*start, time.process_time(), time.perf_counter())
 """
 
 
@@ -163,15 +166,15 @@ def mergekit_python(work: Path) -> Path:
     return python
 
 
-def measured(command: list) -> dict[str, float]:
-    """Run a subject with one thread; CPU, wall and peak anonymous memory."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+def measured(command: list, threads: str) -> dict[str, float]:
+    """Run a subject with so many threads; CPU, wall and peak anonymous memory."""
+    names = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"
     started, peak = time.perf_counter(), 0
     child = subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | threads,
+        env=os.environ | dict.fromkeys(names, threads),
         cwd=ROOT,
     )
     status = Path(f"/proc/{child.pid}/status")
@@ -183,9 +186,9 @@ def measured(command: list) -> dict[str, float]:
     output = child.stdout.read()
     if child.returncode:
         raise SystemExit(f"{command[0]} failed:\n{output}")
-    before, after = map(float, output.split()[-2:])
-    figures = {"cpu_merge": after - before, "cpu": after, "wall": wall}
-    figures |= {"anonymous_gb": peak * 1024 / 1e9}
+    cpu_before, before, cpu, after = map(float, output.split()[-4:])
+    figures = {"cpu_merge": cpu - cpu_before, "wall_merge": after - before, "cpu": cpu}
+    figures |= {"wall": wall, "anonymous_gb": peak * 1024 / 1e9}
     stated = re.search(r"([\d.]+) GB of memory", output)
     return figures | ({"stated_gb": float(stated[1])} if stated else {})
 
@@ -205,7 +208,8 @@ def compared(ours: Path, theirs: Path) -> dict[str, float]:
 
 def cell(name: str, work: Path, repeats: int, others: bool) -> list[dict]:
     """All subjects on one cell, interleaved `repeats` times; medians."""
-    size, dtype, method, n = name.split(":")
+    size, dtype, method, n, *rest = name.split(":")
+    threads = rest[0] if rest else "1"
     models = [
         checkpoint(work / f"{size}-{dtype}" / str(seed), size, getattr(torch, dtype), seed)
         for seed in range(int(n) + 1)
@@ -231,14 +235,14 @@ def cell(name: str, work: Path, repeats: int, others: bool) -> list[dict]:
     for _ in range(repeats):
         for subject, command in subjects.items():
             remove(work / command_out(subject))
-            runs[subject].append(measured(command))
+            runs[subject].append(measured(command, threads))
     same = compared(work / "ours", work / "mergekit-out") if others else {}
     rows = []
     for subject, measurements in runs.items():
         medians = {k: statistics.median(m[k] for m in measurements) for k in measurements[0]}
         cell_of = {"size": size, "dtype": dtype, "method": method, "models": int(n)}
-        cell_of |= {"threads": 1, "repeats": repeats, "torch": torch.__version__, "load": load}
-        cell_of["machine"] = machine()
+        cell_of |= {"threads": int(threads), "repeats": repeats, "torch": torch.__version__}
+        cell_of |= {"load": load, "machine": machine()}
         rows.append(cell_of | {"subject": subject} | medians | (same if subject == "ours" else {}))
         remove(work / command_out(subject))
     return rows
@@ -275,6 +279,7 @@ def table(rows: list[dict]) -> str:
     for name, found in cells.items():
         ours = found["ours"]
         memory = f"{ours['stated_gb']:.2f} | {ours['anonymous_gb']:.2f}"
+        name = f"{name}, {ours['wall_merge']:.2f} s of wall time"
         if "mergekit" not in found:
             lines.append(f"| {name} | | {ours['cpu_merge']:.2f} | | | | {memory} | | |")
             continue
@@ -299,7 +304,8 @@ def read(file: Path) -> list[dict]:
 
 
 def cell_name(row: dict) -> str:
-    return f"{row['size']}:{row['dtype']}:{row['method']}:{row['models']:g}"
+    threads = f":{row['threads']:g}" if row["threads"] > 1 else ""
+    return f"{row['size']}:{row['dtype']}:{row['method']}:{row['models']:g}{threads}"
 
 
 def write(file: Path, rows: list[dict]) -> None:
@@ -312,25 +318,24 @@ def write(file: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", nargs="+", default=CELLS, metavar="SIZE:DTYPE:METHOD:MODELS")
+    parser.add_argument("--cells", nargs="+", default=[*CELLS, *CORES, *GROWTH])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ours-only", action="store_true", help="no mergekit, no floor")
     parser.add_argument("--work", type=Path, default=ROOT / "data" / "runs" / "bench")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench_merge.csv")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows = read(arguments.out) if arguments.out.exists() else []
-    last = "ours" if arguments.ours_only else "floor"
-    done = {cell_name(row) for row in rows if row["subject"] == last}
+    done = {cell_name(row) for row in rows}
     for name in arguments.cells:
+        name = name.removesuffix(":1") if name.count(":") == 4 else name
         if name in done:
             continue
-        found = cell(name, arguments.work, arguments.repeats, not arguments.ours_only)
+        found = cell(name, arguments.work, arguments.repeats, name in CELLS)
         print(table(found).splitlines()[-1], flush=True)
         rows = [row for row in rows if cell_name(row) != name] + found
         write(arguments.out, rows)  # after every cell: a long run may be broken off
     print(
-        f"\nCPU seconds of the merge itself, one thread, torch {torch.__version__}\n\n{table(rows)}"
+        f"\nCPU seconds of the merge itself, torch {torch.__version__}\n\n{table(rows)}"
     )
 
 
