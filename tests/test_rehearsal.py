@@ -126,19 +126,19 @@ def test_published_adapters_are_merged_and_measured(study):
     assert (tried == 8).all()  # five probes are too few for advice: dev prompts stand in
 
 
-def test_a_study_whose_partners_are_drawn_reads_the_merged_pairs_alone(place):
-    """Its declared predictors and statistics need no other pair."""
-    drawn = {"RESULTS": str(place / "drawn"), "PARTNERS": 2, "RELATIVES": True, "PERMUTATIONS": 99}
-    drawn |= {"SMALL": ["data/results/demo"], "OTHER_PROMPT": "", "MOST_TASKS": 4}
-    assert adapters(place, ["01", "02", "03", "03b", "05"], **drawn) == 0
+def test_a_study_may_draw_the_partners_of_its_tasks(place):
+    """Then distances are known of all pairs, what needs labels or a merge of the drawn ones."""
+    drawn = {"RESULTS": str(place / "drawn"), "PARTNERS": 2, "RELATIVES": True, "STAGES": [4]}
+    drawn |= {"SMALL": ["data/results/demo"], "OTHER_PROMPT": "", "PERMUTATIONS": 99}
+    assert adapters(place, ["01", "02", "03", "03b", "04", "05"], **drawn) == 0
     study = Study(place / "drawn")
-    pairs = study.table("pair_predictors")
-    merged = study.in_arm(n=2, table="merges")["tasks"]
-    assert set(zip(pairs["task_a"], pairs["task_b"], strict=True)) == set(merged)
     assert study.tasks == LABELS[:4]  # all five pass
-    assert len(pairs) == 4 < 6  # two partners each
-    assert np.isfinite(pairs.drop(columns=["task_a", "task_b"])).all(axis=None)
-    assert not study.has("pairs") and "hidden_sim" in study.metrics
+    merged = set(study.in_arm(n=2, table="merges")["tasks"])
+    pairs = study.table("pair_predictors").set_index(["task_a", "task_b"])
+    assert len(merged) == 4 and len(pairs) == 6  # two partners each
+    assert set(pairs["cross_nll"].dropna().index) == merged
+    assert np.isfinite(pairs.drop(columns="cross_nll")).all(axis=None)
+    assert (study.table("bound")["r2"] > 0).all()
     asked = study.table("predictors").query("status != 'exploratory'")
     assert {"hidden_sim", "cross_nll", "neutral_movement", "base_ability"} <= set(asked["metric"])
 

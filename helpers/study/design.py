@@ -16,6 +16,7 @@ PARAMETERS = (
     "ARMS",
     "PAIRS",
     "PARTNERS",
+    "STAGES",
     "RELATIVES",
     "GROUP_SIZES",
     "GROUPS_PER_SIZE",
@@ -41,11 +42,15 @@ def drawn(
     """The groups that the parameters `given` draw from these tasks.
 
     PARTNERS: each task with as many drawn partners of other families, with RELATIVES all pairs of
-    one family too; else PAIRS pairs at most. Raises ValueError where that cannot be.
+    one family too; else PAIRS pairs at most. They are drawn for the first tasks first, as many as
+    each of STAGES says: more tasks add pairs and drop none. Raises ValueError where that cannot be.
     """
     seed = given["GROUP_SEED"]
     if given["PARTNERS"]:
-        pairs = groups.partners(tasks, given["PARTNERS"], families, seed)
+        pairs = []
+        for stage in [*(n for n in given["STAGES"] if n < len(tasks)), len(tasks)]:
+            first = tasks[:stage]
+            pairs += groups.partners(first, given["PARTNERS"], families, seed, pairs)
     else:
         pairs = groups.pairs(tasks, given["PAIRS"], seed)
     if given["RELATIVES"]:
@@ -70,9 +75,8 @@ def visits(
     """Every visit of a study but `plan.solos`: base, doses, merges of pairs and groups, swaps.
 
     Specialists are scored on the tasks of their partners as well: what they say there tells whose
-    answer a merge gives. Their states are read on all probes, those of merges on their members';
-    where PARTNERS are drawn, specialists' on their own and their partners' alone. Raises ValueError
-    for parameters that leave a study without what its losses are measured by.
+    answer a merge gives. Raises ValueError for parameters that leave a study without what its
+    losses are measured by.
     """
     tasks = list(tasks)
     rules, arms, seed = given["RULES"], given["ARMS"], given["SEED"]
@@ -85,13 +89,9 @@ def visits(
         raise ValueError(f"ARMS names a rule that is not merged: {arms}")
     asked = plan.base(tasks, probed=tasks)
     asked += plan.doses(tasks, given["DOSES"])
-    met = _partners(chosen)
-    whole = not given["PARTNERS"]  # the bound wants everyone's states
-    for x in tasks:
-        near = tasks if whole else (x, *met.get(x, ()))
-        asked += plan.doses([x], probed=near, partners=met)
-    asked += plan.merges(chosen.pairs, rules, arms, seed, whole)
-    asked += plan.merges(chosen.larger, grouped, arms, seed, whole)
+    asked += plan.doses(tasks, probed=tasks, partners=_partners(chosen))
+    asked += plan.merges(chosen.pairs, rules, arms, seed)
+    asked += plan.merges(chosen.larger, grouped, arms, seed)
     swapped = [*chosen.swaps["tasks"], *chosen.swaps["swapped"]]
     return asked + plan.merges(
         swapped, given["SWAP_RULES"], seed=seed, probe=False

@@ -13,19 +13,18 @@ from helpers.states import bound, squared_distances
 from helpers.study.frames import BASE, of_kind, specialists
 from helpers.study.visit import Visit
 
-DISTORTION = ["merge", "model", "probe_task", "weight", "layer", "delta", "gap2"]
-
 
 class Pool(NamedTuple):
     """States of base and specialists on the probes of all tasks.
 
-    models: "base" and the tasks; owner (P,): the task of each probe; states (models, P, layers, d),
-    nan where a specialist has not read the probes of a task.
+    models: "base" and the tasks; owner (P,): the task of each probe; states (models, P, layers, d)
+    at `layers` of those that were read.
     """
 
     models: list[str]
     owner: NDArray
     states: NDArray
+    layers: slice = slice(None)
 
     def of(self, models: Sequence[str], probes: NDArray) -> NDArray:
         """States of these models on some of the probes, float64."""
@@ -43,14 +42,12 @@ def pooled(
     visits = list(visits)
     (base,) = of_kind(visits, "base")
     own = specialists(visits)
-    of_base = {task: states[:, layers] for task, states in base.states.items()}
-    unread = {task: torch.full_like(of_base[task], torch.nan) for task in tasks}
-    owner = np.repeat(list(tasks), [len(unread[task]) for task in tasks])
-    rows = []
-    for model in (base, *(own[task] for task in tasks)):
-        read = unread | {task: states[:, layers] for task, states in model.states.items()}
-        rows.append(torch.cat([read[task] for task in tasks]).numpy())
-    return Pool([BASE, *tasks], owner, np.stack(rows))
+    read = [base.states, *(own[task].states for task in tasks)]
+    owner = np.repeat(list(tasks), [len(read[0][task]) for task in tasks])
+    rows = [
+        torch.cat([states[task][:, layers] for task in tasks]).numpy() for states in read
+    ]
+    return Pool([BASE, *tasks], owner, np.stack(rows), layers)
 
 
 class Readout(NamedTuple):
@@ -107,8 +104,7 @@ def arrays(
 def distortion(
     visits: Iterable[Visit], pool: Pool, answers: Readout | None = None
 ) -> pd.DataFrame:
-    """||H - h||^2 of base and members on the members' probes, of every distinct default merge
-    whose states were read."""
+    """||H - h||^2 of base and members on the members' probes, of every distinct default merge."""
     frames = []
     for visit in of_kind(visits, "merge"):
         if (
@@ -118,8 +114,7 @@ def distortion(
         ):
             rows = pd.DataFrame(_readings(visit, pool, answers))
             frames.append(rows.assign(merge=visit.key))
-    unread = pd.DataFrame(columns=DISTORTION)
-    table = pd.concat(frames, ignore_index=True) if frames else unread
+    table = pd.concat(frames, ignore_index=True)
     for name in ("flips", "certified"):  # of a decoder's own probes only
         table[name] = table.get(name, np.nan)
     return table.astype(
@@ -133,7 +128,7 @@ def _readings(visit: Visit, pool: Pool, answers: Readout | None) -> list[dict]:
     # the pool's order of probes
     order = [task for task in pool.models if task in members]
     states = visit.states
-    merged = torch.cat([states[task] for task in order]).double().numpy()
+    merged = torch.cat([states[task][:, pool.layers] for task in order]).double().numpy()
     weighted = RULES.get(visit.row.rule, RULES["linear"]).coefficients  # chebyshev is linear
     weights = visit.report["ingredient"] if weighted else None
     flipped = rho = None

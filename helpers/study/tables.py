@@ -260,6 +260,11 @@ class Study:
         varying = table.columns[table.nunique() > 1]
         return [name for name in varying if table[name].notna().all()]
 
+    @cached_property
+    def pair_metrics(self) -> list[str]:
+        """All pair metrics, also those of merged pairs alone, such as cross_nll."""
+        return list(self._pair_metrics)
+
     def metric(self, name: str) -> Pairs:
         """A metric of pairs.csv or, as bound_…, of bound.csv; symmetric."""
         if name not in self._pair_metrics:

@@ -17,6 +17,7 @@ GIVEN = {
     "ARMS": [["ties", "norm"], ["chebyshev", "sum"]],
     "PAIRS": 3,
     "PARTNERS": 0,
+    "STAGES": [],
     "RELATIVES": False,
     "GROUP_SIZES": [3],
     "GROUPS_PER_SIZE": 1,

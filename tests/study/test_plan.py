@@ -172,7 +172,8 @@ def test_a_plan_needs_no_torch():
 
 def test_a_study_is_planned_from_the_parameters_of_a_profile():
     given = {"RULES": ["linear", "ties"], "GROUP_RULES": ["chebyshev"], "ARMS": [["ties", "norm"]]}
-    given |= {"PAIRS": 4, "PARTNERS": 0, "RELATIVES": True, "GROUP_SIZES": [3, 9], "SEED": 1}
+    given |= {"PAIRS": 4, "PARTNERS": 0, "STAGES": [], "RELATIVES": True}
+    given |= {"GROUP_SIZES": [3, 9], "SEED": 1}
     given |= {"GROUPS_PER_SIZE": 2, "SWAPS": 1, "SWAP_RULES": ["linear"], "GROUP_SEED": 0}
     given |= {"DOSES": [0.0, 0.5, 1.0], "TASKS": LABELS, "TRAIN_EXAMPLES": 10, "EPOCHS": 1}
     families = dict.fromkeys(LABELS, "f") | {x: "g" for x in "ab"}
@@ -199,17 +200,13 @@ def test_a_study_is_planned_from_the_parameters_of_a_profile():
     assert all(families[a] != families[b] for a, b in partners.pairs)
 
 
-def test_where_partners_are_drawn_specialists_read_theirs_alone():
-    given = {"RULES": ["linear"], "GROUP_RULES": [], "ARMS": [], "PAIRS": 4, "PARTNERS": 1}
-    given |= {"RELATIVES": False, "GROUP_SIZES": [], "SEED": 0, "GROUPS_PER_SIZE": 1, "SWAPS": 0}
-    given |= {"SWAP_RULES": ["linear"], "GROUP_SEED": 0, "DOSES": [0.0, 1.0]}
-    drawn = design.drawn(LABELS, dict(zip(LABELS, LABELS, strict=True)), given)
-    asked = design.visits(LABELS, drawn, given)
-    assert all(row.probed == () for row in asked.kinds("merge"))
-    for x in LABELS:
-        met = {y for pair in drawn.pairs if x in pair for y in pair}
-        (specialist,) = asked.select(lambda row, x=x: row.tasks == (x,) and bool(row.probed))
-        assert set(specialist.probed) == set(specialist.scored) == met
-    whole = design.visits(LABELS, drawn, given | {"PARTNERS": 0})
-    (specialist,) = whole.select(lambda row: row.tasks == ("a",) and bool(row.probed))
-    assert set(specialist.probed) == set(LABELS)
+def test_a_later_stage_adds_pairs_and_drops_none():
+    tasks = [f"t{i}" for i in range(12)]
+    families = dict(zip(tasks, tasks, strict=True))
+    given = {"PARTNERS": 3, "STAGES": [6, 9], "RELATIVES": False, "GROUP_SEED": 0}
+    given |= {"GROUP_SIZES": [], "GROUPS_PER_SIZE": 1, "SWAPS": 0}
+    stages = [set(design.drawn(tasks[:n], families, given).pairs) for n in (6, 9, 12)]
+    assert stages[0] < stages[1] < stages[2]
+    for pairs, n in zip(stages, (6, 9, 12), strict=True):
+        met = pd.Series([x for pair in pairs for x in pair]).value_counts()
+        assert len(met) == n and met.min() >= 3
