@@ -180,8 +180,12 @@ def _converted(gguf: Path) -> Path:
 
     def make(work: Path) -> None:
         _empty(work)
-        (work / gguf.name).symlink_to(gguf.resolve())
-        _to_safetensors(work)
+        link = work / gguf.name
+        link.symlink_to(gguf.resolve())
+        try:
+            _to_safetensors(work)
+        except ValueError as error:  # which names the link
+            raise AssetError(str(error).replace(str(link), str(gguf))) from error
         _seal(work, gguf.stem)
 
     content = digest(gguf)[:16]

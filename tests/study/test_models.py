@@ -132,6 +132,13 @@ def test_a_gguf_file_becomes_the_model_it_was_written_from(tmp_path, own_cache, 
     assert models.model_digest(tmp_path / "saved") == models.model_digest(tiny_base)
 
 
+def test_a_gguf_file_that_cannot_be_read_is_named_as_it_was_given(tmp_path, own_cache):
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(models.AssetError, match=f"{file} "):
+        models.model_folder(str(file))
+
+
 def test_a_gguf_file_in_parts_is_joined_in_order(index, tmp_path, tiny_base):
     whole = write_gguf(tmp_path / "mini.gguf", tiny.llama(seed=0)).read_bytes()
     for i, content in enumerate([whole[:5000], whole[5000:9000], whole[9000:]]):
