@@ -218,12 +218,8 @@ def _to_safetensors(work: Path) -> None:
                 part.unlink()
     for gguf in work.glob("*.gguf"):
         # Asked to dequantise, the loader leaves no quantisation mark, which would forbid saving.
-        model = AutoModelForCausalLM.from_pretrained(
-            work,
-            gguf_file=gguf.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf.name, **options)
         model.save_pretrained(work)
         AutoTokenizer.from_pretrained(work, gguf_file=gguf.name).save_pretrained(work)
         gguf.unlink()
