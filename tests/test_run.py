@@ -195,3 +195,16 @@ def test_the_machine_is_told_with_its_gpus(tmp_path):
     (tmp_path / "0000:01" / "information").write_text(text)
     assert execute._gpus(tmp_path) == ["NVIDIA H100 80GB HBM3"]
     assert execute._gpus(tmp_path / "none") == []
+
+
+def test_tables_of_another_run_are_not_read(project):
+    """What a page uses where it is there, is taken away where it is out of date."""
+    listed = project / "data" / "notebooks.toml"
+    uses = 'needs = []\nuses = ["01_make"]'
+    listed.write_text(listed.read_text().replace('needs = ["01_make"]', uses))
+    results = run.run("demo")
+    assert (results / "sum.csv").read_text() == "sum\n1.5\n"
+    (results / "notebooks" / "01_make.ipynb").unlink()
+    with pytest.raises(execute.NotebookFailed, match="02_read failed"):
+        run.run("demo", only=["02"])
+    assert not (results / "numbers.csv").exists()

@@ -97,8 +97,12 @@ def _key(step: Step, results: Path) -> str:
         tables = ROOT / step.parameters["RESULTS"]
         return key(step, {"committed": tables_digest(tables)})
     done = finished(results)
-    used = [name for name in step.notebook.uses if name in done]
-    return key(step, {need: done[need]["outputs"] for need in [*step.needs, *used]})
+    return key(step, {name: done[name]["outputs"] for name in _read_by(step, done)})
+
+
+def _read_by(step: Step, made: Iterable[str]) -> list[str]:
+    """The notebooks whose files the step reads: all that it needs, and of its `uses` those made."""
+    return [*step.needs, *(name for name in step.notebook.uses if name in made)]
 
 
 def _is_finished(step: Step, results: Path) -> bool:
@@ -143,7 +147,8 @@ def _check_needs(plan: list[Step], results: Path) -> None:
                     f"{name} reads what {need} writes, and {need} is not finished in {results}: "
                     "run it as well"
                 )
-            _check_same(name, step.parameters, need, made[need])
+        for source in _read_by(step, made):
+            _check_same(name, step.parameters, source, made[source])
 
 
 def _check_same(name: str, asked: dict[str, Any], need: str, made: dict[str, Any]) -> None:
@@ -259,6 +264,11 @@ def _begin(step: Step, results: Path) -> dict[str, Any]:
         "versions": package_versions(),
     }
     _forget(step.notebook, results)
+    stale = set(step.notebook.uses) - finished(results).keys()
+    for book in notebooks():
+        if book.name in stale:  # its tables are of another run
+            for file in book.files:
+                (results / file).unlink(missing_ok=True)
     for file in step.notebook.files + figures_of(results, step.notebook.name):
         (results / file).unlink(missing_ok=True)
     return row

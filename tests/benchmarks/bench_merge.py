@@ -53,7 +53,7 @@ CELLS = [
 ]
 # Of this engine alone: more models, more threads.
 GROWTH = [f"135M:bfloat16:{m}:{n}" for m in ("linear", "ties") for n in (2, 4, 8, 16, 32)]
-CORES = [f"500M:float32:{m}:4:{threads}" for m in ("linear", "ties") for threads in (1, 2)]
+CORES = [f"500M:float32:{m}:4{threads}" for m in ("linear", "ties") for threads in ("", ":2")]
 SETTINGS = {  # our flags, mergekit's parameters: the same formula
     "linear": ([], {"weight": 1.0}),
     "task_arithmetic": ([], {"weight": 1.0}),
@@ -146,9 +146,8 @@ def checkpoint(folder: Path, size: str, dtype: torch.dtype, seed: int) -> Path:
         "vocab_size": vocabulary,
     }
     config |= {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": max(1, width // 64)}
-    heads |= {"num_key_value_heads": max(1, kv // 64)}
-    config |= heads
+    config |= {"num_attention_heads": max(1, width // 64)}
+    config |= {"num_key_value_heads": max(1, kv // 64)}
     config |= {"tie_word_embeddings": True, "dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -279,7 +278,8 @@ def table(rows: list[dict]) -> str:
     for name, found in cells.items():
         ours = found["ours"]
         memory = f"{ours['stated_gb']:.2f} | {ours['anonymous_gb']:.2f}"
-        name = f"{name}, {ours['wall_merge']:.2f} s of wall time"
+        if "wall_merge" in ours:  # not of rows that an earlier version measured
+            name = f"{name}, {ours['wall_merge']:.2f} s of wall time"
         if "mergekit" not in found:
             lines.append(f"| {name} | | {ours['cpu_merge']:.2f} | | | | {memory} | | |")
             continue
@@ -327,16 +327,13 @@ def main() -> None:
     rows = read(arguments.out) if arguments.out.exists() else []
     done = {cell_name(row) for row in rows}
     for name in arguments.cells:
-        name = name.removesuffix(":1") if name.count(":") == 4 else name
         if name in done:
             continue
         found = cell(name, arguments.work, arguments.repeats, name in CELLS)
         print(table(found).splitlines()[-1], flush=True)
         rows = [row for row in rows if cell_name(row) != name] + found
         write(arguments.out, rows)  # after every cell: a long run may be broken off
-    print(
-        f"\nCPU seconds of the merge itself, torch {torch.__version__}\n\n{table(rows)}"
-    )
+    print(f"\nCPU seconds of the merge itself, torch {torch.__version__}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":
