@@ -46,7 +46,7 @@ def _greedy(panel: Panel, prompts: Prompts) -> list[list[int]]:
     for batch in batches(panel.model, lengths, panel.batch_size):
         some = [prompts[i] for i in batch]
         cached = read_prompts(panel.model, some, fill)
-        decoded = decode(panel.model, cached, panel.tokens, ends)
+        decoded = decode(panel.model, cached, [panel.tokens] * len(some), ends)
         for i, tokens in zip(batch, decoded, strict=True):
             answers[i] = tokens
     return answers

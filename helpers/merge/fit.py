@@ -185,9 +185,7 @@ def _remedy(base: Source, name: str) -> str:
     return " (is it made of this base?)"
 
 
-def _adapter_names(
-    who: str, base: Source, specialist: Source, skipped: set[str] | None
-) -> Source:
+def _adapter_names(who: str, base: Source, specialist: Source, skipped: set[str] | None) -> Source:
     """An adapter's parts under the base's names, turned as the base's layers store them."""
     adapter, body = specialist.adapter, base.anatomy
     parts = {}

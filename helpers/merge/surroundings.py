@@ -206,9 +206,7 @@ def _unrelated(name: str, base: Source, source: Source) -> Iterator[str]:
         )
 
 
-def losses(
-    weights: Source, base: Path, tokenizer: Path, models: Models
-) -> Iterator[str]:
+def losses(weights: Source, base: Path, tokenizer: Path, models: Models) -> Iterator[str]:
     """What a merge leaves behind, or what is odd about its models: one sentence each."""
     template = _template(tokenizer)
     for name, folder, source in models:

@@ -77,9 +77,7 @@ def of_pairs(x: ArrayLike, y: ArrayLike) -> tuple[NDArray, NDArray, Places]:
 # --- intervals ------------------------------------------------------------------------------------
 
 
-def correlation(
-    x: ArrayLike, y: ArrayLike, estimand: str, units: Sequence
-) -> Interval:
+def correlation(x: ArrayLike, y: ArrayLike, estimand: str, units: Sequence) -> Interval:
     """r with its interval on Fisher's z, t(g - 1) for g units.
 
     Task effects: jackknife. Pairs: a jackknife would count each pair's own noise twice, so the
@@ -102,9 +100,7 @@ def _pair_interval(x: ArrayLike, y: ArrayLike, units: Sequence) -> Interval:
     influence = a * b - r / 2 * (a**2 + b**2)
     free = len(a) - len(np.unique(pairs))
     variance = _clustered(influence, pairs, units) / (len(a) * free)
-    return interval(
-        np.arctanh(r), np.sqrt(variance) / (1 - r**2), g, fisher=True
-    )
+    return interval(np.arctanh(r), np.sqrt(variance) / (1 - r**2), g, fisher=True)
 
 
 def _clustered(score: NDArray, pairs: Places, units: Sequence) -> float:
@@ -130,9 +126,7 @@ def equivalence(found: Interval, margin: float = MARGIN) -> float:
 
     Small: no correlation that matters. The margin is fixed before looking.
     """
-    low, high, z, edge = np.arctanh(
-        [found.low, found.high, found.value, margin]
-    )
+    low, high, z, edge = np.arctanh([found.low, found.high, found.value, margin])
     error = (high - low) / 2 / stats.t.ppf(0.975, found.n - 1)
     return float(stats.t.sf((edge - abs(z)) / error, found.n - 1))
 

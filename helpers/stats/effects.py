@@ -16,9 +16,7 @@ from statsmodels.stats.multitest import multipletests
 
 from helpers.stats.dyads import as_shares, as_square, components, part
 
-Statistic = Callable[
-    [NDArray], float
-]  # of the places of the tasks that are kept
+Statistic = Callable[[NDArray], float]  # of the places of the tasks that are kept
 
 
 class Interval(NamedTuple):
@@ -58,9 +56,7 @@ def variance(statistic: Statistic, units: Sequence) -> tuple[float, float]:
     return whole, (deviation**2).mean()
 
 
-def interval(
-    value: float, error: float, n: int, fisher: bool = False
-) -> Interval:
+def interval(value: float, error: float, n: int, fisher: bool = False) -> Interval:
     """value ± t(n - 1) standard errors; fisher: both are on Fisher's z of a correlation."""
     back = np.tanh if fisher else np.positive
     if not error > 0:
@@ -71,9 +67,7 @@ def interval(
     return Interval(*map(float, back(ends)), n, float(p))
 
 
-def jackknife(
-    statistic: Statistic, units: Sequence, fisher: bool = False
-) -> Interval:
+def jackknife(statistic: Statistic, units: Sequence, fisher: bool = False) -> Interval:
     """Delete-one interval of a number; fisher: of a correlation.
 
     Undefined below 3 units, and where the statistic is undefined without one of them.
@@ -119,9 +113,7 @@ def share(
     found = jackknife(statistic, units, fisher)
     if fisher:
         return found
-    return found._replace(
-        low=max(found.low, 0.0), high=min(found.high, 1.0), p=np.nan
-    )
+    return found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0), p=np.nan)
 
 
 def holm(p: ArrayLike) -> NDArray:
@@ -144,9 +136,7 @@ def stacked(matrices: Mapping[str, ArrayLike]) -> NDArray:
     return np.where(missing, np.nan, stack)
 
 
-def contrasts(
-    matrices: Mapping[str, ArrayLike], units: Sequence
-) -> pd.DataFrame:
+def contrasts(matrices: Mapping[str, ArrayLike], units: Sequence) -> pd.DataFrame:
     """Difference of the mean outcome of every two rules, over the cells that all have.
 
     Columns first, second, value (first - second), low, high, n, p, p_holm.
@@ -169,9 +159,7 @@ def rule_shares(stack: NDArray) -> dict[str, float]:
     values = stack[:, ~np.isnan(stack[0])]
     rules, cells = values.shape
     if min(rules, cells) < 2:
-        return dict.fromkeys(
-            ("rule", "victim", "partner", "relation", "rest"), np.nan
-        )
+        return dict.fromkeys(("rule", "victim", "partner", "relation", "rest"), np.nan)
     of_rule = values.mean(axis=1)
     of_cell = values.mean(axis=0)
     left = values - of_rule[:, None] - of_cell + of_cell.mean()

@@ -143,12 +143,16 @@ def follow(
 
 def some_of(cached: Cached, rows: Tensor) -> Cached:
     """These rows of read prompts, in a cache of their own."""
-    cache = deepcopy(cached.cache)
+    return narrowed(cached._replace(cache=deepcopy(cached.cache)), rows)
+
+
+def narrowed(cached: Cached, rows: Tensor) -> Cached:
+    """These rows of read prompts; the others leave the cache."""
+    mask, logits, cache, encoded = cached
     cache.batch_select_indices(rows)
-    encoded = cached.encoded
     return Cached(
-        cached.mask[rows],
-        cached.logits[rows],
+        mask[rows],
+        logits[rows],
         cache,
         None if encoded is None else encoded[rows],
     )
@@ -226,9 +230,9 @@ def greedy_texts(
     if unknown:
         most = [MORE + max(len(of.tokens) for of in read[i]) for i in unknown]
         rest = some_of(cached, torch.tensor(unknown))
-        decoded = decode(model, rest, max(most), {stop.token})
-        for i, ids, own in zip(unknown, decoded, most, strict=True):
-            tokens[i] = before(ids[:own], stop.token)
+        decoded = decode(model, rest, most, {stop.token})
+        for i, ids in zip(unknown, decoded, strict=True):
+            tokens[i] = before(ids, stop.token)
     return [tokenizer.decode(ids).strip() for ids in tokens]
 
 
@@ -252,28 +256,30 @@ def followed(read: Sequence[Reading], stop: Stop) -> list[int] | None:
 def decode(
     model,
     cached: Cached,
-    most: int,
+    most: Sequence[int],
     ends: Collection[int],
 ) -> list[list[int]]:
-    """Greedy tokens after read prompts, through one of `ends` or `most`; changes the cache."""
-    tokens = cached.logits.argmax(1, keepdim=True)
-    stops = torch.tensor(list(ends), device=model.device)
-    out = tokens
-    real = torch.ones_like(tokens)
-    while out.shape[1] < most and not torch.isin(out, stops).any(1).all():
-        cached = follow(model, cached, tokens, real)
-        tokens = cached.logits[:, -1].argmax(1, keepdim=True)
-        out = torch.cat([out, tokens], 1)
-    return [through_end(ids, ends) for ids in out.tolist()]
+    """Greedy tokens after read prompts, through one of `ends` or as many as `most` says of each.
 
-
-def through_end(
-    tokens: list[int],
-    ends: Collection[int],
-) -> list[int]:
-    """Tokens up to the first of `ends`, with it; all of them if there is none."""
-    length = next((at for at, token in enumerate(tokens, 1) if token in ends), None)
-    return tokens[:length]
+    Changes the cache: a text that is complete leaves it, so that nothing more is computed of it.
+    """
+    texts: list[list[int]] = [[] for _ in most]
+    open_rows = list(range(len(texts)))  # in the order of the cache
+    while True:
+        tokens = cached.logits.argmax(-1).reshape(-1, 1)
+        for row, token in zip(open_rows, tokens[:, 0].tolist(), strict=True):
+            texts[row].append(token)
+        kept = []
+        for at, row in enumerate(open_rows):
+            if len(texts[row]) < most[row] and texts[row][-1] not in ends:
+                kept.append(at)
+        if not kept:
+            return texts
+        if len(kept) < len(open_rows):
+            open_rows = [open_rows[at] for at in kept]
+            cached = narrowed(cached, torch.tensor(kept))
+            tokens = tokens[kept]
+        cached = follow(model, cached, tokens, torch.ones_like(tokens))
 
 
 def generate(
@@ -290,7 +296,7 @@ def generate(
     for batch in batches(model, lengths, batch_size):
         some = [encoded[i] for i in batch]
         cached = read_prompts(model, some, tokenizer.pad_token_id)
-        out = decode(model, cached, max_new_tokens, {tokenizer.eos_token_id})
+        out = decode(model, cached, [max_new_tokens] * len(some), {tokenizer.eos_token_id})
         for i, ids in zip(batch, out, strict=True):
             texts[i] = tokenizer.decode(before(ids, tokenizer.eos_token_id)).strip()
     return texts

@@ -68,9 +68,7 @@ def _merge(
     """On a grid the delta leads from the base in fp32 to the rounded result; the report is that of
     the merge before rounding, but for the own-direction doses, which are those left on the grid."""
     vector_rows = bench.rows(row.tasks)
-    delta, report = merge.merge(
-        vector_rows, labels=row.tasks, **recipe(bench, row)
-    )
+    delta, report = merge.merge(vector_rows, labels=row.tasks, **recipe(bench, row))
     about = report.as_dict()
     if row.arm == "bfloat16":
         tensors = bench.sources([])[0].tensors

@@ -36,9 +36,7 @@ class Groups(NamedTuple):
     swaps: pd.DataFrame
 
 
-def drawn(
-    tasks: Sequence[str], families: Mapping[str, str], given: Mapping[str, Any]
-) -> Groups:
+def drawn(tasks: Sequence[str], families: Mapping[str, str], given: Mapping[str, Any]) -> Groups:
     """The groups that the parameters `given` draw from these tasks.
 
     PARTNERS: each task with as many drawn partners of other families, with RELATIVES all pairs of
@@ -54,13 +52,9 @@ def drawn(
     else:
         pairs = groups.pairs(tasks, given["PAIRS"], seed)
     if given["RELATIVES"]:
-        pairs = list(
-            dict.fromkeys([*pairs, *groups.relatives(tasks, families)])
-        )
+        pairs = list(dict.fromkeys([*pairs, *groups.relatives(tasks, families)]))
     if not pairs:
-        raise ValueError(
-            "there is no pair to merge: name two tasks or more, and PAIRS or PARTNERS"
-        )
+        raise ValueError("there is no pair to merge: name two tasks or more, and PAIRS or PARTNERS")
     sizes = [size for size in given["GROUP_SIZES"] if 2 < size <= len(tasks)]
     larger = []
     for size in sizes:
@@ -69,9 +63,7 @@ def drawn(
     return Groups(pairs, larger, groups.swaps(tasks, whole, seed))
 
 
-def visits(
-    tasks: Iterable[str], chosen: Groups, given: Mapping[str, Any]
-) -> Plan:
+def visits(tasks: Iterable[str], chosen: Groups, given: Mapping[str, Any]) -> Plan:
     """Every visit of a study but `plan.solos`: base, doses, merges of pairs and groups, swaps.
 
     Specialists are scored on the tasks of their partners as well: what they say there tells whose
@@ -81,9 +73,7 @@ def visits(
     tasks = list(tasks)
     rules, arms, seed = given["RULES"], given["ARMS"], given["SEED"]
     if "linear" not in rules or not {0.0, 1.0} <= set(given["DOSES"]):
-        raise ValueError(
-            "name linear among RULES, and 0 and 1 among DOSES: losses need these"
-        )
+        raise ValueError("name linear among RULES, and 0 and 1 among DOSES: losses need these")
     grouped = [*rules, *given["GROUP_RULES"]]
     if not {rule for rule, _ in arms} <= set(grouped):
         raise ValueError(f"ARMS names a rule that is not merged: {arms}")
@@ -93,9 +83,7 @@ def visits(
     asked += plan.merges(chosen.pairs, rules, arms, seed)
     asked += plan.merges(chosen.larger, grouped, arms, seed)
     swapped = [*chosen.swaps["tasks"], *chosen.swaps["swapped"]]
-    return asked + plan.merges(
-        swapped, given["SWAP_RULES"], seed=seed, probe=False
-    )
+    return asked + plan.merges(swapped, given["SWAP_RULES"], seed=seed, probe=False)
 
 
 def _partners(chosen: Groups) -> dict[str, list[str]]:
@@ -108,9 +96,7 @@ def _partners(chosen: Groups) -> dict[str, list[str]]:
     return met
 
 
-def training(
-    tasks: Iterable[str], examples: Mapping[str, int], epochs: int
-) -> Plan:
+def training(tasks: Iterable[str], examples: Mapping[str, int], epochs: int) -> Plan:
     """Specialists and the screening of each on dev, for `Plan.cost`: `visit.train` makes them."""
     tasks = tuple(tasks)
     rows = []

@@ -61,10 +61,7 @@ def split(
     drawn = percent(counts @ change, (counts @ own)[:, None])
     low, high = limits(drawn) if own.any() else (value, value)
     ends = zip(value.tolist(), low.tolist(), high.tolist(), strict=True)
-    return {
-        part: Interval(*numbers, len(own))
-        for part, numbers in zip(PARTS, ends, strict=True)
-    }
+    return {part: Interval(*numbers, len(own)) for part, numbers in zip(PARTS, ends, strict=True)}
 
 
 def with_parts(losses: pd.DataFrame, cells: Cells, seed: int = 0) -> pd.DataFrame:

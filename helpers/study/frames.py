@@ -45,9 +45,7 @@ def merges(visits: Iterable[Visit]) -> pd.DataFrame:
         about |= {"arm": row.arm, "seed": row.seed, "same_as": visit.same_as}
         rows.append(about | {name: visit.report[name] for name in REPORTED})
     frame = pd.DataFrame(rows)
-    numbers = dict.fromkeys(
-        REPORTED, float
-    )  # None where a rule has no such number
+    numbers = dict.fromkeys(REPORTED, float)  # None where a rule has no such number
     return frame.astype(numbers)
 
 
@@ -77,9 +75,7 @@ def specialists(visits: Iterable[Visit]) -> dict[str, Visit]:
     return {visit.row.tasks[0]: visit for visit in whole}
 
 
-def references(
-    visits: Iterable[Visit], tasks: Mapping[str, Task]
-) -> pd.DataFrame:
+def references(visits: Iterable[Visit], tasks: Mapping[str, Task]) -> pd.DataFrame:
     """What each task's losses are measured against; one row per task, on its test examples.
 
     specialist, nll_specialist: at dose 1; base: behind solved examples; nll_base: of the base from
@@ -106,14 +102,10 @@ def references(
     return pd.DataFrame(rows, columns=columns)
 
 
-def screening(
-    visits: Iterable[Visit], tasks: Mapping[str, Task]
-) -> pd.DataFrame:
+def screening(visits: Iterable[Visit], tasks: Mapping[str, Task]) -> pd.DataFrame:
     """Dev scores by which a task is kept: of the commonest answer, the base and the specialist."""
     dev = [x for x in visits if x.row.split == "dev"]
-    score = {
-        (x.row.kind, *x.row.tasks): x.examples["correct"].mean() for x in dev
-    }
+    score = {(x.row.kind, *x.row.tasks): x.examples["correct"].mean() for x in dev}
     rows = []
     for kind, task in score:
         if kind == "dose":
@@ -149,29 +141,21 @@ def cells(visits: Iterable[Visit], collisions: pd.DataFrame) -> pd.DataFrame:
             row["dose_ingredient"] = visit.report["ingredient"][i]
             row["dose_own"] = visit.report["own"][i]
             row |= _control(visit, task, alone)
-            row["ambiguous"] = any(
-                {task, x} in colliding for x in visit.row.tasks
-            )
+            row["ambiguous"] = any({task, x} in colliding for x in visit.row.tasks)
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _control(
-    visit: Visit, task: str, alone: Mapping[str, Visit]
-) -> dict[str, float]:
+def _control(visit: Visit, task: str, alone: Mapping[str, Visit]) -> dict[str, float]:
     """What the rule of a merge leaves of a task by itself."""
     names = ["control_solo", "nll_solo"]
     if visit.row.rule in WEIGHTED or visit.same_as:
         return dict.fromkeys(names, float("nan"))
     wanted = {row.tasks[0]: row for row in solos(Plan.of([visit.row]))}
-    return dict(
-        zip(names, _means(alone[wanted[task].model], task), strict=True)
-    )
+    return dict(zip(names, _means(alone[wanted[task].model], task), strict=True))
 
 
-def examples(
-    visits: Iterable[Visit], tasks: Mapping[str, Task]
-) -> pd.DataFrame:
+def examples(visits: Iterable[Visit], tasks: Mapping[str, Task]) -> pd.DataFrame:
     """One row for each test example under each distinct merge, each specialist and the base.
 
     A decoder's answers are there, and `kind` says how they are wrong: beside what the merge's other
@@ -179,27 +163,17 @@ def examples(
     """
     visits = list(visits)
     said = _said(visits)
-    models = [
-        (visit.key, visit)
-        for visit in of_kind(visits, "merge")
-        if visit.same_as is None
-    ]
+    models = [(visit.key, visit) for visit in of_kind(visits, "merge") if visit.same_as is None]
     models += [(SPECIALIST, visit) for visit in specialists(visits).values()]
     frames = []
     for name, visit in models:
         for task in visit.row.tasks:
             frame = _own(visit, task).assign(merge=name)
             if "answer" in frame:
-                frame["kind"] = _kinds(
-                    frame, task, visit.row.tasks, tasks, said
-                )
+                frame["kind"] = _kinds(frame, task, visit.row.tasks, tasks, said)
             frames.append(frame)
-    frames += [
-        visit.examples.assign(merge=BASE) for visit in of_kind(visits, "base")
-    ]
-    table = pd.concat(frames, ignore_index=True).rename(
-        columns={"id": "example"}
-    )
+    frames += [visit.examples.assign(merge=BASE) for visit in of_kind(visits, "base")]
+    table = pd.concat(frames, ignore_index=True).rename(columns={"id": "example"})
     columns = {*schema.of("examples").columns, "answer"}
     return table[[name for name in table if name in columns]].round(5)
 
@@ -225,9 +199,7 @@ def _kinds(
     said: Mapping[tuple[str, str], pd.DataFrame],
 ) -> list[str]:
     """How a task's answers are wrong, beside what other members and the base say there."""
-    partners = [
-        said[x, task] for x in members if x != task and (x, task) in said
-    ]
+    partners = [said[x, task] for x in members if x != task and (x, task) in said]
     rows = tasks[task].splits["test"]
     return failure_kinds(frame, rows, partners, said.get((BASE, task)))
 
@@ -256,9 +228,7 @@ def prompts(
     return asked.assign(prompt=[row["prompt"] for row in found], right=right)
 
 
-def swap_losses(
-    drawn: pd.DataFrame, merged: pd.DataFrame, rules: Iterable[str]
-) -> pd.DataFrame:
+def swap_losses(drawn: pd.DataFrame, merged: pd.DataFrame, rules: Iterable[str]) -> pd.DataFrame:
     """The mean loss of each group before and after every swap of `groups.swaps`, by rule.
 
     `merged` has a row per merge: tasks, rule, arm, loss.

@@ -35,18 +35,14 @@ class Pool(NamedTuple):
 LAST = slice(-1, None)  # the layer that is kept of a study too large for all of them
 
 
-def pooled(
-    visits: Iterable[Visit], tasks: Sequence[str], layers: slice = slice(None)
-) -> Pool:
+def pooled(visits: Iterable[Visit], tasks: Sequence[str], layers: slice = slice(None)) -> Pool:
     """The states, at some layers, that base and specialists left on everyone's probes."""
     visits = list(visits)
     (base,) = of_kind(visits, "base")
     own = specialists(visits)
     read = [base.states, *(own[task].states for task in tasks)]
     owner = np.repeat(list(tasks), [len(read[0][task]) for task in tasks])
-    rows = [
-        torch.cat([states[task][:, layers] for task in tasks]).numpy() for states in read
-    ]
+    rows = [torch.cat([states[task][:, layers] for task in tasks]).numpy() for states in read]
     return Pool([BASE, *tasks], owner, np.stack(rows), layers)
 
 
@@ -83,9 +79,7 @@ def readout(
     )
 
 
-def arrays(
-    pool: Pool, layers: Sequence[str], answers: Readout | None
-) -> dict[str, NDArray]:
+def arrays(pool: Pool, layers: Sequence[str], answers: Readout | None) -> dict[str, NDArray]:
     """geometry.npz: squared distances of all models, by probe and by task and layer."""
     d2 = squared_distances(np.float64(pool.states))
     tasks = pool.models[1:]
@@ -101,25 +95,17 @@ def arrays(
     }
 
 
-def distortion(
-    visits: Iterable[Visit], pool: Pool, answers: Readout | None = None
-) -> pd.DataFrame:
+def distortion(visits: Iterable[Visit], pool: Pool, answers: Readout | None = None) -> pd.DataFrame:
     """||H - h||^2 of base and members on the members' probes, of every distinct default merge."""
     frames = []
     for visit in of_kind(visits, "merge"):
-        if (
-            visit.same_as is None
-            and visit.row.arm == "default"
-            and visit.row.probed
-        ):
+        if visit.same_as is None and visit.row.arm == "default" and visit.row.probed:
             rows = pd.DataFrame(_readings(visit, pool, answers))
             frames.append(rows.assign(merge=visit.key))
     table = pd.concat(frames, ignore_index=True)
     for name in ("flips", "certified"):  # of a decoder's own probes only
         table[name] = table.get(name, np.nan)
-    return table.astype(
-        {"delta": "float32", "gap2": "float32"}
-    )  # eight digits are enough
+    return table.astype({"delta": "float32", "gap2": "float32"})  # eight digits are enough
 
 
 def _readings(visit: Visit, pool: Pool, answers: Readout | None) -> list[dict]:
@@ -138,6 +124,4 @@ def _readings(visit: Visit, pool: Pool, answers: Readout | None) -> list[dict]:
         rho = answers.rho[on]
     models = [BASE, *members]
     near = pool.of(models, on)
-    return bound.readings(
-        models, near, merged, pool.owner[on], weights, flipped, rho
-    )
+    return bound.readings(models, near, merged, pool.owner[on], weights, flipped, rho)

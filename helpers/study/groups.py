@@ -10,9 +10,7 @@ import pandas as pd
 Group = tuple[str, ...]
 
 
-def draw(
-    tasks: Sequence[str], size: int, count: int, seed: int = 0
-) -> list[Group]:
+def draw(tasks: Sequence[str], size: int, count: int, seed: int = 0) -> list[Group]:
     """A seeded sample of `count` different groups of `size` tasks; all, if there are no more.
 
     A larger `count` adds groups to the same draw.
@@ -27,9 +25,7 @@ def draw(
     return [tuple(tasks[i] for i in group) for group in sorted(drawn)]
 
 
-def pairs(
-    tasks: Sequence[str], most: int | None = None, seed: int = 0
-) -> list[Group]:
+def pairs(tasks: Sequence[str], most: int | None = None, seed: int = 0) -> list[Group]:
     """All pairs, or a sample of `most`."""
     most = math.comb(len(tasks), 2) if most is None else most
     return draw(tasks, 2, most, seed)
@@ -37,9 +33,7 @@ def pairs(
 
 def relatives(tasks: Sequence[str], families: Mapping[str, str]) -> list[Group]:
     """Every pair of tasks of one family."""
-    return [
-        (a, b) for a, b in combinations(tasks, 2) if families[a] == families[b]
-    ]
+    return [(a, b) for a, b in combinations(tasks, 2) if families[a] == families[b]]
 
 
 def partners(
@@ -63,13 +57,9 @@ def partners(
     drawn = []
     while min(map(len, met.values())) < k:
         a = _fewest(tasks, met, rng)
-        strangers = [
-            x for x in tasks if families[x] != families[a] and x not in met[a]
-        ]
+        strangers = [x for x in tasks if families[x] != families[a] and x not in met[a]]
         if not strangers:
-            raise ValueError(
-                f"{a} has fewer than {k} partners of other families: ask for fewer"
-            )
+            raise ValueError(f"{a} has fewer than {k} partners of other families: ask for fewer")
         b = _fewest(strangers, met, rng)
         met[a].add(b)
         met[b].add(a)
@@ -79,18 +69,14 @@ def partners(
     return sorted(ordered, key=lambda pair: [place[x] for x in pair])
 
 
-def _fewest(
-    tasks: Sequence[str], met: Mapping[str, set], rng: np.random.Generator
-) -> str:
+def _fewest(tasks: Sequence[str], met: Mapping[str, set], rng: np.random.Generator) -> str:
     """One of the tasks that have met the fewest others."""
     fewest = min(len(met[x]) for x in tasks)
     tied = [x for x in tasks if len(met[x]) == fewest]
     return tied[rng.integers(len(tied))]
 
 
-def swaps(
-    tasks: Sequence[str], groups: Iterable[Sequence[str]], seed: int = 0
-) -> pd.DataFrame:
+def swaps(tasks: Sequence[str], groups: Iterable[Sequence[str]], seed: int = 0) -> pd.DataFrame:
     """For each group, one drawn newcomer in the place of each member.
 
     Columns tasks (the group), leaves, enters, swapped (the new group). Raises ValueError for a
@@ -101,9 +87,7 @@ def swaps(
     for group in groups:
         outside = [x for x in tasks if x not in group]
         if not outside:
-            raise ValueError(
-                f"a group of all {len(tasks)} tasks has no newcomer to swap in"
-            )
+            raise ValueError(f"a group of all {len(tasks)} tasks has no newcomer to swap in")
         rng = np.random.default_rng([seed, *(tasks.index(x) for x in group)])
         enters = outside[rng.integers(len(outside))]
         for leaves in group:

@@ -35,9 +35,7 @@ class Interval(NamedTuple):
 # --- the formula -------------------------------------------------------------------------------
 
 
-def merging_loss(
-    merged: ArrayLike, specialist: ArrayLike, chance: ArrayLike = 0.0
-) -> NDArray:
+def merging_loss(merged: ArrayLike, specialist: ArrayLike, chance: ArrayLike = 0.0) -> NDArray:
     """L = (P_merged / P_specialist - 1) * 100 %, arXiv:2603.09463; scores in [0, 1], any shape.
 
     With `chance`, the loss of what exceeds it. Undefined (nan) where the specialist does not.
@@ -184,9 +182,7 @@ def read_doses(
     return np.array([read_dose(curves[task], dose, column) for task, dose in rows])
 
 
-def loss_table(
-    scores: pd.DataFrame, references: pd.DataFrame, doses: pd.DataFrame
-) -> pd.DataFrame:
+def loss_table(scores: pd.DataFrame, references: pd.DataFrame, doses: pd.DataFrame) -> pd.DataFrame:
     """Losses of cells, their controls, and the parts of their loss, as in losses.csv.
 
     `scores` has a row per cell: merge, task, score, nll, invalid, dose_ingredient, dose_own,

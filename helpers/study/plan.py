@@ -71,9 +71,7 @@ class Plan:
         return cls(pd.DataFrame(visits.values(), columns=Row._fields))
 
     def __iter__(self) -> Iterator[Row]:
-        for values in self.frame[list(Row._fields)].itertuples(
-            index=False, name=None
-        ):
+        for values in self.frame[list(Row._fields)].itertuples(index=False, name=None):
             yield Row(*values)
 
     def __len__(self) -> int:
@@ -84,9 +82,7 @@ class Plan:
 
     def select(self, chosen: Callable[[Row], bool]) -> "Plan":
         """The visits of which `chosen` holds."""
-        mask = pd.Series(
-            [chosen(row) for row in self], self.frame.index, dtype=bool
-        )
+        mask = pd.Series([chosen(row) for row in self], self.frame.index, dtype=bool)
         return Plan(self.frame[mask])
 
     def kinds(self, *kinds: str) -> "Plan":
@@ -110,10 +106,7 @@ class Plan:
     def done(self) -> pd.Series:
         """Of a keyed plan: whether the store holds all that a visit leaves."""
         folder = store.store()
-        kept = [
-            all((folder / name).is_dir() for name in names)
-            for names in self.frame["entries"]
-        ]
+        kept = [all((folder / name).is_dir() for name in names) for names in self.frame["entries"]]
         return pd.Series(kept, self.frame.index, dtype=bool)
 
     def left(self) -> "Plan":
@@ -128,17 +121,13 @@ class Plan:
         """A keyed plan without these models: `plan.without(plan.join(study)["merge"])`."""
         return Plan(self.frame[~self.frame["key"].isin(set(keys))])
 
-    def cost(
-        self, units: pd.DataFrame, sizes: Mapping[str, int]
-    ) -> pd.DataFrame:
+    def cost(self, units: pd.DataFrame, sizes: Mapping[str, int]) -> pd.DataFrame:
         """Visits, CPU minutes and gigabytes in the store, by kind.
 
         `units` are those of `unit_costs`, `sizes` examples of each split. A bound: a task that
         fails screening is merged with none, and a merge that equals another is not read again.
         """
-        works = pd.DataFrame(
-            [costs.work(row, sizes) for row in self], self.frame.index
-        )
+        works = pd.DataFrame([costs.work(row, sizes) for row in self], self.frame.index)
         works = works.reindex(columns=units.index).fillna(0.0)
         cost = works @ units[["cpu_seconds", "megabytes"]]
         kinds = cost.groupby(self.frame["kind"], sort=False)
@@ -209,15 +198,11 @@ def merges(
         probed = group if probe else ()
         of_group = Row("merge", group, "", seed=seed, scored=group)
         for rule, options in rules.items():
-            rows.append(
-                of_group._replace(rule=rule, options=options, probed=probed)
-            )
+            rows.append(of_group._replace(rule=rule, options=options, probed=probed))
         for rule, arm in arms:
             if rule in rules:
                 options = dict(rules[rule]) | in_arm(arm, len(group))
-                rows.append(
-                    of_group._replace(rule=rule, arm=arm, options=options)
-                )
+                rows.append(of_group._replace(rule=rule, arm=arm, options=options))
     return Plan.of(rows)
 
 
@@ -230,21 +215,16 @@ def in_arm(arm: str, n: int) -> dict[str, Any]:
     ("mask1", "mask2"). Base and result rounded to a grid: "bfloat16".
     """
     if arm not in ARMS:
-        raise ValueError(
-            f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}"
-        )
+        raise ValueError(f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}")
     return {"scale": float(n)} if arm == "sum" else {}
 
 
-def scale_line(
-    group: Sequence[str], scales: Iterable[float], seed: int = 0
-) -> Plan:
+def scale_line(group: Sequence[str], scales: Iterable[float], seed: int = 0) -> Plan:
     """theta_0 + s * (sum of the task vectors) at each scale s: arms "scale=0.25", …"""
     group = tuple(group)
     summed = Row("merge", group, "task_arithmetic", seed=seed, scored=group)
     return Plan.of(
-        summed._replace(arm=f"scale={scale:g}", options={"scale": float(scale)})
-        for scale in scales
+        summed._replace(arm=f"scale={scale:g}", options={"scale": float(scale)}) for scale in scales
     )
 
 
@@ -262,9 +242,7 @@ def solos(plan: Plan) -> Plan:
         if row.arm in MATCHED:
             about["group"] = list(row.tasks)
         for x in row.tasks:
-            rows.append(
-                Row("solo", (x,), row.rule, row.arm, row.seed, about, (x,))
-            )
+            rows.append(Row("solo", (x,), row.rule, row.arm, row.seed, about, (x,)))
     return Plan.of(rows)
 
 

@@ -177,6 +177,7 @@ def to_json(names: Iterable[str]) -> str:
 
 # --- describe ----------------------------------------------------------------------------------
 
+
 def page() -> str:
     """data/results/README.md."""
     parts = [_content()["introduction"]]

@@ -63,8 +63,7 @@ def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool 
         )
     if recipe.rank and model.get_output_embeddings() is None:
         raise ValueError(
-            "an encoder is tuned whole (rank 0), "
-            f"not {type(model).__name__} at rank {recipe.rank}"
+            f"an encoder is tuned whole (rank 0), not {type(model).__name__} at rank {recipe.rank}"
         )
     rows = rows.select(range(recipe.examples))
 

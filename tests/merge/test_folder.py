@@ -110,9 +110,7 @@ def test_a_merge_of_one_adapter_is_what_peft_merges(tiny_base, tiny_adapters, tm
 
 def test_bf16_output_is_the_fp32_merge_cast_once(tiny_base, full_models, tmp_path):
     exact = merge(tiny_base, full_models, tmp_path / "fp32", "--rule", "ties")
-    out = merge(
-        tiny_base, full_models, tmp_path / "bf16", "--rule", "ties", "--dtype", "bfloat16"
-    )
+    out = merge(tiny_base, full_models, tmp_path / "bf16", "--rule", "ties", "--dtype", "bfloat16")
     cast = load_file(out / "model.safetensors")
     for name, tensor in load_file(exact / "model.safetensors").items():
         assert torch.equal(cast[name], tensor.bfloat16())
@@ -216,9 +214,7 @@ def test_a_revision_of_a_hub_model_is_taken_and_named(
 
 
 def test_the_card_states_base_tag_and_recipe_without_paths(tiny_base, tiny_adapters, tmp_path):
-    out = merge(
-        tiny_base, tiny_adapters[:2], tmp_path / "out", "--rule", "ties", "--scale", "0.5"
-    )
+    out = merge(tiny_base, tiny_adapters[:2], tmp_path / "out", "--rule", "ties", "--scale", "0.5")
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == [tiny_base.name, "task1", "task2"] and front["tags"] == ["merge"]
