@@ -32,7 +32,7 @@ class Notebook(NamedTuple):
     """One entry of data/notebooks.toml; `produces` is committed, `keeps` is for later notebooks.
 
     What those in `uses` wrote is read where it is there. With a value for the parameter `unless`,
-    such as models of one's own, nothing is needed.
+    such as models of one's own, nothing is needed. Its tables are committed with `study` alone.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Notebook(NamedTuple):
     keeps: list[str] = []
     uses: list[str] = []
     unless: str = ""
+    study: str = ""  # empty: with every study
 
     @property
     def path(self) -> Path:

@@ -112,7 +112,8 @@ def recompute(profile: str, write: bool = False) -> Path:
     out = ROOT / "data" / "runs" / "recomputed" / profile
     if not tables.is_dir():
         raise ValueError(f"there are no tables in data/results/{profile}: publish it first")
-    books = [book for book in notebooks() if _recomputable(book, tables)]
+    own = [book for book in notebooks() if book.study in ("", profile)]
+    books = [book for book in own if _recomputable(book, tables)]
     for book in books:
         _rerun(book, profile, tables, out)
     produced = [file for book in books for file in book.produces]
@@ -177,7 +178,7 @@ def _publish_tables(profile: str, results: Path) -> None:
     tables.mkdir(parents=True, exist_ok=True)
     done = finished(results)
     for notebook in notebooks():
-        if notebook.name in done:
+        if notebook.name in done and notebook.study in ("", profile):
             for file in notebook.produces:
                 shutil.copyfile(results / file, tables / file)
 

@@ -17,9 +17,9 @@ from concurrent.futures import (
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache, lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 import torch
@@ -53,7 +53,8 @@ def executor(
             yield client.get_executor(pure=False, retries=RETRIES)
     elif workers > 1:
         # spawned, not forked: a fork would share locks and a GPU context with this process
-        with _sharing(workers), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        processes = ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent)
+        with _sharing(workers), processes as pool:
             try:
                 yield pool
             except BaseException:
@@ -61,6 +62,16 @@ def executor(
                 raise
     else:
         yield None
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed ends: it would wait for work for ever, with its model."""
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,13 @@ from dataclasses import replace
 from functools import partial
 
 import pandas as pd
+import psutil
 import pytest
 import tiny
 import torch
 
 from helpers import merge, store
+from helpers.store import ROOT
 from helpers.study import bench as benches
 from helpers.study import plan, scores, specialists, visit
 from helpers.study.bench import Bench
@@ -95,6 +98,27 @@ def test_processes_leave_what_a_serial_run_leaves_and_say_where_one_is_killed(
     for module, name in ((merge, "merge"), (scores, "score"), (specialists, "train_lora")):
         monkeypatch.setattr(module, name, fail)
     assert len(visit.run(trained(bench), ASKED)) == len(ASKED)
+
+
+WAITING_POOL = """
+import os, time
+from helpers.study.executor import executor
+if __name__ == "__main__":
+    with executor(2) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(600)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING_POOL)
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as parent:
+        worker = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        worker.wait(timeout=60)
 
 
 def test_threads_of_one_process_visit_one_at_a_time(bench, serial):
