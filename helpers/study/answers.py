@@ -42,11 +42,7 @@ def closing(tokenizer, end: str | None = None) -> Stop:
 # --- one pass over prompts, one over candidates ----------------------------------------------
 
 
-def batches(
-    model,
-    lengths: Sequence[int],
-    batch_size: int,
-) -> list[list[int]]:
+def batches(model, lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices of prompts that are read together: of similar length, shortest first.
 
     Of equal length where a sliding window is not far longer than the prompts, as it would count the
@@ -75,11 +71,7 @@ class Cached(NamedTuple):
 
 
 @torch.no_grad()
-def read_prompts(
-    model,
-    prompts: Sequence[list[int]],
-    fill: int,
-) -> Cached:
+def read_prompts(model, prompts: Sequence[list[int]], fill: int) -> Cached:
     """Read prompts, padded on the right; logits are computed where one of them ends only.
 
     What a decoder's prompts all begin with, as their instruction, is read once.
@@ -114,12 +106,7 @@ def read_prompts(
 
 
 @torch.no_grad()
-def follow(
-    model,
-    cached: Cached,
-    tokens: Tensor,
-    real: Tensor,
-) -> Cached:
+def follow(model, cached: Cached, tokens: Tensor, real: Tensor) -> Cached:
     """Read tokens (B, t) behind what was read, those that `real` (B, t) marks; the cache grows."""
     mask, _, cache, encoded = cached
     if encoded is not None:
