@@ -21,6 +21,7 @@ from helpers.states.batch import (
     shared_length,
 )
 
+MOST = 64  # candidate answers that are read at once: each takes a copy of its prompt's cache
 MORE = 4  # tokens that a generated answer may have beyond the longest candidate
 
 
@@ -156,32 +157,28 @@ class Reading(NamedTuple):
 
 
 def readings(
-    model,
-    cached: Cached,
-    answers: Sequence[Sequence[list[int]]],
-    fill: int,
-    stop: Stop,
+    model, cached: Cached, answers: Sequence[Sequence[list[int]]], fill: int, stop: Stop
 ) -> list[list[Reading]]:
-    """The candidate answers of each read prompt."""
-    owners = [i for i, texts in enumerate(answers) for _ in texts]
-    tokens = [ids for texts in answers for ids in texts]
-    each = some_of(cached, torch.tensor(owners))
-    target, real = pad(tokens, fill)
-    target, real = target.to(model.device), real.to(model.device)
-    rest = follow(
-        model,
-        each,
-        target[:, :-1],
-        real[:, :-1],
-    )
-    logits = torch.cat([each.logits[:, None], rest.logits], 1).float()
-    fields = per_token(logits, target, stop)
+    """The candidate answers of each read prompt; a prompt may have many, so MOST at a time."""
+    asked = [(i, ids) for i, texts in enumerate(answers) for ids in texts]
     out: list[list[Reading]] = [[] for _ in answers]
-    for i, ids, padded in zip(owners, tokens, fields, strict=True):
-        n = len(ids)
-        own = (field[:n] for field in padded)
-        out[i].append(Reading(ids, *own))
+    for start in range(0, len(asked), MOST):
+        owners, tokens = zip(*asked[start : start + MOST], strict=True)
+        each = some_of(cached, torch.tensor(owners))
+        for i, reading in zip(owners, _read_together(model, each, tokens, fill, stop), strict=True):
+            out[i].append(reading)
     return out
+
+
+def _read_together(
+    model, cached: Cached, tokens: Sequence[list[int]], fill: int, stop: Stop
+) -> Iterator[Reading]:
+    """One candidate behind each read prompt."""
+    target, real = (x.to(model.device) for x in pad(tokens, fill))
+    rest = follow(model, cached, target[:, :-1], real[:, :-1])
+    logits = torch.cat([cached.logits[:, None], rest.logits], 1).float()
+    for ids, padded in zip(tokens, per_token(logits, target, stop), strict=True):
+        yield Reading(ids, *(field[: len(ids)] for field in padded))
 
 
 def per_token(logits: Tensor, target: Tensor, stop: Stop) -> Iterator[tuple]:
