@@ -18,6 +18,7 @@ PARAMETERS = (
     "PARTNERS",
     "STAGES",
     "RELATIVES",
+    "CROSS",
     "GROUP_SIZES",
     "GROUPS_PER_SIZE",
     "SWAPS",
@@ -66,9 +67,9 @@ def drawn(tasks: Sequence[str], families: Mapping[str, str], given: Mapping[str,
 def visits(tasks: Iterable[str], chosen: Groups, given: Mapping[str, Any]) -> Plan:
     """Every visit of a study but `plan.solos`: base, doses, merges of pairs and groups, swaps.
 
-    Specialists are scored on the tasks of their partners as well: what they say there tells whose
-    answer a merge gives. Raises ValueError for parameters that leave a study without what its
-    losses are measured by.
+    With CROSS specialists are scored on the tasks of their partners as well: what they say there
+    tells whose answer a merge gives. Raises ValueError for parameters that leave a study without
+    what its losses are measured by.
     """
     tasks = list(tasks)
     rules, arms, seed = given["RULES"], given["ARMS"], given["SEED"]
@@ -79,7 +80,8 @@ def visits(tasks: Iterable[str], chosen: Groups, given: Mapping[str, Any]) -> Pl
         raise ValueError(f"ARMS names a rule that is not merged: {arms}")
     asked = plan.base(tasks, probed=tasks)
     asked += plan.doses(tasks, given["DOSES"])
-    asked += plan.doses(tasks, probed=tasks, partners=_partners(chosen))
+    crossed = _partners(chosen) if given["CROSS"] else {}
+    asked += plan.doses(tasks, probed=tasks, partners=crossed)
     asked += plan.merges(chosen.pairs, rules, arms, seed)
     asked += plan.merges(chosen.larger, grouped, arms, seed)
     swapped = [*chosen.swaps["tasks"], *chosen.swaps["swapped"]]

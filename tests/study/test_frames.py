@@ -19,6 +19,7 @@ GIVEN = {
     "PARTNERS": 0,
     "STAGES": [],
     "RELATIVES": False,
+    "CROSS": True,
     "GROUP_SIZES": [3],
     "GROUPS_PER_SIZE": 1,
     "SWAPS": 0,

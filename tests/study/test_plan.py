@@ -172,7 +172,7 @@ def test_a_plan_needs_no_torch():
 
 def test_a_study_is_planned_from_the_parameters_of_a_profile():
     given = {"RULES": ["linear", "ties"], "GROUP_RULES": ["chebyshev"], "ARMS": [["ties", "norm"]]}
-    given |= {"PAIRS": 4, "PARTNERS": 0, "STAGES": [], "RELATIVES": True}
+    given |= {"PAIRS": 4, "PARTNERS": 0, "STAGES": [], "RELATIVES": True, "CROSS": True}
     given |= {"GROUP_SIZES": [3, 9], "SEED": 1}
     given |= {"GROUPS_PER_SIZE": 2, "SWAPS": 1, "SWAP_RULES": ["linear"], "GROUP_SEED": 0}
     given |= {"DOSES": [0.0, 0.5, 1.0], "TASKS": LABELS, "TRAIN_EXAMPLES": 10, "EPOCHS": 1}
@@ -188,6 +188,8 @@ def test_a_study_is_planned_from_the_parameters_of_a_profile():
     assert len(asked.kinds("dose")) == 21 and len(asked.kinds("base")) == 1
     whole = asked.select(lambda row: row.tasks == ("a",) and row.options == {"dose": 1.0})
     assert {"a", "b"} <= set(next(iter(whole)).scored)
+    alone = design.visits(LABELS, drawn, given | {"CROSS": False})
+    assert all(len(row.scored) == 1 for row in alone.kinds("dose"))
     cost = design.whole(given).cost(UNITS, SIZES)
     assert set(cost.index) == {"specialist", "ability", "dose", "base", "merge", "solo"}
     with pytest.raises(ValueError, match="name linear among RULES"):
