@@ -30,6 +30,7 @@ from helpers.study.kinds import failure_kind
 from helpers.study.tasks import Task
 
 __all__ = ["classify", "constant_answer", "generate", "graded", "outcome", "rouge_l", "score"]
+MOST_OPTIONS = 32  # a longer list is no choice, and reading it takes longer than all else
 VERSION = 2  # raised by hand whenever a score changes
 
 
@@ -51,8 +52,9 @@ def score(
     forced: correct, had the end token been forbidden for the right answer's length: a control for
     answers that stop too early. It tells a model how long an answer is at least, so it can only
     help; undefined for ROUGE-L;
-    option_correct: the most likely option (sum over its tokens) is accepted; undefined without;
-    invalid: greedy decoding gives none of the options; undefined without options;
+    option_correct: the most likely option (sum over its tokens) is accepted; undefined without
+    `choices`;
+    invalid: greedy decoding gives none of the options; undefined without;
     answer: the greedy text; kind: of failure, as far as that text tells (`kinds.failure_kind`).
     There are no such columns without `texts`.
     """
@@ -88,15 +90,20 @@ def score_batch(model, tokenizer, rows, metric: str, end: str | None, texts: boo
     return out
 
 
+def choices(row: dict) -> list[str]:
+    """The options of an example, unless they are more than MOST_OPTIONS."""
+    return row["options"] if len(row["options"]) <= MOST_OPTIONS else []
+
+
 def candidates(row: dict) -> list[str]:
     """Accepted answers and options, each once: an answer is usually one of the options too."""
-    return list(dict.fromkeys([*row["answers"], *row["options"]]))
+    return list(dict.fromkeys([*row["answers"], *choices(row)]))
 
 
 def outcome(row: dict, names: Sequence[str], read: Sequence[Reading], stop: Stop) -> dict:
     """The scores of one example from the readings of its candidates, called `names`."""
     accepted = np.array([name in row["answers"] for name in names])
-    options = np.array([name in row["options"] for name in names])
+    options = np.array([name in choices(row) for name in names])
     greedy = np.array([of.best.all() for of in read])
     forced = np.array([is_forced(of, stop) for of in read])
     first = read[0].logprob.astype(float)

@@ -102,8 +102,12 @@ def test_any_accepted_answer_counts_and_options_are_told_from_it():
     assert (by_c["nll"], by_c["nll_answer"]) == (1.0, 0.5)
     by_a = evaluate.outcome(row, names, [b, c, right_a], END)
     assert (by_a["correct"], by_a["invalid"]) == (0.0, 0.0)
-    free = evaluate.outcome(row | {"options": []}, names, [b, c, a], END)
-    assert math.isnan(free["option_correct"]) and math.isnan(free["invalid"])
+    many = ["b", *map(str, range(evaluate.MOST_OPTIONS))]
+    for no_choice in ([], many):
+        open_row = row | {"options": no_choice}
+        free = evaluate.outcome(open_row, names, [b, c, a], END)
+        assert math.isnan(free["option_correct"]) and math.isnan(free["invalid"])
+        assert evaluate.candidates(open_row) == ["b", "c"]
 
 
 def test_the_end_token_is_forbidden_within_the_right_answer_only():
