@@ -22,6 +22,7 @@ from helpers.run.profiles import (
     Notebook,
     Step,
     all_profiles,
+    chosen,
     declared,
     notebooks,
     pick,
@@ -30,6 +31,7 @@ from helpers.run.profiles import (
 from helpers.run.readme import write_readme
 from helpers.store import REVISION, ROOT, atomic_write, revision, store
 
+LARGEST = 8_000_000  # bytes of a committed file; the distances of 48 tasks on all probes take more
 RUN_FIELDS = ("revision", "started", "seconds", "peak_gb", "threads", "machine", "versions")
 
 
@@ -112,7 +114,7 @@ def recompute(profile: str, write: bool = False) -> Path:
     out = ROOT / "data" / "runs" / "recomputed" / profile
     if not tables.is_dir():
         raise ValueError(f"there are no tables in data/results/{profile}: publish it first")
-    own = [book for book in notebooks() if book.study in ("", profile)]
+    own = [book for book in chosen(None, profile) if book.study in ("", profile)]
     books = [book for book in own if _recomputable(book, tables)]
     for book in books:
         _rerun(book, profile, tables, out)
@@ -180,7 +182,10 @@ def _publish_tables(profile: str, results: Path) -> None:
     for notebook in notebooks():
         if notebook.name in done and notebook.study in ("", profile):
             for file in notebook.produces:
-                shutil.copyfile(results / file, tables / file)
+                if (results / file).stat().st_size > LARGEST:
+                    print(f"not committed, larger than {LARGEST / 1e6:.0f} MB: {results / file}")
+                else:
+                    shutil.copyfile(results / file, tables / file)
 
 
 def _write_manifest(profile: str, done: dict[str, dict]) -> None:

@@ -1,0 +1,135 @@
+"""The declared test once more, from examples and distances, by least squares written out here."""
+
+import json
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers.store import ROOT
+
+FOLDER = ROOT / "data" / "results" / "tasks96"
+WORDS = {"victim": "(as victim)", "partner": "(as partner)", "pair": "the pair"}
+ORDERS = 2000
+
+
+@pytest.fixture(scope="module")
+def family():
+    frame = pd.read_csv(FOLDER / "tasks.csv").query("kept")
+    return dict(zip(frame["task"], frame["family"], strict=True))
+
+
+@pytest.fixture(scope="module")
+def lost(family):
+    """{(victim, partner): NLL of the specialist less that of the average}, of unrelated tasks."""
+    merges = pd.read_csv(FOLDER / "merges.csv").query("rule == 'linear' and n == 2")
+    nll = pd.read_csv(FOLDER / "examples.csv.gz").groupby(["merge", "task"])["nll"].mean()
+    out = {}
+    for row in merges.itertuples():
+        for victim, partner in permutations(json.loads(row.tasks)):
+            if family[victim] != family[partner]:
+                out[victim, partner] = nll["specialist", victim] - nll[row.merge, victim]
+    return out
+
+
+@pytest.fixture(scope="module")
+def distance(family):
+    """{(task, task): hidden distance}, of unrelated tasks, merged or not; both ways round."""
+    out = {}
+    for row in pd.read_csv(FOLDER / "pair_predictors.csv").itertuples():
+        if family[row.task_a] != family[row.task_b]:
+            out[row.task_a, row.task_b] = out[row.task_b, row.task_a] = row.hidden_sim
+    return out
+
+
+def fitted(values):
+    """Mean, row and column effects of {(row, column): value}: (rows', columns', what is left)."""
+    names = sorted({name for pair in values for name in pair})
+    place = {name: i for i, name in enumerate(names)}
+    columns = np.zeros((len(values), 1 + 2 * len(names)))
+    columns[:, 0] = 1
+    for i, (row, column) in enumerate(values):
+        columns[i, 1 + place[row]] = 1
+        columns[i, 1 + len(names) + place[column]] = 1
+    y = np.array(list(values.values()))
+    found = np.linalg.lstsq(columns, y, rcond=None)[0]
+    rows, cols = found[1 : 1 + len(names)], found[1 + len(names) :]
+    left = dict(zip(values, y - columns @ found, strict=True))
+    return (
+        dict(zip(names, rows, strict=True)),
+        dict(zip(names, cols, strict=True)),
+        left,
+    )
+
+
+@pytest.fixture(scope="module")
+def series(lost, distance):
+    """{estimand: (of the distance, of the loss)}, in one order; names of the tasks."""
+    victim, partner, left = fitted(lost)
+    far, _, _ = fitted(distance)
+    names = list(victim)
+    both = {pair: (lost[pair] + lost[pair[::-1]]) / 2 for pair in lost}
+    _, _, left = fitted(both)
+    _, _, apart = fitted({pair: distance[pair] for pair in both})
+    x = np.array([far[name] for name in names])
+    return names, {
+        "victim": (x, np.array([victim[name] for name in names])),
+        "partner": (x, np.array([partner[name] for name in names])),
+        "pair": (np.array(list(apart.values())), np.array(list(left.values()))),
+    }
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    frame = pd.read_csv(FOLDER / "verdicts.csv")
+    frame = frame[frame["claim"].str.startswith("hidden distance")]
+    rows = {}
+    for name, word in WORDS.items():
+        (rows[name],) = (row for row in frame.itertuples() if word in row.claim)
+    return rows
+
+
+@pytest.mark.parametrize("estimand", WORDS)
+def test_the_declared_correlations(estimand, series, verdicts):
+    x, y = series[1][estimand]
+    assert verdicts[estimand].estimate == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-3)
+
+
+def shuffled(names, family, rng):
+    """Places of the tasks: tasks change places in a family, families of one size with another."""
+    by_size = {}
+    for name in dict.fromkeys(family[x] for x in names):
+        members = [i for i, x in enumerate(names) if family[x] == name]
+        by_size.setdefault(len(members), []).append(members)
+    order = np.arange(len(names))
+    for families in by_size.values():
+        for here, there in zip(families, rng.permutation(len(families)), strict=True):
+            order[here] = rng.permutation(families[there])
+    return order
+
+
+def studentised(x, y):
+    products = (x - x.mean()) * (y - y.mean())
+    return abs(products.sum()) / np.sqrt((products**2).sum())
+
+
+@pytest.mark.parametrize("estimand", ["victim", "partner"])
+def test_the_declared_permutation_test(estimand, series, family):
+    names, values = series
+    x, y = values[estimand]
+    rng = np.random.default_rng(1)
+    here = studentised(x, y)
+    there = [studentised(x[shuffled(names, family, rng)], y) for _ in range(ORDERS)]
+    p = (1 + np.sum(there >= here)) / (1 + ORDERS)
+    frame = pd.read_csv(FOLDER / "predictors.csv")
+    row = frame.query("metric == 'hidden_sim' and rule == 'linear' and estimand == @estimand")
+    said = row["family_p"].item()
+    assert abs(p - said) < 4 * np.sqrt(max(p * (1 - p), 1e-3) / ORDERS)
+
+
+def test_as_many_tasks_and_pairs_as_were_declared(family, lost):
+    assert len(family) >= 48
+    met = pd.Series([victim for victim, _ in lost]).value_counts()
+    assert len(met) == len(family) and met.min() >= 8
+    assert max(pd.Series(family.values()).value_counts()) <= 3
