@@ -175,7 +175,8 @@ def test_swaps_start_from_measured_groups_and_each_has_one_newcomer(name, studie
 
 # --- described -----------------------------------------------------------------------------------
 
-MAY_BE_EMPTY = {"swaps.csv", "twins.csv", "contrasts.csv"}  # studies that swap nobody, or train no task twice
+# of studies that swap nobody, train no task twice, or merge by one rule
+MAY_BE_EMPTY = {"swaps.csv", "twins.csv", "contrasts.csv"}
 KNOWN = {table.file: name for name, table in schema.tables().items()}
 
 
