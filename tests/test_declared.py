@@ -6,6 +6,7 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 import pytest
+from by_hand import least_squares
 
 from helpers.store import ROOT
 
@@ -43,40 +44,20 @@ def distance(family):
     return out
 
 
-def fitted(values):
-    """Mean, row and column effects of {(row, column): value}: (rows', columns', what is left)."""
-    names = sorted({name for pair in values for name in pair})
-    place = {name: i for i, name in enumerate(names)}
-    columns = np.zeros((len(values), 1 + 2 * len(names)))
-    columns[:, 0] = 1
-    for i, (row, column) in enumerate(values):
-        columns[i, 1 + place[row]] = 1
-        columns[i, 1 + len(names) + place[column]] = 1
-    y = np.array(list(values.values()))
-    found = np.linalg.lstsq(columns, y, rcond=None)[0]
-    rows, cols = found[1 : 1 + len(names)], found[1 + len(names) :]
-    left = dict(zip(values, y - columns @ found, strict=True))
-    return (
-        dict(zip(names, rows, strict=True)),
-        dict(zip(names, cols, strict=True)),
-        left,
-    )
-
-
 @pytest.fixture(scope="module")
 def series(lost, distance):
-    """{estimand: (of the distance, of the loss)}, in one order; names of the tasks."""
-    victim, partner, left = fitted(lost)
-    far, _, _ = fitted(distance)
-    names = list(victim)
+    """The names of the tasks, and {estimand: (of the distance, of the loss)} in one order."""
+    effects = least_squares(lost)
+    far = least_squares(distance).rows
     both = {pair: (lost[pair] + lost[pair[::-1]]) / 2 for pair in lost}
-    _, _, left = fitted(both)
-    _, _, apart = fitted({pair: distance[pair] for pair in both})
+    hurt = least_squares(both).left
+    apart = least_squares({pair: distance[pair] for pair in both}).left
+    names = list(far)
     x = np.array([far[name] for name in names])
     return names, {
-        "victim": (x, np.array([victim[name] for name in names])),
-        "partner": (x, np.array([partner[name] for name in names])),
-        "pair": (np.array(list(apart.values())), np.array(list(left.values()))),
+        "victim": (x, np.array([effects.rows[name] for name in names])),
+        "partner": (x, np.array([effects.columns[name] for name in names])),
+        "pair": (np.array(list(apart.values())), np.array(list(hurt.values()))),
     }
 
 

@@ -6,6 +6,7 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 import pytest
+from by_hand import least_squares
 
 from helpers.store import ROOT
 
@@ -69,20 +70,6 @@ def relatives():
     return {pair for pair in permutations(family, 2) if family[pair[0]] == family[pair[1]]}
 
 
-def beyond_tasks(values):
-    """What is left of {(victim, partner): value} after effects of victims and partners."""
-    pairs = list(values)
-    tasks = sorted({task for pair in pairs for task in pair})
-    design = np.zeros((len(pairs), 1 + 2 * len(tasks)))
-    design[:, 0] = 1
-    for i, (victim, partner) in enumerate(pairs):
-        design[i, 1 + tasks.index(victim)] = 1
-        design[i, 1 + len(tasks) + tasks.index(partner)] = 1
-    y = np.array([values[pair] for pair in pairs])
-    effects = np.linalg.lstsq(design, y, rcond=None)[0]
-    return y - design @ effects
-
-
 def test_the_cells_are_those_of_all_pairs(headlines, cells):
     tasks = sorted({victim for victim, _ in cells})
     contradictory = set(permutations(["sentence_negation", "question_formation"]))
@@ -119,6 +106,7 @@ def test_what_foretells_a_pair_beyond_its_tasks(name, column, headlines, cells, 
     strangers = set(loss) - relatives()
     both = {(a, b): (loss[a, b] + loss[b, a]) / 2 for a, b in strangers}
     metric = of_pairs(column)
-    x = beyond_tasks({pair: metric[pair] for pair in both})
-    r = np.corrcoef(x, beyond_tasks(both))[0, 1]
+    far = least_squares({pair: metric[pair] for pair in both}).left
+    hurt = least_squares(both).left
+    r = np.corrcoef(list(far.values()), list(hurt.values()))[0, 1]
     assert float(headlines[name]) == pytest.approx(r, abs=0.0051)

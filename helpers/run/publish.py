@@ -114,7 +114,7 @@ def recompute(profile: str, write: bool = False) -> Path:
     out = ROOT / "data" / "runs" / "recomputed" / profile
     if not tables.is_dir():
         raise ValueError(f"there are no tables in data/results/{profile}: publish it first")
-    own = [book for book in chosen(None, profile) if book.study in ("", profile)]
+    own = [book for book in chosen(None, profile) if _belongs(book, profile)]
     books = [book for book in own if _recomputable(book, tables)]
     for book in books:
         _rerun(book, profile, tables, out)
@@ -180,12 +180,17 @@ def _publish_tables(profile: str, results: Path) -> None:
     tables.mkdir(parents=True, exist_ok=True)
     done = finished(results)
     for notebook in notebooks():
-        if notebook.name in done and notebook.study in ("", profile):
+        if notebook.name in done and _belongs(notebook, profile):
             for file in notebook.produces:
                 if (results / file).stat().st_size > LARGEST:
                     print(f"not committed, larger than {LARGEST / 1e6:.0f} MB: {results / file}")
                 else:
                     shutil.copyfile(results / file, tables / file)
+
+
+def _belongs(notebook: Notebook, profile: str) -> bool:
+    """Whether a page's tables are committed with this study."""
+    return notebook.study in ("", profile)
 
 
 def _write_manifest(profile: str, done: dict[str, dict]) -> None:
