@@ -195,7 +195,10 @@ def _with_base(
         if base not in listed:
             models.append((base, dict(shared)))  # mergekit takes the base as one more model
         return base, models
-    return base, [pair for pair in models if pair[0] != base]  # the base has no task vector
+    changed = [pair for pair in models if pair[0] != base]  # the base has no task vector
+    if not changed:
+        raise ValueError(f"no model is listed but the base: {name} adds up what others changed")
+    return base, changed
 
 
 def _model_name(stated: Any, base: str | None) -> str:

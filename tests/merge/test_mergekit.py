@@ -123,6 +123,10 @@ def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, tmp_path):
         ("merge_method: della\nbase_model: b\nmodels: [{model: a}]", "merge_method della is not"),
         ("merge_method: ties\nmodels: [{model: a}]", "ties needs a base_model"),
         (
+            "merge_method: ties\nbase_model: a\nmodels: [{model: a}]",
+            "no model is listed but the base",
+        ),
+        (
             "merge_method: slerp\nbase_model: b\n"
             "slices: [{sources: [{model: a}]}, {sources: [{model: b}]}]",
             "several slices",
