@@ -109,6 +109,31 @@ def test_the_declared_permutation_test(estimand, series, family):
     assert abs(p - said) < 4 * np.sqrt(max(p * (1 - p), 1e-3) / ORDERS)
 
 
+def corrected(values):
+    """Holm's p, step by step."""
+    out, least = {}, 0
+    for place, name in enumerate(sorted(values, key=values.get)):
+        least = max(least, min(1, values[name] * (len(values) - place)))
+        out[name] = least
+    return out
+
+
+@pytest.mark.parametrize("unit", ["p", "family_p"])
+def test_the_verdicts_rest_on_corrected_p(unit, verdicts):
+    frame = pd.read_csv(FOLDER / "predictors.csv")
+    rows = frame.query("metric == 'hidden_sim' and rule == 'linear'").set_index("estimand")
+    assert {name: getattr(row, unit) for name, row in verdicts.items()} == pytest.approx(
+        corrected(rows[unit].to_dict()), abs=1e-5
+    )
+
+
+def test_a_verdict_holds_where_both_p_are_small_and_nothing_overturns_it(verdicts):
+    for row in verdicts.values():
+        stands = {str(row.without_one_task), str(row.without_one_family)} == {"0"}
+        small = max(row.p, row.family_p) < 0.05
+        assert (row.verdict == "holds") == (small and stands)
+
+
 def test_as_many_tasks_and_pairs_as_were_declared(family, lost):
     assert len(family) >= 48
     met = pd.Series([victim for victim, _ in lost]).value_counts()

@@ -45,11 +45,11 @@ def answers():
 
 @pytest.fixture(scope="module")
 def lost(cells, answers):
-    """{(victim, partner): loss in percent, from the examples}."""
+    """{(victim, partner): loss in percent of what exceeds chance, from the examples}."""
     out = {}
     for (victim, partner), row in cells.items():
-        merged = answers[row.merge, victim]["correct"].mean()
-        own = answers["specialist", victim]["correct"].mean()
+        merged = answers[row.merge, victim]["correct"].mean() - row.chance
+        own = answers["specialist", victim]["correct"].mean() - row.chance
         out[victim, partner] = 100 * (merged / own - 1)
     return out
 
@@ -83,14 +83,18 @@ def test_the_mean_loss(headlines, lost):
 
 
 def test_what_a_task_loses_alone(headlines, cells):
-    alone = [100 * (row.control_ingredient / row.specialist - 1) for row in cells.values()]
+    alone = [
+        100 * ((row.control_ingredient - row.chance) / (row.specialist - row.chance) - 1)
+        for row in cells.values()
+    ]
     assert headlines["alone"] == f"{np.mean(alone):.0f}"
 
 
-def test_who_keeps_its_score_harms_its_partners(headlines, lost):
-    tasks = sorted({victim for victim, _ in lost})
-    own = [np.mean([lost[task, x] for x in tasks if (task, x) in lost]) for task in tasks]
-    harm = [np.mean([lost[x, task] for x in tasks if (x, task) in lost]) for task in tasks]
+def test_what_a_task_loses_beside_what_its_partners_lose(headlines, lost):
+    effects = least_squares(lost)
+    tasks = sorted(effects.rows)
+    own = [effects.rows[task] for task in tasks]
+    harm = [effects.columns[task] for task in tasks]
     assert headlines["contest"] == f"{np.corrcoef(own, harm)[0, 1]:.2f}"
 
 

@@ -66,7 +66,7 @@ def advise(
     started = time.monotonic()
     panel = open_panel(base, models, prompts, **settings)
     parts = {x: choices.split(len(panel.inputs[x])) for x in models}
-    _print_costs(panel, keep, budget, parts)
+    _print_costs(panel, keep, budget)
     with tqdm(desc="trial merges", unit="trial", disable=None) as bar:
         search = Search(partial(_measure, panel, parts, 0, bar), keep, 60 * budget)
         proposals = propose(panel.labels, search)
@@ -107,7 +107,7 @@ def _measure(panel: Panel, parts: Mapping, which: int, bar: tqdm, merge: Merge) 
     return rows
 
 
-def _print_costs(panel: Panel, keep: float, budget: float, parts: Mapping) -> None:
+def _print_costs(panel: Panel, keep: float, budget: float) -> None:
     """On stderr, before the search: what it may take, and whether the prompts can suffice."""
     n = len(panel.labels)
     size = sum(p.numel() * p.element_size() for p in panel.model.parameters())
@@ -116,14 +116,21 @@ def _print_costs(panel: Panel, keep: float, budget: float, parts: Mapping) -> No
         f"the models' own answers, about {2 * size / 1e9:.1f} GB of memory",
         file=sys.stderr,
     )
-    judging = [len(panel.inputs[x][parts[x][1]]) for x in panel.labels]
-    needed = choices.prompts_needed(1.0, keep, choices.ALPHA * choices.FIRST)
-    if min(judging) < needed:
-        print(
-            f"{min(judging)} prompts are left to judge by: to be sure of {keep:.0%}, {needed} are "
-            f"needed though every answer is kept, so give {needed + needed // 3} or a lower --keep",
-            file=sys.stderr,
-        )
+    for sentence in _too_few(panel, keep):
+        print(sentence, file=sys.stderr)
+
+
+def _too_few(panel: Panel, keep: float) -> list[str]:
+    """One sentence if a model has too few prompts that judge to be in any safe merge."""
+    counts = [len(panel.inputs[x]) for x in panel.labels]
+    judging = min(n - choices.split(n)[0].stop for n in counts)
+    needed, given = choices.to_be_sure(keep)
+    if judging >= needed:
+        return []
+    return [
+        f"{judging} prompts are left to judge by: to be sure of {100 * keep:.4g}%, {needed} are "
+        f"needed though every answer is kept, so give {given} or more of each model, or lower keep"
+    ]
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -179,7 +186,7 @@ def _merge_rows(judged: Sequence[choices.Verdict], base: str, sources: Mapping) 
 
 def limits_of(panel: Panel, prompts: Mapping[str, Sequence], search: Search) -> list[str]:
     """What the advice cannot carry, in sentences."""
-    out = []
+    out = _too_few(panel, search.keep)
     for model in panel.labels:
         dropped = len(prompts[model]) - len(panel.inputs[model])
         if dropped:

@@ -106,6 +106,20 @@ def prompts_needed(share: float, keep: float, alpha: float) -> int:
     return int(n[settled.argmax()]) if settled.any() else MOST
 
 
+def to_be_sure(keep: float, merges: int = 1) -> tuple[int, int]:
+    """Prompts of each model that must judge before a merge can be called safe, and to give for it.
+
+    With fewer the exact lower end stays below `keep` though every answer is kept. merges: how many
+    are proposed, which share ALPHA.
+    """
+    alpha = ALPHA / merges * FIRST
+    judging = math.floor(math.log(alpha) / math.log(keep)) + 1
+    given = judging
+    while len(range(given)[split(given)[1]]) < judging:
+        given += 1
+    return judging, given
+
+
 def without_weakest(merge: Merge, search: Search) -> Merge | None:
     """The merge without the model that the search found weakest; None for a pair."""
     table = search.look(merge)
@@ -126,7 +140,8 @@ def decide(models: Sequence[str], judged: Sequence[Verdict], search: Search) -> 
     """One row per model: decision, merge (its place in `judged`; -1: none), kept, least.
 
     merge, reweight (with weights other than the rule's own), leave out (others merge without it),
-    keep apart (no other does, either), or abstain: an interval spans the threshold.
+    keep apart (no other does, either), or abstain: an interval spans the threshold, or a spent
+    budget left a partner untried.
     """
     some_merge = any(verdict.verdict == "safe" for verdict in judged)
     rows = []
@@ -138,25 +153,37 @@ def decide(models: Sequence[str], judged: Sequence[Verdict], search: Search) -> 
                 verdict = candidate
                 of_model = verdict.table.set_index("model").loc[model]
                 row |= {"merge": place, "kept": of_model["kept"], "least": of_model["least"]}
-        row["decision"] = _decision(model, verdict, some_merge, search)
+        row["decision"] = _decision(model, models, verdict, some_merge, search)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _decision(model: str, verdict: Verdict | None, some_merge: bool, search: Search) -> str:
+def _decision(
+    model: str,
+    models: Sequence[str],
+    verdict: Verdict | None,
+    some_merge: bool,
+    search: Search,
+) -> str:
     if verdict is not None and verdict.verdict == "safe":
         return "merge" if verdict.merge.weights is None else "reweight"
     if verdict is not None and verdict.verdict == "undecided":
         return "abstain"
-    if verdict is None and _may_fit(model, search):
+    if verdict is None and _may_fit(model, models, search):
         return "abstain"
     return "leave out" if some_merge else "keep apart"
 
 
-def _may_fit(model: str, search: Search) -> bool:
-    """Whether the intervals leave room for some merge that keeps this model and its partners."""
+def _may_fit(model: str, models: Sequence[str], search: Search) -> bool:
+    """Whether some merge may keep this model and its partners.
+
+    The intervals of one that was tried leave room for it, or a spent budget left a partner untried.
+    """
+    paired = {model}
     for merge, table in search.trials.items():
         partners = len(merge.models) > 1 and model in merge.models
         if partners and (table["high"] >= search.keep).all():
             return True
-    return False
+        if partners and len(merge.models) == 2:
+            paired.update(merge.models)
+    return search.spent and paired != set(models)

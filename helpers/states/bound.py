@@ -3,7 +3,7 @@
 Any merge, by whatever rule, is a function h of x; its distortion for task i is delta_i(h) and the
 worst task's is delta_max. The least delta_max of all is R^2, the squared radius of the smallest
 ball around the specialists' states, and R^2 follows from their distances D2 alone (see geometry).
-Starting point: Theorem 1 of Cao et al., arXiv:2603.09463; notebook 04 derives what holds of it.
+Starting point: Theorem 1 of Cao et al., arXiv:2603.09463; notebook 04a derives what holds of it.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """How many bits, how many models? R(D) and K(D) of the specialists, from their distances alone.
 
 R(D): bits about the task that a hidden map must be told to reproduce the specialists with mean
-squared distortion D. K(D): the least number of merged models with every task within D of one.
+squared distortion D. K(D): the least number of models with every task within D of one. Any function
+of x counts as a model, so both are lower bounds for real merges.
 """
 
 from functools import cache
@@ -30,7 +31,7 @@ class RateCurve(NamedTuple):
 
 
 class Step(NamedTuple):
-    """`models` merged models keep every task within `distortion`; none does below `lower`."""
+    """The centres of `groups` keep every task within `distortion`; no others below `lower`."""
 
     models: int
     distortion: float
@@ -156,7 +157,7 @@ def rate_at(curve: RateCurve, distortion: ArrayLike) -> Array:
 
 
 def staircase(d2: ArrayLike) -> list[Step]:
-    """For K = 1..N: the least worst-task distortion with K merged models, and who shares one.
+    """For K = 1..N: the least worst-task distortion with K models, and who shares one.
 
     min over partitions into K groups of max_S R_S^2. Exact (lower == distortion) up to EXACT_TASKS
     tasks, by radii of all subsets and dynamic programming over them; above, complete linkage with

@@ -14,6 +14,8 @@ KINDS = (
     "copies prompt",
     "other",
 )
+OPENING = "\"'("  # punctuation that may stand before a word …
+CLOSING = "\"').,;:!?"  # … and after it
 
 
 def failure_kind(
@@ -28,11 +30,10 @@ def failure_kind(
     right: an accepted answer; empty; stops: a right beginning; partner's answer: what another
     specialist of the merge says to the same prompt; partner's format: characters as in that answer
     and not as in the right one (`form`); base's answer: what the base says; copies prompt: a piece
-    of the prompt, at least half as long as the right answer; other.
+    of it (`copies`); other.
     """
     others = [answer for answer in partner_answers if answer]
     forms = {form(answer) for answer in others} - {form(answer) for answer in right}
-    piece = plain(text) in plain(prompt)
     fits = {
         "right": text in right,
         "empty": not text,
@@ -40,16 +41,35 @@ def failure_kind(
         "partner's answer": text in others,
         "partner's format": form(text) in forms,
         "base's answer": text == base_answer,
-        "copies prompt": piece and 2 * len(text) >= min(map(len, right)),
+        "copies prompt": copies(text, right, prompt),
         "other": True,
     }
     return next(kind for kind in KINDS if fits[kind])
 
 
+def copies(text: str, right: Sequence[str], prompt: str) -> bool:
+    """Whether a text is words of the prompt, in a row, at least half as long as the right answer.
+
+    Where the right answer stands in the prompt as well, others of no more words are a wrong choice
+    and no copy: `odd` for `even`.
+    """
+    words, asked = plain(text), plain(prompt)
+    says = any(c.isalnum() for c in text)
+    if not says or words not in asked or 2 * len(text) < min(map(len, right)):
+        return False
+    choices = [choice for choice in map(plain, right) if choice in asked]
+    longer = all(words.count(" ") > choice.count(" ") for choice in choices)
+    return longer or words in choices
+
+
 def plain(text: str) -> str:
-    """Its words in lower case, a space around each."""
+    """Its words in lower case, a space around each, without the punctuation before and after them.
+
+    Signs stay, as they make another number: `-49` is not `49`; so does punctuation by itself.
+    """
     words = text.casefold().split()
-    return f" {' '.join(words)} "
+    bare = (word.lstrip(OPENING).rstrip(CLOSING) or word for word in words)
+    return f" {' '.join(bare)} "
 
 
 def form(text: str) -> str:

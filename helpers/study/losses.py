@@ -16,6 +16,7 @@ COLLAPSE = -30.0  # a merging loss (%) below this …
 CERTAINLY = -10.0  # … whose 95 % interval ends below this is a collapse
 FLOOR = -90.0  # a control (%) below this leaves a partner nothing to harm
 DRAWS = 2000  # bootstrap resamples of an interval
+ALARM_DRAWS = 500  # simulated merges behind a rate of false alarms
 NOTHING = 1e-9  # a score above chance by no more than this is rounding
 SPECIALIST = "specialist"  # what examples.csv.gz calls the merge of one
 
@@ -139,7 +140,7 @@ def collapsed(loss: ArrayLike, high: ArrayLike) -> pd.arrays.BooleanArray:
 
 
 def false_alarm_rate(
-    specialist: ArrayLike, chance: float = 0.0, repeats: int = 500, seed: int = 0
+    specialist: ArrayLike, chance: float = 0.0, repeats: int = ALARM_DRAWS, seed: int = 0
 ) -> float:
     """How often the collapse rule fires on a merge that is as good as its specialist.
 

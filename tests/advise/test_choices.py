@@ -46,6 +46,17 @@ def test_exact_ends_are_known_ones():
     assert choices.prompts_needed(0.0, 0.9, 0.05) == 4
 
 
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.7, 0.9, 0.95])
+@pytest.mark.parametrize("merges", [1, 2, 7])
+def test_with_one_prompt_fewer_nothing_can_be_called_safe(keep, merges):
+    judging, given = choices.to_be_sure(keep, merges)
+    alpha = choices.FIRST * choices.ALPHA / merges
+    assert choices.lower_end(judging, judging, alpha) > keep
+    assert choices.lower_end(judging - 1, judging - 1, alpha) <= keep
+    left = [len(range(n)[choices.split(n)[1]]) for n in (given - 1, given)]
+    assert left[0] < judging <= left[1]
+
+
 def one_below(merge):
     """Every merge keeps a little too little of one model: whatever is called safe is not."""
     return {model: 0.899 if model == merge.models[0] else 1.0 for model in merge.models}
@@ -130,6 +141,19 @@ def test_it_abstains_where_the_interval_spans_and_says_how_many_prompts_settle_i
     judged, table = World(always(0.95), 3).advise(["a", "b"])
     assert judged[0].verdict == "undecided" and set(table["decision"]) == {"abstain"}
     assert 0 < judged[0].more < choices.MOST
+
+
+def test_a_spent_budget_keeps_no_model_apart_whose_pairs_were_not_tried():
+    search = Search(World(always(0.1)).measure, 0.9)
+    for models in ("abc", "ab"):
+        search.look(Merge(tuple(models)))
+    search.budget = -1
+    assert propose(list("abc"), search) == [] and search.spent
+    assert set(choices.decide(list("abc"), [], search)["decision"]) == {"abstain"}
+    search.budget = np.inf
+    for models in ("ac", "bc"):
+        search.look(Merge(tuple(models)))
+    assert set(choices.decide(list("abc"), [], search)["decision"]) == {"keep apart"}
 
 
 def test_a_budget_ends_the_search_and_leaves_every_model_as_many_partners():

@@ -48,6 +48,7 @@ def test_advice_is_told_as_text_json_and_page(tiny_base, tiny_adapters, files, t
     code, out, err = run(capsys, *ask, "--json")
     assert "12 prompts are left to judge by" in err
     content = json.loads(out)
+    assert "12 prompts are left to judge by" in content["limits"][0]
     jsonschema.validate(content, SCHEMA)
     decisions = [row["decision"] for row in content["models"]]
     assert code == (3 if set(decisions) == {"abstain"} else 0)

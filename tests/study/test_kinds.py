@@ -19,7 +19,7 @@ RIGHT = ["l, i, n, e, s"]
         ("!19!", "partner's format"),
         ("lines are", "base's answer"),
         ("s, e, n, i, l", "copies prompt"),
-        ("S, E, N, i", "other"),  # no words of the prompt: the last letter has its comma there
+        ("S, E, N, i", "copies prompt"),  # though its last letter has a comma in the prompt
         ("output:", "copies prompt"),
         ("s,", "other"),  # of the prompt, but less than half of the right answer
         ("l, i, n, e, s, s", "other"),
@@ -28,6 +28,25 @@ RIGHT = ["l, i, n, e, s"]
 def test_each_kind_has_its_known_answer(text, kind):
     partner, base = ["", "!5!7!"], "lines are"
     assert failure_kind(text, RIGHT, PROMPT, partner, base) == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "prompt", "kind"),
+    [
+        ("it has rained", "has it rained", "John thinks it has rained, but", "copies prompt"),
+        ("it has rained.", "has it rained", 'He said: "It has rained"', "copies prompt"),
+        ("49", "-1", "What is 49 minus 50?", "copies prompt"),
+        ("-49", "-1", "What is 49 minus 50?", "other"),  # its sign makes it another number
+        ("2000-05-20", "20 May", "The date !2000!05!20!", "other"),  # of the same digits only
+        ("odd", "even", "Is 43864 even or odd?", "other"),  # a wrong choice is no copy
+        ("even or odd", "even", "Is 43864 even or odd?", "copies prompt"),
+        ("tah mel", "tah MEL", "Write the last word in capitals: tah mel", "copies prompt"),
+        ("-", "no", "Is it + or - here?", "other"),  # no word
+        ("Sequence: ( )", "0", "How many? Sequence: ( ( ) )", "other"),  # a bracket is missing
+    ],
+)
+def test_a_copy_is_words_of_the_prompt(text, right, prompt, kind):
+    assert failure_kind(text, [right], prompt) == kind
 
 
 def test_without_others_an_answer_is_none_of_theirs():
