@@ -4,7 +4,9 @@ Two ways to one result: `merge` holds the merged change of the whole model, `mer
 one tensor at a time, so that a folder can be written in the memory of its largest tensor.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -72,12 +74,12 @@ Grids = Callable[[str], Grid | None]
 
 
 def merge_tensors(
-    rows: Rows, chosen: MergePlan, grid_of: Grids = lambda name: None
+    rows: Rows, chosen: MergePlan, grid_of: Grids = lambda name: None, threads: int = 1
 ) -> Iterator[tuple[Row, Tensor, dict[str, Any]]]:
     """(row, merged delta times the plan's scale, record for the report) of one tensor at a time.
 
     grid_of: the grid that base + delta will be rounded to, by tensor name; the record then holds
-    what is left after that.
+    what is left after that. threads: how many tensors are in the making at once.
     """
     passes = _passes(rows)
     if chosen.options.get("scope") == "model":
@@ -88,9 +90,31 @@ def merge_tensors(
     if chosen.lines is not None and chosen.depths is None:
         names = [row.name for row in passes()]
         chosen = chosen._replace(depths=depths(names, layers_of(names)))
-    for position, row in enumerate(passes()):
-        grid = grid_of(row.name)
-        yield _merge_tensor(row, chosen, position, grid)  # no name here holds on to what is given
+
+    def merged(item: tuple[int, Row]) -> tuple[Row, Tensor, dict[str, Any]]:
+        position, row = item
+        return _merge_tensor(row, chosen, position, grid_of(row.name))
+
+    if threads < 2:
+        yield from map(merged, enumerate(passes()))  # no name holds on to what is given
+    else:
+        yield from _in_order(merged, passes(), threads)
+
+
+def _in_order(work: Callable, rows: Iterable[Row], threads: int) -> Iterator:
+    """What `work` makes of each row, in their order.
+
+    A block of a tensor is too small to share, so each thread has a tensor of its own, and one more
+    waits.
+    """
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        begun: deque[Future] = deque()
+        for item in enumerate(rows):
+            begun.append(pool.submit(work, item))
+            if len(begun) > threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
 
 def _passes(rows: Rows) -> Callable[[], Iterable[Row]]:

@@ -223,16 +223,25 @@ def _print_notes(inputs: Inputs) -> None:
 
 
 def working_memory(
-    rule: str, shapes: Collection[torch.Size], models: int = 8, svc: bool = False
+    rule: str,
+    shapes: Collection[torch.Size],
+    models: int = 8,
+    svc: bool = False,
+    threads: int = 1,
 ) -> int:
-    """Bytes that a merge holds at its peak beside Python, torch and memory-mapped files."""
+    """Bytes that a merge holds at its peak beside Python, torch and memory-mapped files.
+
+    With threads, each has a tensor in the making, and two deltas more wait to be written.
+    """
     blocks = 24 * 4 * BLOCK["cpu"]
     for shape in shapes:
         if len(shape) > 1 and 2 * shape[1:].numel() > BLOCK["cpu"]:  # a block is two whole rows
             rows = min(shape[0], 2) * shape[1:].numel()
             blocks = max(blocks, 4 * (8 + models) * rows)
     entry = max(RULES[rule].memory, 28 if svc else 0)
-    return blocks + entry * max(shape.numel() for shape in shapes)
+    largest = sorted((shape.numel() for shape in shapes), reverse=True)
+    waiting = 4 * sum(largest[threads : threads + 2]) if threads > 1 else 0
+    return threads * blocks + entry * sum(largest[:threads]) + waiting
 
 
 def _print_cost(recipe: Recipe, like: Layout, out: Path) -> None:
@@ -240,7 +249,8 @@ def _print_cost(recipe: Recipe, like: Layout, out: Path) -> None:
     held = process.rss - getattr(process, "shared", 0)  # by Python and torch; not mapped files
     shapes = [shape for _, shape in like.values()]
     svc = recipe.svc is not None
-    memory = held + working_memory(recipe.rule, shapes, len(recipe.models), svc)
+    models, threads = len(recipe.models), torch.get_num_threads()
+    memory = held + working_memory(recipe.rule, shapes, models, svc, threads)
     disk = sum(map(bytes_of, like.values()))
     place = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(place).free
@@ -269,7 +279,7 @@ def _write_merge(
 
     changed = {row.name for row in rows}
     records = []
-    stream = engine.merge_tensors(rows, chosen, coarse)
+    stream = engine.merge_tensors(rows, chosen, coarse, torch.get_num_threads())
     entries = sum(shape.numel() for _, shape in like.values())
     with tqdm(total=entries, desc=chosen.rule, unit="", unit_scale=True, disable=None) as bar:
 

@@ -6,6 +6,7 @@ adapter (tau = scaling * B A, exactly), a state dict in memory. Nothing is dense
 for: files stay memory-mapped, adapters stay factors, and a `Lazy` tensor reads the rows it must.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -139,14 +140,13 @@ def _reader(base: Source, device: str) -> Callable[[str, Any], Tensor]:
     """Rows of a base's tensor in fp32; asked for the same ones again, as n task vectors do, it
     converts them once.
     """
-    last: tuple[Any, Tensor | None] = (None, None)
+    last = threading.local()  # each thread is at a tensor of its own
 
     def read(name: str, rows: Any) -> Tensor:
-        nonlocal last
-        if last[0] != (name, rows):
+        if getattr(last, "asked", None) != (name, rows):
             block = base.tensors[name][rows]
-            last = (name, rows), block.to(device, torch.float32)
-        return last[1]
+            last.asked, last.block = (name, rows), block.to(device, torch.float32)
+        return last.block
 
     return read
 

@@ -308,6 +308,56 @@ print(peak[0])
 """
 
 
+@pytest.fixture
+def one_thread():
+    """Linear algebra on one thread: on more it rounds in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("rule", ["linear", "ties", "dare", "iso_c"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_make_the_same_file_and_report(tmp_path, monkeypatch, rule, dtype):
+    """Though a thread may be at another tensor, of another shape, of the same lazy base."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(300, 400), (7, 5), (400, 300), (64, 2000), (11,)]
+    for model in ("base", "one", "two", "three"):
+        (tmp_path / model).mkdir()
+        tensors = {}
+        for i in range(20):
+            tensors[f"w{i:02}"] = torch.randn(shapes[i % 5], generator=generator)
+        save_file(tensors, tmp_path / model / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    files, reports = [], []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        command = ["--rule", rule, "--base", "base", "--models", "one", "two", "three", "--force"]
+        merging.main([*command, "--dtype", dtype, "--out", f"out{threads}"])
+        files.append((tmp_path / f"out{threads}" / "model.safetensors").read_bytes())
+        report = json.loads((tmp_path / f"out{threads}" / "merge_report.json").read_text())
+        reports.append(report)
+    assert files[0] == files[1] == files[2]
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_a_thread_that_meets_nan_stops_the_merge(tmp_path, monkeypatch):
+    for model in ("base", "one", "two"):
+        (tmp_path / model).mkdir()
+        tensors = {f"w{i}": torch.ones(40, 50) * (i + len(model)) for i in range(9)}
+        if model == "two":
+            tensors["w4"][3, 3] = torch.nan
+        save_file(tensors, tmp_path / model / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    command = ["--rule", "linear", "--base", "base", "--models", "one", "two", "--force"]
+    with pytest.raises(ValueError, match="w4: .* holds NaN"):
+        merging.main([*command, "--out", "out"])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("rule", ["linear", "ties"])
 def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path, rule):
