@@ -95,21 +95,19 @@ def merge_tensors(
         position, row = item
         return _merge_tensor(row, chosen, position, grid_of(row.name))
 
-    if threads < 2:
-        yield from map(merged, enumerate(passes()))  # no name holds on to what is given
-    else:
-        yield from _in_order(merged, passes(), threads)
+    items = enumerate(passes())  # no name here or in `_in_order` holds on to what is given
+    yield from map(merged, items) if threads < 2 else _in_order(merged, items, threads)
 
 
-def _in_order(work: Callable, rows: Iterable[Row], threads: int) -> Iterator:
-    """What `work` makes of each row, in their order.
+def _in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
+    """What `work` makes of each item, in their order.
 
     A block of a tensor is too small to share, so each thread has a tensor of its own, and one more
     waits.
     """
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         begun: deque[Future] = deque()
-        for item in enumerate(rows):
+        for item in items:
             begun.append(pool.submit(work, item))
             if len(begun) > threads:
                 yield begun.popleft().result()

@@ -40,6 +40,8 @@ from helpers.merge.surroundings import (
 )
 from helpers.merge.vectors import Row, rows_of
 
+THREADS = 4  # tensors that are merged at once, at most: each takes the memory of one
+
 
 class Inputs(NamedTuple):
     """What a merge is made of, opened and checked: the base's folder first, then the models'."""
@@ -73,7 +75,8 @@ def merge_to_folder(
     base = inputs.base
     chosen = _by_tensor(recipe, chosen, base, inputs.folders[0])
     like = layout(base, DTYPES.get(recipe.dtype))
-    _print_cost(recipe, like, out)
+    threads = min(torch.get_num_threads(), THREADS) if device == "cpu" else 1
+    _print_cost(recipe, like, out, threads)
     _print_notes(inputs)
     rows = rows_of(base, inputs.models, device)
     if not rows:
@@ -83,7 +86,7 @@ def merge_to_folder(
         if recipe.match:
             chosen = engine.matched(rows, chosen, recipe.match)
         _copy_surroundings(recipe, inputs, part)
-        report = _write_merge(part, base, rows, chosen, like, recipe, about)
+        report = _write_merge(part, base, rows, chosen, like, recipe, about, threads)
         _write_report(part, recipe, report, about, out.name)
     return report
 
@@ -231,7 +234,7 @@ def working_memory(
 ) -> int:
     """Bytes that a merge holds at its peak beside Python, torch and memory-mapped files.
 
-    With threads, each has a tensor in the making, and two deltas more wait to be written.
+    With threads, each has a tensor in the making, and one delta more waits to be written.
     """
     blocks = 24 * 4 * BLOCK["cpu"]
     for shape in shapes:
@@ -240,17 +243,16 @@ def working_memory(
             blocks = max(blocks, 4 * (8 + models) * rows)
     entry = max(RULES[rule].memory, 28 if svc else 0)
     largest = sorted((shape.numel() for shape in shapes), reverse=True)
-    waiting = 4 * sum(largest[threads : threads + 2]) if threads > 1 else 0
+    waiting = 4 * sum(largest[threads : threads + 1]) if threads > 1 else 0
     return threads * blocks + entry * sum(largest[:threads]) + waiting
 
 
-def _print_cost(recipe: Recipe, like: Layout, out: Path) -> None:
+def _print_cost(recipe: Recipe, like: Layout, out: Path, threads: int) -> None:
     process = psutil.Process().memory_info()
     held = process.rss - getattr(process, "shared", 0)  # by Python and torch; not mapped files
     shapes = [shape for _, shape in like.values()]
     svc = recipe.svc is not None
-    models, threads = len(recipe.models), torch.get_num_threads()
-    memory = held + working_memory(recipe.rule, shapes, models, svc, threads)
+    memory = held + working_memory(recipe.rule, shapes, len(recipe.models), svc, threads)
     disk = sum(map(bytes_of, like.values()))
     place = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(place).free
@@ -270,6 +272,7 @@ def _write_merge(
     like: Layout,
     recipe: Recipe,
     about: dict[str, Any],
+    threads: int,
 ) -> Report:
     def grid_of(name: str) -> Grid:
         return grid(like[name][0], name, recipe.round, chosen.seed)
@@ -279,7 +282,7 @@ def _write_merge(
 
     changed = {row.name for row in rows}
     records = []
-    stream = engine.merge_tensors(rows, chosen, coarse, torch.get_num_threads())
+    stream = engine.merge_tensors(rows, chosen, coarse, threads)
     entries = sum(shape.numel() for _, shape in like.values())
     with tqdm(total=entries, desc=chosen.rule, unit="", unit_scale=True, disable=None) as bar:
 
