@@ -122,8 +122,7 @@ def _print_costs(panel: Panel, keep: float, budget: float) -> None:
 
 def _too_few(panel: Panel, keep: float) -> list[str]:
     """One sentence if a model has too few prompts that judge to be in any safe merge."""
-    counts = [len(panel.inputs[x]) for x in panel.labels]
-    judging = min(n - choices.split(n)[0].stop for n in counts)
+    judging = min(choices.left_to_judge(len(panel.inputs[x])) for x in panel.labels)
     needed, given = choices.to_be_sure(keep)
     if judging >= needed:
         return []

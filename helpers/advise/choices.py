@@ -36,6 +36,11 @@ def split(prompts: int) -> tuple[slice, slice]:
     return slice(0, count), slice(count, None)
 
 
+def left_to_judge(prompts: int) -> int:
+    """How many of so many prompts judge."""
+    return prompts - split(prompts)[0].stop
+
+
 class Verdict(NamedTuple):
     """A proposal on the prompts that judge.
 
@@ -115,7 +120,7 @@ def to_be_sure(keep: float, merges: int = 1) -> tuple[int, int]:
     alpha = ALPHA / merges * FIRST
     judging = math.floor(math.log(alpha) / math.log(keep)) + 1
     given = judging
-    while len(range(given)[split(given)[1]]) < judging:
+    while left_to_judge(given) < judging:
         given += 1
     return judging, given
 
