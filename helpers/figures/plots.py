@@ -39,7 +39,7 @@ def scatter(
         ax.vlines(x, low, high, how["color"], lw=0.8, alpha=0.6)
     ax.plot(x, y, ls="none", **how)
     if names:
-        _label(ax, names, x, _uncovered(x, y))
+        _label(ax, names, x, _uncovered(ax, x, y))
 
 
 def dose_curves(ax: Axes, doses: pd.DataFrame) -> None:
@@ -54,16 +54,15 @@ def dose_curves(ax: Axes, doses: pd.DataFrame) -> None:
     last = curves.tail(1)
     if len(last) <= NAMED_CURVES:
         x, y = last["dose"].to_numpy(float), last["score"].to_numpy(float)
-        _label(ax, list(last["task"]), x, _uncovered(x, y))
+        _label(ax, list(last["task"]), x, _uncovered(ax, x, y))
     ax.axvline(0.5, color=GREY, lw=0.8, ls="--")
     ax.set_xlabel("dose a of the task vector (share of fine-tuning applied)")
     ax.set_ylabel("score")
 
 
-def _uncovered(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _uncovered(ax: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Heights at which the names of points do not cover each other, from the lowest point up."""
-    width = np.nanmax(x) - np.nanmin(x)
-    height = np.nanmax(y) - np.nanmin(y)
+    width, height = np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())
     heights = y.copy()
     order = np.argsort(y)
     for place, i in enumerate(order):

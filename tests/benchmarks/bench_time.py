@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 if "spinning" in sys.argv:
     os.environ.pop("OMP_WAIT_POLICY", None)
@@ -106,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cell", nargs=3, help="waiting, threads and workers of one slice")
     parser.add_argument("--repeats", type=int, default=1, help="the least time of so many is given")
-    parser.add_argument("--out", default=ROOT / "data" / "results" / "bench_time.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench_time.csv")
     options = parser.parse_args()
     if options.cell:
         print(json.dumps(slice_of_study(*map(int, options.cell[1:]))))
