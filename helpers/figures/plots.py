@@ -39,7 +39,7 @@ def scatter(
         ax.vlines(x, low, high, how["color"], lw=0.8, alpha=0.6)
     ax.plot(x, y, ls="none", **how)
     if names:
-        _label(ax, names, x, _uncovered(ax, x, y))
+        _label(ax, names, x, y)
 
 
 def dose_curves(ax: Axes, doses: pd.DataFrame) -> None:
@@ -54,7 +54,7 @@ def dose_curves(ax: Axes, doses: pd.DataFrame) -> None:
     last = curves.tail(1)
     if len(last) <= NAMED_CURVES:
         x, y = last["dose"].to_numpy(float), last["score"].to_numpy(float)
-        _label(ax, list(last["task"]), x, _uncovered(ax, x, y))
+        _label(ax, list(last["task"]), x, y)
     ax.axvline(0.5, color=GREY, lw=0.8, ls="--")
     ax.set_xlabel("dose a of the task vector (share of fine-tuning applied)")
     ax.set_ylabel("score")
@@ -74,9 +74,11 @@ def _uncovered(ax: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return heights
 
 
-def _label(ax: Axes, names: list[str], x: Sequence[float], y: Sequence[float]) -> None:
+def _label(ax: Axes, names: list[str], x: np.ndarray, y: np.ndarray) -> None:
+    """Names beside their points; "": none."""
+    named = np.array([bool(name) for name in names]) & np.isfinite(x + y)
+    names, x, y = np.array(names)[named], x[named], y[named]
     beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
     beside["annotation_clip"] = False
-    for name, *point in zip(names, x, y, strict=True):
-        if np.isfinite(point).all():
-            ax.annotate(name, point, fontsize=7, **beside)
+    for name, *point in zip(names, x, _uncovered(ax, x, y), strict=True):
+        ax.annotate(name, point, fontsize=7, **beside)

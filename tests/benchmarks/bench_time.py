@@ -1,7 +1,7 @@
 """What does a shared machine cost? A slice of 01, 02 and 03, alone and beside one busy process.
 
-Run by hand on a quiet machine (`python tests/benchmarks/bench_time.py`, about 8 minutes on two
-cores). Writes data/results/bench_time.csv. Each cell is a process with a store of its own: it
+Run by hand on a quiet machine (`python tests/benchmarks/bench_time.py`, about 12 minutes on
+two cores). Writes data/results/bench_time.csv. Each cell is a process with a store of its own: it
 trains two specialists, merges them by two rules and scores the merges, reads states and compares
 the task vectors. `spinning`: torch is loaded before OpenMP is told to wait passively.
 """
@@ -103,6 +103,13 @@ def timed(waiting: str, threads: int, workers: int, beside: int) -> dict:
     return cell | seconds | {"seconds": sum(seconds.values()), "load": load}
 
 
+def as_table(rows: list[dict]) -> pd.DataFrame:
+    """The cells with their seconds relative to those alone."""
+    table = pd.DataFrame(rows)
+    alone = table["seconds"].where(table["beside"] == 0).ffill()
+    return table.assign(ratio=table["seconds"] / alone, machine=machine()).round(3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cell", nargs=3, help="waiting, threads and workers of one slice")
@@ -118,10 +125,7 @@ def main() -> None:
             tried = [timed(*cell, beside) for _ in range(options.repeats)]
             rows.append(min(tried, key=lambda row: row["seconds"]))
             print(rows[-1], flush=True)
-    table = pd.DataFrame(rows)
-    alone = table["seconds"].where(table["beside"] == 0).ffill()
-    table["ratio"] = table["seconds"] / alone
-    write_table(options.out, table.assign(machine=machine()).round(3))
+            write_table(options.out, as_table(rows))
 
 
 if __name__ == "__main__":
