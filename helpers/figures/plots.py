@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from helpers.figures.looks import BLUE, GREY, PARTS
 
 NAMED_CURVES = 20  # tasks up to which each curve is named at its end
+NAME = (1.1, 0.11)  # inches that a name beside a point takes, across and up
 
 
 def parts(ax: Axes, x: pd.Series, losses: pd.DataFrame) -> None:
@@ -62,15 +63,16 @@ def dose_curves(ax: Axes, doses: pd.DataFrame) -> None:
 
 def _uncovered(ax: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Heights at which the names of points do not cover each other, from the lowest point up."""
-    width, height = np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())
+    place, (across, up) = ax.get_position(), ax.figure.get_size_inches()
+    width = NAME[0] / (across * place.width) * np.ptp(ax.get_xlim())
+    height = NAME[1] / (up * place.height) * np.ptp(ax.get_ylim())
     heights = y.copy()
     order = np.argsort(y)
-    for place, i in enumerate(order):
-        for j in order[:place]:
-            near = abs(x[i] - x[j]) <= width / 3
-            covered = abs(heights[i] - heights[j]) < height / 30
-            if near and covered:
-                heights[i] = heights[j] + height / 30
+    for count, i in enumerate(order):
+        for j in order[:count]:
+            near = abs(x[i] - x[j]) <= width
+            if near and abs(heights[i] - heights[j]) < height:
+                heights[i] = heights[j] + height
     return heights
 
 
