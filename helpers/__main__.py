@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     if sentence:
         print(f"error: {sentence}", file=sys.stderr)
         return 2
-    sys.stdout.reconfigure(line_buffering=True)  # progress shows at once in a pipe as well
+    # progress shows at once in a pipe; a letter that the terminal lacks stops no merge
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     from helpers.run import NotebookFailed
 
     try:

@@ -149,6 +149,7 @@ def decide(models: Sequence[str], judged: Sequence[Verdict], search: Search) -> 
     budget left a partner untried.
     """
     some_merge = any(verdict.verdict == "safe" for verdict in judged)
+    refused = [verdict.merge for verdict in judged if verdict.verdict == "unsafe"]
     rows = []
     for model in models:
         row = {"model": model, "decision": "", "merge": -1, "kept": math.nan, "least": math.nan}
@@ -158,36 +159,29 @@ def decide(models: Sequence[str], judged: Sequence[Verdict], search: Search) -> 
                 verdict = candidate
                 of_model = verdict.table.set_index("model").loc[model]
                 row |= {"merge": place, "kept": of_model["kept"], "least": of_model["least"]}
-        row["decision"] = _decision(model, models, verdict, some_merge, search)
+        may_fit = _may_fit(model, models, search, refused)
+        row["decision"] = _decision(verdict, some_merge, may_fit)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _decision(
-    model: str,
-    models: Sequence[str],
-    verdict: Verdict | None,
-    some_merge: bool,
-    search: Search,
-) -> str:
+def _decision(verdict: Verdict | None, some_merge: bool, may_fit: bool) -> str:
     if verdict is not None and verdict.verdict == "safe":
         return "merge" if verdict.merge.weights is None else "reweight"
-    if verdict is not None and verdict.verdict == "undecided":
-        return "abstain"
-    if verdict is None and _may_fit(model, models, search):
+    if may_fit or (verdict is not None and verdict.verdict == "undecided"):
         return "abstain"
     return "leave out" if some_merge else "keep apart"
 
 
-def _may_fit(model: str, models: Sequence[str], search: Search) -> bool:
-    """Whether some merge may keep this model and its partners.
+def _may_fit(model: str, models: Sequence[str], search: Search, refused: list[Merge]) -> bool:
+    """Whether some merge but the refused ones may keep this model and its partners.
 
     The intervals of one that was tried leave room for it, or a spent budget left a partner untried.
     """
     paired = {model}
     for merge, table in search.trials.items():
         partners = len(merge.models) > 1 and model in merge.models
-        if partners and (table["high"] >= search.keep).all():
+        if partners and merge not in refused and (table["high"] >= search.keep).all():
             return True
         if partners and len(merge.models) == 2:
             paired.update(merge.models)

@@ -30,7 +30,7 @@ def sentence(advice: Advice) -> str:
     if "leave out" in by_decision:
         parts.append(f"leave out {_list(by_decision['leave out'])}")
     if "keep apart" in by_decision:
-        parts.append(f"keep {_list(by_decision['keep apart'])} apart")
+        parts.append(f"do not merge {_list(by_decision['keep apart'])}")
     if "abstain" in by_decision:
         parts.append(f"it cannot tell for {_list(by_decision['abstain'])}{_more(advice)}")
     if advice.spent:

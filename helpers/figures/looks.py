@@ -13,6 +13,7 @@ SKY = "#56B4E9"
 WINE = "#882255"
 BLACK = "#000000"
 GREY = "#777777"
+PALE = "#E6E6E6"  # no value
 SILVER = "#BBBBBB"
 
 

@@ -10,11 +10,11 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from scipy.cluster import hierarchy
 
-from helpers.figures.looks import BLACK, GREY, look
+from helpers.figures.looks import BLACK, PALE, look
 
 ALL_WRITTEN = 8  # tasks up to which every value is written
 LARGE_WRITTEN = 20  # tasks up to which the large values are written
-FRAMED = 40  # tasks up to which cells are framed
+THICK = 40  # tasks up to which frames are thick
 
 
 def task_size(n: int) -> float:
@@ -50,8 +50,8 @@ def heat_map(
 ) -> None:
     """Heat map of a task-by-task table (rows: the task scored; columns: its partner).
 
-    NaN off the diagonal is hatched (undefined, not zero); the diagonal is blank. Cells true in
-    `marked` are framed. `label` names the quantity and its unit. Above ALL_WRITTEN tasks only
+    Where there is no value (undefined, not zero), the diagonal too, a cell is pale grey. Cells true
+    in `marked` are framed. `label` names the quantity and its unit. Above ALL_WRITTEN tasks only
     values as large as `large` are written, above LARGE_WRITTEN none.
     """
     n = max(table.shape)
@@ -63,9 +63,9 @@ def heat_map(
     seaborn.heatmap(shown, annot_kws={"fontsize": 8}, ax=ax, **style, **names, **numbers)
     if colorbar:
         ax.figure.colorbar(ax.collections[0], ax=ax, label=label, shrink=0.8)
-    _frame(ax, shown.isna() & ~own, hatch="////", edgecolor=GREY, lw=0)
-    if marked is not None and n <= FRAMED:
-        _frame(ax, marked.to_numpy(bool) & ~own, edgecolor=BLACK, lw=1.6)
+    ax.set_facecolor(PALE)
+    if marked is not None:
+        _frame(ax, marked.to_numpy(bool) & ~own, 1.6 if n <= THICK else 0.8)
     size = min(max(10 - n / 12, 4), 9)  # names are smaller where there are more
     ax.tick_params(labelsize=size)
     ax.grid(False)
@@ -79,10 +79,10 @@ def _numbers(values: NDArray, fmt: str, large: float) -> NDArray:
     return np.array(written).reshape(values.shape)
 
 
-def _frame(ax: Axes, where: NDArray, **kind: object) -> None:
+def _frame(ax: Axes, where: NDArray, width: float) -> None:
     for i, j in np.argwhere(where):
         corner = (j + 0.04, i + 0.04)
-        ax.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, **kind))
+        ax.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=BLACK, lw=width))
 
 
 def harm_maps(cells: pd.DataFrame, tasks: list[str]) -> Figure:

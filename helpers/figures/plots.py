@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from helpers.figures.looks import BLUE, GREY, PARTS
 
 NAMED_CURVES = 20  # tasks up to which each curve is named at its end
+NAME = (1.1, 0.11)  # inches that a name beside a point takes, across and up
 
 
 def parts(ax: Axes, x: pd.Series, losses: pd.DataFrame) -> None:
@@ -39,7 +40,7 @@ def scatter(
         ax.vlines(x, low, high, how["color"], lw=0.8, alpha=0.6)
     ax.plot(x, y, ls="none", **how)
     if names:
-        _label(ax, names, x, _uncovered(x, y))
+        _label(ax, names, x, y)
 
 
 def dose_curves(ax: Axes, doses: pd.DataFrame) -> None:
@@ -54,30 +55,32 @@ def dose_curves(ax: Axes, doses: pd.DataFrame) -> None:
     last = curves.tail(1)
     if len(last) <= NAMED_CURVES:
         x, y = last["dose"].to_numpy(float), last["score"].to_numpy(float)
-        _label(ax, list(last["task"]), x, _uncovered(x, y))
+        _label(ax, list(last["task"]), x, y)
     ax.axvline(0.5, color=GREY, lw=0.8, ls="--")
     ax.set_xlabel("dose a of the task vector (share of fine-tuning applied)")
     ax.set_ylabel("score")
 
 
-def _uncovered(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _uncovered(ax: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Heights at which the names of points do not cover each other, from the lowest point up."""
-    width = np.nanmax(x) - np.nanmin(x)
-    height = np.nanmax(y) - np.nanmin(y)
+    place, (across, up) = ax.get_position(), ax.figure.get_size_inches()
+    width = NAME[0] / (across * place.width) * np.ptp(ax.get_xlim())
+    height = NAME[1] / (up * place.height) * np.ptp(ax.get_ylim())
     heights = y.copy()
     order = np.argsort(y)
-    for place, i in enumerate(order):
-        for j in order[:place]:
-            near = abs(x[i] - x[j]) <= width / 3
-            covered = abs(heights[i] - heights[j]) < height / 30
-            if near and covered:
-                heights[i] = heights[j] + height / 30
+    for count, i in enumerate(order):
+        for j in order[:count]:
+            near = abs(x[i] - x[j]) <= width
+            if near and abs(heights[i] - heights[j]) < height:
+                heights[i] = heights[j] + height
     return heights
 
 
-def _label(ax: Axes, names: list[str], x: Sequence[float], y: Sequence[float]) -> None:
+def _label(ax: Axes, names: list[str], x: np.ndarray, y: np.ndarray) -> None:
+    """Names beside their points; "": none."""
+    named = np.array([bool(name) for name in names]) & np.isfinite(x + y)
+    names, x, y = np.array(names)[named], x[named], y[named]
     beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
     beside["annotation_clip"] = False
-    for name, *point in zip(names, x, y, strict=True):
-        if np.isfinite(point).all():
-            ax.annotate(name, point, fontsize=7, **beside)
+    for name, *point in zip(names, x, _uncovered(ax, x, y), strict=True):
+        ax.annotate(name, point, fontsize=7, **beside)

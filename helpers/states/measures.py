@@ -40,7 +40,7 @@ def _unit(a: NDArray) -> NDArray:
 
 
 def probe_distances(a: ArrayLike, b: ArrayLike, normalise: str = "unit") -> NDArray:
-    """L2 distance between two models' states on each probe, (n_probes,); its mean is HiddenSim.
+    """L2 distance between two models' states on each probe, (n_probes,).
 
     normalise: "unit": |a/|a| - b/|b|| in [0, 2]; "norms": |a - b| / (|a| + |b|) in [0, 1];
     "sqrt_d": |a - b| / sqrt(d), the root mean square over features; "raw": |a - b|.
@@ -59,7 +59,7 @@ def probe_distances(a: ArrayLike, b: ArrayLike, normalise: str = "unit") -> NDAr
 
 
 def hidden_sim(a: ArrayLike, b: ArrayLike, normalise: str = "unit") -> float:
-    """HiddenSim, as a distance: mean over probes of the normalised L2 distance (arXiv:2603.09463).
+    """Hidden distance (HiddenSim of arXiv:2603.09463): mean of `probe_distances`.
 
     The paper gives it in words only; "unit" is this study's primary reading, the other
     normalisations of `probe_distances` belong to its sensitivity family.

@@ -41,7 +41,7 @@ RIVALS = {
     "nll_gain": _labels("what training took off the NLL", True),
     "steps": Rival("steps of training", True, "none", "none"),
     "norm": Rival("norm of the task vector", True, "none", "none"),
-    "base_distance": Rival("HiddenSim of base and specialist", True, "prompts", "probes"),
+    "base_distance": Rival("hidden distance of base and specialist", True, "prompts", "probes"),
     "first_token_overlap": _labels("shared mass of first answer tokens", False, "none"),
     "answer_overlap": _labels("Jaccard index of the sets of answers", False, "none"),
     "length_ratio": _labels("shorter over longer mean answer", False, "none"),

@@ -62,16 +62,11 @@ def model_folder(name: str) -> Path:
     resolved = resolve_model(name)
     if Path(resolved).exists():
         return Path(resolved)
-    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    unwanted = ["*/*", "consolidated*"]  # other formats and second copies of the weights
+    patterns = {"allow_patterns": ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]}
+    patterns |= {"ignore_patterns": ["*/*", "consolidated*"]}  # second copies of the weights
     try:
         repository, _, revision = resolved.partition("@")
-        folder = snapshot_download(
-            repository,
-            revision=revision or None,
-            allow_patterns=wanted,
-            ignore_patterns=unwanted,
-        )
+        folder = snapshot_download(repository, revision=revision or None, **patterns)
     except GatedRepoError as error:
         raise AssetError(
             f"{resolved!r} is gated: accept its terms on its page on the hub, and log in (`hf auth "
@@ -114,14 +109,17 @@ def load_model(
     folder = model_folder(name)
     if device == "auto":
         options["device_map"] = device
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ImportError, OSError, ValueError) as error:  # of a package that it is said to need
+        raise AssetError(f"{folder} has no tokenizer that can be read: copy one to it.") from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model = auto_class.from_pretrained(
         folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **options
     )
     model = model if device == "auto" else model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
 
 
@@ -131,6 +129,8 @@ def _local(path: Path) -> Path:
     if weights:
         _check_weights(path, weights)
         return path
+    if path.suffix == ".safetensors":
+        raise AssetError(f"{path} is a file of weights: name its folder.")
     files = [path] if path.is_file() else sorted(path.iterdir())
     ggufs = [file for file in files if file.suffix == ".gguf"]
     if len(ggufs) == 1:

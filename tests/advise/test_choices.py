@@ -156,6 +156,21 @@ def test_a_spent_budget_keeps_no_model_apart_whose_pairs_were_not_tried():
     assert set(choices.decide(list("abc"), [], search)["decision"]) == {"keep apart"}
 
 
+def test_a_merge_that_was_judged_too_poor_closes_no_other():
+    search = Search(World(always(1.0)).measure, 0.9)
+    for models in ("ab", "ac", "bc"):
+        search.look(Merge(tuple(models)))
+    table = World(always(0.1)).judge(Merge(("a", "b")))
+    poor = choices.judge(Merge(("a", "b")), table, 0.9, 0.05)
+    assert poor.verdict == "unsafe"
+    decided = choices.decide(list("abc"), [poor], search)  # a and c, b and c are open
+    assert set(decided["decision"]) == {"abstain"}
+    for merge in (Merge(("a", "c")), Merge(("b", "c"))):
+        del search.trials[merge]
+    decided = choices.decide(list("ab"), [poor], search)
+    assert set(decided["decision"]) == {"keep apart"}
+
+
 def test_a_budget_ends_the_search_and_leaves_every_model_as_many_partners():
     world = World(always(0.5))
     search = Search(world.measure, 0.9, budget=-1)

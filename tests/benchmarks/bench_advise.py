@@ -16,6 +16,7 @@ import tempfile
 import time
 from itertools import combinations, islice
 from multiprocessing import get_context
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--counts", nargs="+", type=int, default=[4, 8], help="of models")
     parser.add_argument("--read", nargs="+", type=int, default=[8, 32], help="prompts of each")
     parser.add_argument("--pairs", type=int, default=100, help="that are measured")
-    parser.add_argument("--out", default=ROOT / "data" / "results" / "bench_advise.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench_advise.csv")
     options = parser.parse_args()
     labels = advise.labels_of(options.models)
     folders = dict(zip(labels, options.models, strict=True))

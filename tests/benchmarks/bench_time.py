@@ -1,7 +1,7 @@
 """What does a shared machine cost? A slice of 01, 02 and 03, alone and beside one busy process.
 
-Run by hand on a quiet machine (`python tests/benchmarks/bench_time.py`, about 8 minutes on two
-cores). Writes data/results/bench_time.csv. Each cell is a process with a store of its own: it
+Run by hand on a quiet machine (`python tests/benchmarks/bench_time.py`, about 12 minutes on
+two cores). Writes data/results/bench_time.csv. Each cell is a process with a store of its own: it
 trains two specialists, merges them by two rules and scores the merges, reads states and compares
 the task vectors. `spinning`: torch is loaded before OpenMP is told to wait passively.
 """
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 if "spinning" in sys.argv:
     os.environ.pop("OMP_WAIT_POLICY", None)
@@ -102,11 +103,18 @@ def timed(waiting: str, threads: int, workers: int, beside: int) -> dict:
     return cell | seconds | {"seconds": sum(seconds.values()), "load": load}
 
 
+def as_table(rows: list[dict]) -> pd.DataFrame:
+    """The cells with their seconds relative to those alone."""
+    table = pd.DataFrame(rows)
+    alone = table["seconds"].where(table["beside"] == 0).ffill()
+    return table.assign(ratio=table["seconds"] / alone, machine=machine()).round(3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cell", nargs=3, help="waiting, threads and workers of one slice")
     parser.add_argument("--repeats", type=int, default=1, help="the least time of so many is given")
-    parser.add_argument("--out", default=ROOT / "data" / "results" / "bench_time.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench_time.csv")
     options = parser.parse_args()
     if options.cell:
         print(json.dumps(slice_of_study(*map(int, options.cell[1:]))))
@@ -117,10 +125,7 @@ def main() -> None:
             tried = [timed(*cell, beside) for _ in range(options.repeats)]
             rows.append(min(tried, key=lambda row: row["seconds"]))
             print(rows[-1], flush=True)
-    table = pd.DataFrame(rows)
-    alone = table["seconds"].where(table["beside"] == 0).ffill()
-    table["ratio"] = table["seconds"] / alone
-    write_table(options.out, table.assign(machine=machine()).round(3))
+            write_table(options.out, as_table(rows))
 
 
 if __name__ == "__main__":

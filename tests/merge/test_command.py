@@ -1,6 +1,9 @@
 """The command line of a merge: lists add up, paths expand, numbers are read, errors come early."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -58,3 +61,16 @@ def test_places_that_cannot_be_are_refused_before_any_work(tmp_path, capsys):
 def test_sizes_that_are_none_are_refused(tmp_path, size):
     with pytest.raises(SystemExit):
         merge("--base", "b", "--models", "a", "--out", tmp_path / "out", "--shard-size", size)
+
+
+def test_a_terminal_without_the_letters_of_a_name_stops_no_merge(
+    tiny_base, tiny_adapters, tmp_path
+):
+    named = tmp_path / "модель"
+    named.symlink_to(tiny_adapters[0])
+    command = [sys.executable, "-m", "helpers", "merge", "--base", tiny_base, "--models", named]
+    command += ["--rule", "linear", "--out", tmp_path / "出力"]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=ascii_only, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\\u51fa" in done.stdout and (tmp_path / "出力" / "model.safetensors").is_file()

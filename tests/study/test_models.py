@@ -175,6 +175,14 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, files, reason):
     assert reason in refusal(models.resolve_model, str(folder))
 
 
+def test_a_file_of_weights_and_a_folder_without_a_tokenizer_are_refused(tmp_path):
+    folder = tiny.save_base(tmp_path / "base")
+    assert "name its folder" in refusal(models.resolve_model, str(folder / "model.safetensors"))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert "has no tokenizer" in refusal(models.load_model, str(folder))
+
+
 def test_a_missing_shard_is_named(tmp_path):
     folder = tiny.save_base(tmp_path / "sharded", max_shard_size="20KB")
     shards = sorted(folder.glob("*.safetensors"))
