@@ -129,10 +129,21 @@ def _brackets(tau: Tensor | Lazy, k: int) -> Iterator[tuple[np.float32, np.float
     if tau.shape.numel() > BLOCK["cpu"]:
         step = max(1, tau.shape[0] // 128)
         rows = tau[::step].abs().cpu().numpy()
-        sample = np.sort(rows, axis=None)
+        bits = rows.view(np.uint32) >> 16
+        sample = np.sort(bits.astype(np.uint16), axis=None, kind="stable")  # by radix: 10 x faster
         n = len(sample)
         rank = 1 - k / tau.shape.numel()
-        guess = sample[min(int(rank * n), n - 1)]
+
+        def magnitude(place: int) -> np.float32:
+            """The sampled magnitude of this rank; by their lower bits they are not in order yet."""
+            upper = sample[place]
+            within = rows[bits == upper]
+            if within.min() == within.max():  # 16-bit models differ by few distinct values
+                return within[0]
+            here = place - np.searchsorted(sample, upper)
+            return np.partition(within, here)[here]
+
+        guess = magnitude(min(int(rank * n), n - 1))
         above = rows.reshape(len(rows), -1) > guess
         error = above.mean(axis=1).std() / math.sqrt(len(rows))
         for slack in (0.001, 0.1):
@@ -140,8 +151,8 @@ def _brackets(tau: Tensor | Lazy, k: int) -> Iterator[tuple[np.float32, np.float
             low = int((rank - margin) * n)
             high = int((rank + margin) * n)
             yield (
-                max(sample[low], SMALLEST) if low >= 0 else SMALLEST,
-                sample[high] if high < n else INFINITE,
+                max(magnitude(low), SMALLEST) if low >= 0 else SMALLEST,
+                magnitude(high) if high < n else INFINITE,
             )
     yield SMALLEST, INFINITE
 
