@@ -129,8 +129,8 @@ def _brackets(tau: Tensor | Lazy, k: int) -> Iterator[tuple[np.float32, np.float
     if tau.shape.numel() > BLOCK["cpu"]:
         step = max(1, tau.shape[0] // 128)
         rows = tau[::step].abs().cpu().numpy()
-        bits = rows.view(np.uint32) >> 16
-        sample = np.sort(bits.astype(np.uint16), axis=None, kind="stable")  # by radix: 10 x faster
+        bits = (rows.view(np.uint32) >> 16).astype(np.uint16)
+        sample = np.sort(bits, axis=None, kind="stable")  # by radix: ten times as fast
         n = len(sample)
         rank = 1 - k / tau.shape.numel()
 
