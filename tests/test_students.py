@@ -29,6 +29,17 @@ def test_a_solution_becomes_the_names_it_defines():
     assert cells[1].source == solution, "the original keeps its solution"
 
 
+def test_a_page_that_is_only_read_keeps_its_outputs_but_the_solutions():
+    output = new_output("stream", text="1")
+    cells = [
+        new_code_cell("x = 1", outputs=[output]),
+        new_code_cell("y = x", outputs=[output], metadata={"tags": ["solution"]}),
+    ]
+    plain, asked = students.student_copy(new_notebook(cells=cells), only_read=True).cells
+    assert plain.outputs == [output]
+    assert asked.outputs == [] and "y = ..." in asked.source
+
+
 def test_there_are_exercises():
     assert len(SOLVED) >= 5
 
@@ -48,7 +59,14 @@ def test_no_copy_holds_an_answer_and_all_else_is_as_it_was(path):
 def test_copies_are_written_for_all_notebooks(tmp_path):
     written = students.write_copies(tmp_path / "class")
     assert [p.name for p in written] == sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb"))
-    assert all(nbformat.read(path, as_version=4).cells for path in written)
+    shown = {path.stem for path in written if "outputs" in _keys(path)}
+    assert {"01_finetune", "02_merge", "06_choose", "07_rerun"} <= shown
+    assert not {"00_start_here", "04_bound", "05_statistics", "08_findings"} & shown
+
+
+def _keys(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return {key for cell in cells for key, value in cell.items() if value}
 
 
 EVEN = {"is a whole number": lambda x: x == int(x), "is even": lambda x: x % 2 == 0}

@@ -11,19 +11,26 @@ from typing import Any
 
 import nbformat
 
+from helpers.run.profiles import parameters
 from helpers.store import ROOT, atomic_write
 
 INSTRUCTION = "# Your answer; the next cell checks it."
 
 
-def student_copy(book: Any) -> Any:
-    """The notebook without outputs, each solution replaced by the names that it has to define."""
+def student_copy(book: Any, only_read: bool = False) -> Any:
+    """The notebook without outputs, each solution replaced by the names that it has to define.
+
+    A page that is `only_read` keeps the outputs of all its cells but the solutions.
+    """
     book = nbformat.from_dict(book)
     for cell in book.cells:
-        if cell.cell_type == "code":
+        if cell.cell_type != "code":
+            continue
+        solution = "solution" in cell.metadata.get("tags", [])
+        if solution:
+            cell.source = stub(cell.source)
+        if solution or not only_read:
             cell.update(outputs=[], execution_count=None)
-            if "solution" in cell.metadata.get("tags", []):
-                cell.source = stub(cell.source)
     return book
 
 
@@ -50,12 +57,15 @@ def _defined(statement: ast.stmt) -> list[str]:
 
 
 def write_copies(folder: Path) -> list[Path]:
-    """Student copies of all notebooks, written into `folder`."""
+    """Student copies of all notebooks, written into `folder`.
+
+    A class has no torch: it reads the pages that load a model.
+    """
     written = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         book = nbformat.read(path, as_version=4)
         with atomic_write(folder / path.name) as part:
-            nbformat.write(student_copy(book), part)
+            nbformat.write(student_copy(book, "MODEL" in parameters(path)), part)
         written.append(folder / path.name)
     return written
 

@@ -1,18 +1,18 @@
 """Generated tasks: `generated:<family>/<name>`, seeded, as many examples as are asked for.
 
-Each generator draws an input and knows its answer: a rule on words (`words`), numbers, dates or
-records that a small model can learn from a few hundred examples. A family has at most three tasks,
-relatives. Their instructions are in data/tasks.toml.
+Each generator draws an input and knows its answer: a rule on words (`words`), on notations
+(`notations`), on sentences and measures (`sentences`) or, here, on numbers, dates and records, that
+a small model can learn from a few hundred examples. A family has at most three tasks, relatives.
+Their instructions are in data/tasks.toml.
 """
 
 import random
 from datetime import date, timedelta
 
-from helpers.study import words
-from helpers.study.words import word
+from helpers.study import notations, sentences, words
+from helpers.study.words import NAMES, word
 
 EXAMPLES = 2000  # different prompts in the pool of a task
-NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kim Leo Mia Ned Ona Pia Raj Sam Tess".split()  # noqa: SIM905
 ONES = "zero one two three four five six seven eight nine".split()  # noqa: SIM905
 MONTHS = [date(2001, month, 1).strftime("%B") for month in range(1, 13)]
 DAYS = [date(2001, 1, day).strftime("%A") for day in range(1, 8)]  # 1 January 2001 was a Monday
@@ -161,6 +161,8 @@ def called(rng: random.Random) -> tuple[str, str]:
 
 TASKS = (
     *words.TASKS,
+    *notations.TASKS,
+    *sentences.TASKS,
     larger,
     smaller,
     parity,

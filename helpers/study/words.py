@@ -9,6 +9,7 @@ import string
 
 ANIMALS = "cat dog cow pig hen fox owl bee ant rat bat elk emu yak ape eel cod jay".split()  # noqa: SIM905
 TOOLS = "saw axe awl hoe rake file drill clamp lathe wrench chisel hammer pliers".split()  # noqa: SIM905
+NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kim Leo Mia Ned Ona Pia Raj Sam Tess".split()  # noqa: SIM905
 VOWELS = "aeiou"
 
 
@@ -126,6 +127,37 @@ def joined(rng: random.Random) -> tuple[str, str]:
     return ", ".join(items), " and ".join(items)
 
 
+def contained(rng: random.Random) -> tuple[str, str]:
+    """Whether a word is among four."""
+    items = words(rng, 5)
+    asked = rng.choice([items[0], items[4]])
+    shown = items[:4]
+    rng.shuffle(shown)
+    return f"{asked} in {', '.join(shown)}", "yes" if asked in shown else "no"
+
+
+# --- comparisons of words --------------------------------------------------------------------
+
+
+def earlier(rng: random.Random) -> tuple[str, str]:
+    """The first of two words in the alphabet."""
+    first, second = words(rng, 2)
+    return f"{first}, {second}", min(first, second)
+
+
+def longer(rng: random.Random) -> tuple[str, str]:
+    """The longer of two words."""
+    items = [word(rng, 3, 3), word(rng, 6, 8)]
+    rng.shuffle(items)
+    return ", ".join(items), max(items, key=len)
+
+
+def letters(rng: random.Random) -> tuple[str, str]:
+    """How many letters a word has."""
+    text = word(rng, 3, 8)
+    return text, str(len(text))
+
+
 TASKS = (
     doubled_vowels,
     starred_vowels,
@@ -142,4 +174,8 @@ TASKS = (
     tool,
     repeated,
     joined,
+    contained,
+    earlier,
+    longer,
+    letters,
 )

@@ -1,7 +1,11 @@
 """Generated tasks: answers checked by a second implementation, written another way."""
 
+import json
 import re
 from datetime import datetime, timedelta
+from decimal import Decimal
+from pathlib import PurePosixPath
+from urllib.parse import urlunsplit
 
 import pytest
 
@@ -28,7 +32,18 @@ def time(text):
     return datetime.strptime(text, "%H:%M")
 
 
+def ending(n):
+    return "th" if n in (11, 12, 13) or n % 10 not in (1, 2, 3) else ("st", "nd", "rd")[n % 10 - 1]
+
+
+def numeral(n):
+    return "X" * (n // 10) + ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")[n % 10]
+
+
 DIGITS = dict(zip("0123456789", generators.ONES, strict=True))
+BACK = dict(
+    zip(["north", "east", "south", "west"], ["south", "west", "north", "east"], strict=True)
+)
 WORDS = {word: digit for digit, word in DIGITS.items()}
 SECOND = {
     "doubled_vowels": lambda x: on_vowels(x, r"\g<0>\g<0>"),
@@ -75,6 +90,51 @@ SECOND = {
     "age": lambda x: dict(pair.split("=") for pair in x.split("; "))["age"],
     "town": lambda x: re.search(r"in (\w+) since", x)[1],
     "called": lambda x: re.sub(r"^(\w+) of (\d+) and (\d+)$", r"\1(\2, \3)", x),
+    "contained": lambda x: "yes" if re.match(r"(\w+) in .*\b\1\b", x) else "no",
+    "earlier": lambda x: sorted(items(x))[0],
+    "longer": lambda x: re.search(r"\w{6,}", x)[0],
+    "letters": lambda x: str(sum(1 for _ in x)),
+    "snake_case": lambda x: re.sub(" ", "_", x),
+    "camel_case": lambda x: re.sub(r" (.)", lambda m: m[1].upper(), x),
+    "constant_case": lambda x: x.translate(str.maketrans(" ", "_")).upper(),
+    "extension": lambda x: PurePosixPath(x).suffix[1:],
+    "stem": lambda x: PurePosixPath(x).stem,
+    "backup": lambda x: str(PurePosixPath(x).with_stem(PurePosixPath(x).stem + "_old")),
+    "domain": lambda x: x.partition("@")[2],
+    "slug": lambda x: re.sub(r"\W", "-", x.lower()),
+    "link": lambda x: urlunsplit(("https", *x.split("/"), "", "")),
+    "tagged": lambda x: re.sub(r" (\w+) ", r" <b>\1</b> ", x),
+    "emphasised": lambda x: x.split("*")[1],
+    "bulleted": lambda x: re.sub(r"(\w+),?", r"- \1", x),
+    "name_and_age": lambda x: json.dumps({"name": x.split()[0], "age": numbers(x)[0]}),
+    "semicolons": lambda x: ";".join(field.split()[1] for field in items(x)),
+    "town_field": lambda x: json.loads(x)["town"],
+    "ordinal": lambda x: f"{numbers(x)[0]}{ending(numbers(x)[0])} {x.split()[0].lower()}",
+    "roman": lambda x: f"{x.split()[0]} {numeral(numbers(x)[0])}",
+    "percent": lambda x: f"{Decimal(x) * 100:.1f}%",
+    "decimal": lambda x: f"{Decimal(x[:-1]) / 100:.3f}",
+    "dashed": lambda x: re.sub(r"^(...)", r"\1-", x),
+    "last_four": lambda x: f"{int(x) % 10000:04d}",
+    "passive": lambda x: re.sub(r"(\w+) (\w+) (\w+)", r"\3 was \2 by \1", x),
+    "whom": lambda x: x.split()[-1],
+    "quoted": lambda x: re.sub(r"(\w+) says (.*)", r'"\2", says \1', x),
+    "thanked": lambda x: re.sub(r"(\w+) brought (\w+) at \d+", r"Thank you for the \2, \1!", x),
+    "greeted": lambda x: (
+        f"Good {'morning' if time(x[-5:]).hour < 12 else 'evening'}, " + x.replace(x[-7:], "!")
+    ),
+    "way_back": lambda x: " ".join([*x.split()[:2], BACK[x.split()[2]]]),
+    "swapped": lambda x: re.sub(r"(\d+), (\d+)", r"\2, \1", x),
+    "mirrored": lambda x: x.replace("(", "(-"),
+    "flipped": lambda x: x.translate(str.maketrans("01", "10")),
+    "opposite": lambda x: f"{-int(x):+d}",
+    "absolute": lambda x: str(abs(int(x))),
+    "rounded": lambda x: f"${round(float(x[1:]))}",
+    "next_term": lambda x: str(2 * numbers(x)[2] - numbers(x)[1]),
+    "passed": lambda x: ["fail", "pass"][numbers(x)[0] // 50],
+    "weather": lambda x: ["cold", "mild", "warm"][int(float(x.split()[1]) // 10)],
+    "pens": lambda x: re.search(r"(\d+) pens", x)[1],
+    "most": lambda x: max(items(x), key=lambda item: int(item.split()[0])).split()[1],
+    "place": lambda x: re.sub(r"(\w+) \((\w+)\)", r"\1 lives in \2.", x),
 }
 
 
