@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = top.parse_known_args(argv)
     if rest and arguments.command not in PASSED_ON:
         top.error(f"unknown argument: {rest[0]}")
-    sentence = supported.problem() or supported.no_packages(_needed(arguments))
+    needed = "torch" if arguments.command in PASSED_ON else "papermill"  # a class has no torch
+    sentence = supported.problem() or supported.no_packages(needed)
     if sentence:
         print(f"error: {sentence}", file=sys.stderr)
         return 2
@@ -85,11 +86,6 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command takes up what is not finished", file=sys.stderr)
         return 130
     return code or 0
-
-
-def _needed(arguments: argparse.Namespace) -> str:
-    """A package that the command cannot do without; a class has no torch."""
-    return "torch" if arguments.command in PASSED_ON else "papermill"
 
 
 # What each command needs is imported when it is called: --help needs none of it.

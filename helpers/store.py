@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 """Root of the repository; `helpers` is installed editable."""
 
@@ -195,18 +197,8 @@ def _remove_leftovers(done: Path) -> None:
     """Remove what killed processes of this host left of a result; other hosts' are not ours."""
     mark = f".{done.name}-{platform.node()}-"
     for part in done.parent.glob(f"{mark}*.part"):
-        if not _runs(int(part.name.removeprefix(mark).split("-")[0])):
+        if not psutil.pid_exists(int(part.name.removeprefix(mark).split("-")[0])):
             shutil.rmtree(part, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        pass
-    return True
 
 
 FAULTS = {

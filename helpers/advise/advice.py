@@ -62,7 +62,7 @@ def advise(
     limits to tell beside those that are seen here. settings: of `open_panel`, device to longest.
     Raises ValueError, before any pass, for anything that cannot be advised on.
     """
-    check(keep, budget)
+    _check(keep, budget, **settings)
     started = time.monotonic()
     panel = open_panel(base, models, prompts, **settings)
     parts = {x: choices.split(len(panel.inputs[x])) for x in models}
@@ -89,7 +89,7 @@ def advise(
     )
 
 
-def check(keep: float, budget: float, tokens: int = 1) -> None:
+def _check(keep: float, budget: float, tokens: int = 1, **_) -> None:
     """Raise ValueError for a threshold, a budget or a length of answers that is none."""
     if not 0 < keep < 1:
         raise ValueError(f"keep is a share between 0 and 1, as 0.9, not {keep}")
@@ -153,9 +153,7 @@ def trial_table(search: Search) -> pd.DataFrame:
     """Every trial of the search: models, rule, weights, scale, and a row for each model."""
     rows = []
     for merge, table in search.trials.items():
-        about = merge._asdict() | {"models": list(merge.models)}
-        about["weights"] = merge.weights and list(merge.weights)
-        rows += [about | row for row in table.to_dict("records")]
+        rows += [merge._asdict() | row for row in table.to_dict("records")]
     return pd.DataFrame(rows)
 
 
@@ -167,10 +165,7 @@ def _merge_rows(judged: Sequence[choices.Verdict], base: str, sources: Mapping) 
         merge = verdict.merge
         row = {
             "verdict": verdict.verdict,
-            "models": list(merge.models),
-            "rule": merge.rule,
-            "weights": merge.weights and list(merge.weights),
-            "scale": merge.scale,
+            **merge._asdict(),
             "more_prompts": verdict.more,
             "kept": verdict.table.to_dict("records"),
             "command": recipes.command(merge, base, sources, f"merged-{number}"),

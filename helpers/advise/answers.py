@@ -4,14 +4,14 @@ A decoder or encoder-decoder answers in words: greedily, up to its end token or 
 An encoder answers with a label, by the head of the model that is asked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 
 from helpers.advise.panel import Panel
-from helpers.study.answers import batches, closing, decode, read_prompts, readings
+from helpers.study.answers import Cached, batches, closing, decode, read_prompts, readings
 from helpers.study.bench import attached
 from helpers.study.scores import label_logprobs
 
@@ -40,16 +40,20 @@ def score(panel: Panel, label: str, prompts: Prompts, answers: Answers) -> pd.Da
 def _greedy(panel: Panel, prompts: Prompts) -> list[list[int]]:
     """Greedy continuations with their end token, at most `panel.tokens` long."""
     ends = _end_tokens(panel)
-    fill = panel.tokenizer.pad_token_id
     answers: list[list[int]] = [[]] * len(prompts)
-    lengths = [len(ids) for ids in prompts]
-    for batch in batches(panel.model, lengths, panel.batch_size):
-        some = [prompts[i] for i in batch]
-        cached = read_prompts(panel.model, some, fill)
-        decoded = decode(panel.model, cached, [panel.tokens] * len(some), ends)
+    for batch, cached in _read(panel, prompts):
+        decoded = decode(panel.model, cached, [panel.tokens] * len(batch), ends)
         for i, tokens in zip(batch, decoded, strict=True):
             answers[i] = tokens
     return answers
+
+
+def _read(panel: Panel, prompts: Prompts) -> Iterator[tuple[list[int], Cached]]:
+    """Prompts that are read together: their places, and what the live model made of them."""
+    lengths = [len(ids) for ids in prompts]
+    for batch in batches(panel.model, lengths, panel.batch_size):
+        some = [prompts[i] for i in batch]
+        yield batch, read_prompts(panel.model, some, panel.tokenizer.pad_token_id)
 
 
 def _end_tokens(panel: Panel) -> set[int]:
@@ -61,9 +65,7 @@ def _end_tokens(panel: Panel) -> set[int]:
 def _score_texts(panel: Panel, prompts: Prompts, answers: Answers) -> pd.DataFrame:
     kept, nll = np.zeros(len(prompts)), np.zeros(len(prompts))
     fill, stop = panel.tokenizer.pad_token_id, closing(panel.tokenizer)
-    lengths = [len(ids) for ids in prompts]
-    for batch in batches(panel.model, lengths, panel.batch_size):
-        cached = read_prompts(panel.model, [prompts[i] for i in batch], fill)
+    for batch, cached in _read(panel, prompts):
         candidates = [[answers[i]] for i in batch]
         read = readings(panel.model, cached, candidates, fill, stop)
         for i, (reading,) in zip(batch, read, strict=True):

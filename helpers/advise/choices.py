@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import beta
+from statsmodels.stats.proportion import proportion_confint
 
 from helpers.advise.merges import Merge, retention
 from helpers.advise.search import Measure, Search
@@ -89,16 +89,12 @@ def judge(merge: Merge, trial: pd.DataFrame, keep: float, alpha: float) -> Verdi
 
 def lower_end(count, n, alpha: float) -> np.ndarray:
     """Exact lower end: at this share, `count` or more of n would have probability alpha."""
-    count, n = np.asarray(count, float), np.asarray(n, float)
-    end = beta.ppf(alpha, count, n - count + 1)
-    return np.where(count > 0, end, 0.0)
+    return proportion_confint(count, n, 2 * alpha, "beta")[0]
 
 
 def upper_end(count, n, alpha: float) -> np.ndarray:
     """Exact upper end: at this share, `count` or fewer of n would have probability alpha."""
-    count, n = np.asarray(count, float), np.asarray(n, float)
-    end = beta.ppf(1 - alpha, count + 1, n - count)
-    return np.where(count < n, end, 1.0)
+    return proportion_confint(count, n, 2 * alpha, "beta")[1]
 
 
 def prompts_needed(share: float, keep: float, alpha: float) -> int:
@@ -150,19 +146,17 @@ def decide(models: Sequence[str], judged: Sequence[Verdict], search: Search) -> 
     """
     some_merge = any(verdict.verdict == "safe" for verdict in judged)
     refused = [verdict.merge for verdict in judged if verdict.verdict == "unsafe"]
+    places = {model: i for i, verdict in enumerate(judged) for model in verdict.merge.models}
     rows = []
     for model in models:
-        row = {"model": model, "decision": "", "merge": -1, "kept": math.nan, "least": math.nan}
-        verdict = None
-        for place, candidate in enumerate(judged):
-            if model in candidate.merge.models:
-                verdict = candidate
-                of_model = verdict.table.set_index("model").loc[model]
-                row |= {"merge": place, "kept": of_model["kept"], "least": of_model["least"]}
+        place = places.get(model, -1)
+        verdict = judged[place] if model in places else None
         may_fit = _may_fit(model, models, search, refused)
-        row["decision"] = _decision(verdict, some_merge, may_fit)
+        row = {"model": model, "decision": _decision(verdict, some_merge, may_fit), "merge": place}
+        if verdict is not None:
+            row |= verdict.table.set_index("model").loc[model, ["kept", "least"]].to_dict()
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["model", "decision", "merge", "kept", "least"])
 
 
 def _decision(verdict: Verdict | None, some_merge: bool, may_fit: bool) -> str:

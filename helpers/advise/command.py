@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helpers.advise import report
-from helpers.advise.advice import advise, check
-from helpers.advise.panel import labels_of
+from helpers.advise.advice import advise
+from helpers.advise.panel import TOKENS, labels_of
 from helpers.advise.prompts import prompts_of
 from helpers.store import atomic_write
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--keep", type=float, default=0.9, help="share of its answers that each model must keep")
     add("--budget", type=float, default=10, metavar="MINUTES", help="of search")
-    add("--tokens", type=int, default=32, help="of an answer that count")
+    add("--tokens", type=int, default=TOKENS, help="of an answer that count")
     add("--report", type=Path, metavar="OUT.html", help="write the page, too")
     add("--json", action="store_true", help="print JSON instead of text")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 or mps")
@@ -47,23 +47,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Parse, advise, print; the exit code. ValueError if it cannot."""
     given = parser().parse_args(argv)
-    check(given.keep, given.budget, given.tokens)
     if given.report is not None:
         given.report = given.report.expanduser()
         _check_report(given.report)
     models = dict(zip(labels_of(given.models), given.models, strict=True))
     prompts = prompts_of(list(models), given.prompts)
-    advice = advise(
-        given.base,
-        models,
-        prompts,
-        given.keep,
-        given.budget,
-        _notes(given.prompts),
-        device=given.device,
-        dtype=given.dtype,
-        tokens=given.tokens,
-    )
+    settings = {"device": given.device, "dtype": given.dtype, "tokens": given.tokens}
+    notes = _notes(given.prompts)
+    advice = advise(given.base, models, prompts, given.keep, given.budget, notes, **settings)
     if given.json:
         print(json.dumps(report.content(advice), indent=1, ensure_ascii=False))
     else:

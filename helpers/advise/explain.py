@@ -5,7 +5,6 @@ of them: how many points of loss a choice by them saved.
 """
 
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -47,13 +46,13 @@ def pairs(panel: Panel) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def verdicts(studies: Path = STUDIES) -> pd.DataFrame:
+def verdicts() -> pd.DataFrame:
     """What choosing a partner by EXPLANATIONS saved over chance in the largest committed study.
 
     Columns criterion, study, rule, gain, low, high (points of loss, 95 %), tasks.
     """
     tables = []
-    for file in sorted(studies.glob("*/choices.csv")):
+    for file in sorted(STUDIES.glob("*/choices.csv")):
         table = pd.read_csv(file).assign(study=file.parent.name)
         partner = (table["decision"] == "partner") & (table["rule"] == "linear")
         tables.append(table[partner & table["criterion"].isin(EXPLANATIONS)])

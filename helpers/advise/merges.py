@@ -2,9 +2,8 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
-from scipy.stats import norm
+from statsmodels.stats.proportion import proportion_confint
 
 LEVEL = 0.9  # of the intervals that are shown
 
@@ -31,14 +30,6 @@ def retention(frame: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
     groups = frame.groupby("model", sort=False)
     table = groups[["kept", "rise", "dose"]].mean().reset_index()
     table["prompts"] = groups.size().to_numpy()
-    table["low"], table["high"] = wilson(table["kept"], table["prompts"], level)
+    count = table["kept"] * table["prompts"]
+    table["low"], table["high"] = proportion_confint(count, table["prompts"], 1 - level, "wilson")
     return table
-
-
-def wilson(share, n, level: float = LEVEL) -> tuple:
-    """Wilson's (1927) score interval of a share of n independent prompts."""
-    z = norm.ppf(0.5 + level / 2)
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    spread = share * (1 - share) / n + z**2 / (4 * n**2)
-    half = z * np.sqrt(spread) / (1 + z**2 / n)
-    return centre - half, centre + half

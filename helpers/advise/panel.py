@@ -10,18 +10,12 @@ import torch
 from torch import Tensor
 
 from helpers.advise.prompts import FEWEST, LONGEST, Prompt, encode
-from helpers.merge import (
-    Row,
-    Source,
-    check_device,
-    objections,
-    open_base,
-    open_specialist,
-    views,
-)
-from helpers.study.bench import Bench, body, head_of, load_base, specialist_key
+from helpers.merge import Row, check_device, objections, open_base, open_specialist, views
+from helpers.study.bench import Bench, head_of, load_base, specialist_key
 from helpers.study.models import model_folder
 from helpers.study.tasks import Task
+
+TOKENS = 32  # of an answer that count
 
 
 @dataclass(frozen=True)
@@ -40,8 +34,8 @@ class Panel:
     contents: dict[str, str]
     inputs: dict[str, list[list[int]]]
     heads: dict[str, dict[str, Tensor]]
-    tokens: int = 32
-    batch_size: int = 16
+    tokens: int
+    batch_size: int
 
     @property
     def encoder(self) -> bool:
@@ -51,11 +45,7 @@ class Panel:
     def of(self, labels: Sequence[str]) -> list[Row]:
         """The task vectors of some of the models."""
         places = [self.labels.index(label) for label in labels]
-        rows = []
-        for row in self.rows:
-            taus = [row.taus[place] for place in places]
-            rows.append(Row(row.name, row.base, taus))
-        return rows
+        return [row._replace(taus=[row.taus[place] for place in places]) for row in self.rows]
 
 
 def labels_of(models: Sequence[str]) -> list[str]:
@@ -83,36 +73,40 @@ def open_panel(
     prompts: Mapping[str, Sequence[Prompt]],
     device: str = "cpu",
     dtype: str = "float32",
-    tokens: int = 32,
+    tokens: int = TOKENS,
     longest: int = LONGEST,
 ) -> Panel:
     """The models (by label) of `base`, opened and checked; no prompt is read by a model yet.
 
-    longest: tokens of a prompt that is read; longer ones are left out.
-
-    Raises ValueError, with the reason, for models that cannot be merged into this base, and for
-    one whose weights are pickles.
+    longest: tokens of a prompt that is read; longer ones are left out. Raises ValueError, with the
+    reason, for models that cannot be merged into this base, and for one whose weights are pickles.
     """
     check_device(device, ["mps", "auto"])
-    stored = open_base(model_folder(base))  # first: it says what is wrong with a folder
+    folder = model_folder(base)
+    stored = open_base(folder)  # first: it says what is wrong with a folder
     folders = {label: folder_of(model) for label, model in models.items()}
-    model, tokenizer, info = load_base(base, dtype, device)
-    encoder = _is_encoder(model)
-    sources = [open_specialist(path, label) for label, path in folders.items()]
-    _check_meaning(stored, model_folder(base), folders, sources, encoder)
-    rows = _rows(model, stored._replace(base_digest=info["digest"]), sources, encoder)
-    return _panel(model, tokenizer, info["digest"], rows, folders, prompts, tokens, longest)
+    bench = Bench(*load_base(base, dtype, device), tasks={}, specialists=folders)
+    sources = {label: open_specialist(path, label) for label, path in folders.items()}
+    given = [(label, folders[label], source) for label, source in sources.items()]
+    for reason in objections(stored, folder, given, "base" if bench.encoder else "merge"):
+        raise ValueError(reason)
+    if bench.encoder:
+        rows = bench.rows(folders)
+    else:
+        stored = stored._replace(base_digest=bench.base["digest"])
+        rows = views(stored, [*sources.values()], bench.model.device.type)
+    if not rows:
+        raise ValueError("no model differs from the base: there is nothing to merge")
+    return _panel(bench, rows, prompts, tokens, longest)
 
 
-def panel_of(bench: Bench, tokens: int = 32) -> Panel:
+def panel_of(bench: Bench) -> Panel:
     """The specialists of a study, to be tried on prompts of their tasks, without labels.
 
     A study scores prompts of any length, so these may have any as well.
     """
-    folders = bench.specialists
-    prompts = {label: trial_prompts(bench.tasks[label]) for label in folders}
-    given = bench.base["digest"], bench.rows(folders), folders, prompts, tokens, sys.maxsize
-    return _panel(bench.model, bench.tokenizer, *given)
+    prompts = {label: trial_prompts(bench.tasks[label]) for label in bench.specialists}
+    return _panel(bench, bench.rows(bench.specialists), prompts, TOKENS, sys.maxsize)
 
 
 def trial_prompts(task: Task) -> list[str]:
@@ -122,16 +116,13 @@ def trial_prompts(task: Task) -> list[str]:
 
 
 def _panel(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    base: str,
+    bench: Bench,
     rows: list[Row],
-    folders: Mapping[str, Path],
     prompts: Mapping[str, Sequence[Prompt]],
     tokens: int,
     longest: int,
 ) -> Panel:
-    encoder = _is_encoder(model)
+    model, folders, encoder = bench.model, bench.specialists, bench.encoder
     places = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     limit = min(places - tokens * (not encoder), longest)  # leaves room for an answer
     heads = {}
@@ -140,48 +131,13 @@ def _panel(
             heads[label] = head_of(model, open_specialist(folder, label).tensors)
     return Panel(
         model,
-        tokenizer,
-        base,
+        bench.tokenizer,
+        bench.base["digest"],
         tuple(folders),
         rows,
         contents={label: specialist_key(folder) for label, folder in folders.items()},
-        inputs={x: encode(prompts[x], x, tokenizer, encoder, limit) for x in folders},
+        inputs={x: encode(prompts[x], x, bench.tokenizer, encoder, limit) for x in folders},
         heads=heads,
         tokens=tokens,
         batch_size=16 if model.device.type == "cpu" else 64,
     )
-
-
-def _check_meaning(
-    base: Source,
-    folder: Path,
-    folders: Mapping[str, Path],
-    sources: Sequence[Source],
-    encoder: bool,
-) -> None:
-    """Raise ValueError where a merge would mean nothing: another vocabulary, unrelated weights."""
-    models = [(source.label, folders[source.label], source) for source in sources]
-    heads = "base" if encoder else "merge"
-    for reason in objections(base, folder, models, heads):
-        raise ValueError(reason)
-
-
-def _is_encoder(model: torch.nn.Module) -> bool:
-    return model.get_output_embeddings() is None
-
-
-def _rows(
-    model: torch.nn.Module,
-    base: Source,
-    sources: Sequence[Source],
-    encoder: bool,
-) -> list[Row]:
-    """Task vectors, tensor by tensor; of encoders without their heads."""
-    if encoder:
-        live = open_base(dict(model.named_parameters()))
-        base = live._replace(base_digest=base.base_digest)
-        base, *sources = (body(model, source) for source in (base, *sources))
-    rows = views(base, sources, model.device.type)
-    if not rows:
-        raise ValueError("no model differs from the base: there is nothing to merge")
-    return rows

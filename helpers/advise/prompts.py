@@ -93,11 +93,7 @@ def _is_message(message: Any) -> bool:
 
 
 def encode(
-    prompts: Sequence[Prompt],
-    label: str,
-    tokenizer: Any,
-    encoder: bool,
-    limit: int,
+    prompts: Sequence[Prompt], label: str, tokenizer: Any, encoder: bool, limit: int
 ) -> list[list[int]]:
     """Token ids of a model's prompts that have at most `limit` tokens.
 
@@ -106,11 +102,8 @@ def encode(
     chats = any(not isinstance(prompt, str) for prompt in prompts)
     if chats and not tokenizer.chat_template:
         raise ValueError(f"prompts of {label} are chats, but the base has no chat template")
-    encoded = []
-    for prompt in prompts:
-        ids = _token_ids(prompt, tokenizer, encoder)
-        if 0 < len(ids) <= limit:
-            encoded.append(ids)
+    read = (_token_ids(prompt, tokenizer, encoder) for prompt in prompts)
+    encoded = [ids for ids in read if 0 < len(ids) <= limit]
     if len(encoded) < FEWEST:
         raise ValueError(
             f"{label}: {len(encoded)} of {len(prompts)} prompts have at most {limit} tokens, "

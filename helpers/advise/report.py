@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def how_of(merge: dict) -> str:
     return words
 
 
-def _list(names: list[str]) -> str:
+def _list(names: Sequence[str]) -> str:
     if len(names) > NAMED:
         return f"{len(names)} models"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
@@ -137,8 +138,7 @@ def page(advice: Advice) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    template = environment.get_template("advice.html.j2")
-    return template.render(
+    return environment.get_template("advice.html.j2").render(
         advice=advice,
         sentence=sentence(advice),
         matrix=matrix(advice),

@@ -14,12 +14,7 @@ import pandas as pd
 
 from helpers.advise.merges import Merge, alone, retention
 
-VARIANTS = (
-    ("linear", 1.0),
-    ("task_arithmetic", 1.0),
-    ("task_arithmetic", 0.7),
-    ("ties", 1.0),
-)
+VARIANTS = (("linear", 1.0), ("task_arithmetic", 1.0), ("task_arithmetic", 0.7), ("ties", 1.0))
 HEAVIER = 1.5  # factor on the weight of a model that fails by its dose
 TRIES = 2  # of other weights
 PATIENCE = 3  # newcomers in a row that may fail before a group stops growing
@@ -65,7 +60,7 @@ class Search:
         table = self.look(merge)
         if table.empty:
             return -1.0, -math.inf
-        return float(table["kept"].min()), -float(table["rise"].max())
+        return table["kept"].min(), -table["rise"].max()
 
     def cause(self, merge: Merge, model: str) -> str:
         """Why a model fails in a merge.
@@ -112,9 +107,7 @@ def in_rounds(models: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _best_pair(
-    left: Sequence[str],
-    pairs: Sequence[tuple[str, str]],
-    search: Search,
+    left: Sequence[str], pairs: Sequence[tuple[str, str]], search: Search
 ) -> Merge | None:
     """The best of the pairs that keep both models; None if none does.
 
@@ -176,8 +169,6 @@ def reweighted(merge: Merge, search: Search) -> Merge | None:
     if not starved or len(starved) == len(merge.models):
         return None
     old = merge.weights or (1.0,) * len(merge.models)
-    new = []
-    for model, weight in zip(merge.models, old, strict=True):
-        factor = HEAVIER if model in starved else 1.0
-        new.append(round(weight * factor, 3))
-    return merge._replace(weights=tuple(new))
+    factors = [HEAVIER if model in starved else 1.0 for model in merge.models]
+    new = tuple(round(weight * by, 3) for weight, by in zip(old, factors, strict=True))
+    return merge._replace(weights=new)

@@ -30,7 +30,6 @@ from helpers.study.executor import call_each
 
 VERSION = 2  # raised by hand whenever a trial records something else
 TRIED = ["prompt", "kept", "rise", "confidence", "cpu_seconds"]
-EVERY: Mapping[str, slice] = {}
 
 
 @contextmanager
@@ -74,11 +73,7 @@ def references(panel: Panel, label: str) -> pd.DataFrame:
     return own
 
 
-def trial(
-    panel: Panel,
-    merge: Merge,
-    parts: Mapping[str, slice] = EVERY,
-) -> pd.DataFrame:
+def trial(panel: Panel, merge: Merge, parts: Mapping[str, slice] = {}) -> pd.DataFrame:
     """The merge on each of its models' prompts.
 
     Columns model, prompt (its number), kept, rise, confidence (`references`), dose (how far the

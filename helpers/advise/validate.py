@@ -4,7 +4,7 @@ A study's own tables are the truth; trials read other prompts of the same tasks.
 """
 
 from collections.abc import Callable, Mapping
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ from scipy.stats import betabinom
 
 from helpers import stats
 from helpers.advise.choices import ALPHA, lower_end
+from helpers.advise.merges import LEVEL
 from helpers.study.losses import COLLAPSE
 from helpers.study.tables import Pairs, Study
 
@@ -56,12 +57,7 @@ def on_prompts(trials: pd.DataFrame, count: int) -> pd.DataFrame:
     return table.reset_index()
 
 
-def forecasts(
-    trials: pd.DataFrame,
-    losses: pd.DataFrame,
-    count: int,
-    level: float = 0.9,
-) -> pd.DataFrame:
+def forecasts(trials: pd.DataFrame, losses: pd.DataFrame, count: int) -> pd.DataFrame:
     """Cells with what trials of `count` prompts foretell and what labels say (`measured`).
 
     Adds truth (1 + loss, from 0 to 1), the interval low to high of the forecast, covered, and
@@ -73,8 +69,8 @@ def forecasts(
     table["truth"] = (1 + table["loss"] / 100).clip(0, 1)
     kept = table["effective"] * table["foretold"]
     future = betabinom(table["tests"], kept + 0.5, table["effective"] - kept + 0.5)
-    table["low"] = future.ppf(0.5 - level / 2) / table["tests"]
-    table["high"] = future.ppf(0.5 + level / 2) / table["tests"]
+    table["low"] = future.ppf(0.5 - LEVEL / 2) / table["tests"]
+    table["high"] = future.ppf(0.5 + LEVEL / 2) / table["tests"]
     table["covered"] = table["truth"].between(table["low"] - 1e-9, table["high"] + 1e-9)
     table["collapse_foretold"] = table["foretold"] < EDGE
     table["collapse"] = table["truth"] < EDGE
@@ -124,11 +120,8 @@ def assurance(cells: pd.DataFrame) -> pd.DataFrame:
 
 def partners(values: Pairs) -> pd.Series:
     """Whom to merge a task with: a case for each task, an option for each partner."""
-    options = {}
-    for task in values.tasks:
-        for partner in values.tasks:
-            options[(task,), (task, partner)] = values.of(task, partner)
-    return _series(options)
+    ordered = product(values.tasks, repeat=2)
+    return _series({((task,), (task, other)): values.of(task, other) for task, other in ordered})
 
 
 def pools(values: Pairs, size: int = 4, most: int = 500, seed: int = 0) -> pd.Series:
@@ -137,11 +130,8 @@ def pools(values: Pairs, size: int = 4, most: int = 500, seed: int = 0) -> pd.Se
     if len(cases) > most:
         drawn = np.random.default_rng(seed).choice(len(cases), most, replace=False)
         cases = [cases[i] for i in sorted(drawn)]
-    options = {}
-    for case in cases:
-        for pair in combinations(case, 2):
-            options[case, pair] = values.of(*pair)
-    return _series(options)
+    options = ((case, pair) for case in cases for pair in combinations(case, 2))
+    return _series({(case, pair): values.of(*pair) for case, pair in options})
 
 
 def leavers(values: Pairs) -> pd.Series:
@@ -166,9 +156,7 @@ def _series(options: Mapping[tuple, float]) -> pd.Series:
 
 
 def choose(
-    options: Callable[[Pairs], pd.Series],
-    loss: Pairs,
-    scores: Mapping[str, Pairs],
+    options: Callable[[Pairs], pd.Series], loss: Pairs, scores: Mapping[str, Pairs]
 ) -> pd.DataFrame:
     """What each score's choice is worth: a row per criterion and case, gain and regret (points).
 

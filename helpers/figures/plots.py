@@ -80,7 +80,6 @@ def _label(ax: Axes, names: list[str], x: np.ndarray, y: np.ndarray) -> None:
     """Names beside their points; "": none."""
     named = np.array([bool(name) for name in names]) & np.isfinite(x + y)
     names, x, y = np.array(names)[named], x[named], y[named]
-    beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-    beside["annotation_clip"] = False
+    beside = {"xytext": (5, 0), "textcoords": "offset points", "annotation_clip": False}
     for name, *point in zip(names, x, _uncovered(ax, x, y), strict=True):
-        ax.annotate(name, point, fontsize=7, **beside)
+        ax.annotate(name, point, fontsize=7, va="center", **beside)

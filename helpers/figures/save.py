@@ -40,18 +40,14 @@ def save(fig: Figure, name: str, caption: str, alt: str, data: Mapping | None = 
     caption, alt = " ".join(caption.split()), " ".join(alt.split())
     if not caption or not alt:
         raise ValueError(f"Figure {name!r} needs a caption and an alt text.")
-    _print_source(fig, data or {})
+    data = dict(data or {})
+    _print_source(fig, data)
     path = folder / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, metadata={"Software": None})
-    _write_sidecar(path.with_suffix(".json"), caption, alt, data or {})
-    _show(fig, words(caption, alt))
+    _write_sidecar(path.with_suffix(".json"), caption, alt, data)
+    _show(fig, f"**Figure.** {caption}\n\n**In words.** {alt}")
     return path
-
-
-def words(caption: str, alt: str) -> str:
-    """Caption and alt text as a page shows them, in Markdown."""
-    return f"**Figure.** {caption}\n\n**In words.** {alt}"
 
 
 def _print_source(fig: Figure, data: Mapping) -> None:
@@ -67,7 +63,7 @@ def _write_sidecar(path: Path, caption: str, alt: str, data: Mapping) -> None:
         "alt": alt,
         "notebook": _active["notebook"],
         "parameters": dict(_active["parameters"] or {}),
-        "data": dict(data),
+        "data": data,
         "revision": revision(),
     }
     text = json.dumps(sidecar, indent=1, ensure_ascii=False)

@@ -77,9 +77,8 @@ def read_adapter(folder: Path) -> Adapter:
     if parts["magnitude"].keys() != (parts["A"].keys() if config.get("use_dora") else set()):
         raise ValueError(f"{file} must hold a magnitude for each matrix with use_dora, else none")
     factors = {}
-    for module in sorted(parts["A"]):
-        pair = _factors(file, config, module, parts["A"][module], parts["B"][module])
-        factors[f"{module}.weight"] = pair
+    for module, A in sorted(parts["A"].items()):
+        factors[f"{module}.weight"] = _factors(file, config, module, A, parts["B"][module])
     biases = {}
     for module, bias in parts["bias"].items():
         biases[f"{module}.bias"] = bias * factors[f"{module}.weight"].scaling
@@ -102,12 +101,12 @@ def _parts(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         kinds = {kind: re.fullmatch(rf"(.+)\.{end}", name) for kind, end in KINDS.items()}
-        for kind, match in kinds.items():
-            if match and tensor.dtype not in FLOATS:
-                raise ValueError(f"{file} holds {key} as {tensor.dtype}: convert it to float32")
-            if match:
-                parts[kind][match[1]] = tensor.float()
-        if any(kinds.values()):
+        found = {kind: match[1] for kind, match in kinds.items() if match}
+        if found and tensor.dtype not in FLOATS:
+            raise ValueError(f"{file} holds {key} as {tensor.dtype}: convert it to float32")
+        for kind, module in found.items():
+            parts[kind][module] = tensor.float()
+        if found:
             continue
         if "lora_" in name or name == key:
             raise ValueError(f"{file} holds {key}, which is no part of a LoRA adapter")

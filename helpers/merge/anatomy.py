@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from helpers.merge.weights import read_json, read_text
+from helpers.merge.weights import json_if_there, one_line, read_text
 
 
 class Anatomy(NamedTuple):
@@ -73,8 +73,7 @@ def anatomy(folder: Path) -> Anatomy | None:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """A folder's model configuration; empty if it has none."""
-    file = folder / "config.json"
-    return read_json(file) if file.is_file() else {}
+    return json_if_there(folder / "config.json")
 
 
 @lru_cache
@@ -92,8 +91,7 @@ def _anatomy(file: Path, text: str, architecture: str) -> Anatomy | None:
             model = model_class(config)
         settings, renamings = config.to_dict(), _renamings(model)
     except Exception as error:  # whatever a class makes of a configuration that it cannot take
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file} describes no {architecture}: {reason}") from error
+        raise ValueError(f"{file} describes no {architecture}: {one_line(error)}") from error
     names = model.state_dict().keys()
     buffers = {name for name, _ in model.named_buffers()}
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ())]
@@ -140,22 +138,17 @@ def _vocabulary(model: torch.nn.Module) -> list[str]:
     return [name for name, parameter in parameters if id(parameter) in shared]
 
 
-class Loaded(NamedTuple):
-    """A folder's tensors as they are loaded, and those among them that loading computes anew."""
-
-    tensors: dict[str, Tensor]
-    recomputed: frozenset[str]
-    filed: Mapping[str, str]  # a tensor's name -> another, which the file has
-
-
-def as_loaded(where: Path, stored: Mapping[str, Tensor], body: Anatomy | None) -> Loaded:
-    """A file's tensors under the names of the class, every tied one once.
+def as_loaded(
+    where: Path, stored: dict[str, Tensor], body: Anatomy | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors under the names of the class, every tied one once, and the names that the
+    file has for those that it calls otherwise.
 
     A copy that differs from its original is a tensor of its own, as transformers has it (the head
     of flan-t5). Raises ValueError for two names of one tensor.
     """
     if body is None:
-        return Loaded(dict(stored), frozenset(), {})
+        return stored, {}
     tensors: dict[str, Tensor] = {}
     filed = {}
     for name, tensor in stored.items():
@@ -169,8 +162,7 @@ def as_loaded(where: Path, stored: Mapping[str, Tensor], body: Anatomy | None) -
         tensor = tensors.get(copy)
         if tensor is not None and torch.equal(tensors.setdefault(original, tensor), tensor):
             del tensors[copy]
-    recomputed = frozenset(name for name in tensors if body.is_recomputed(name))
-    return Loaded(tensors, recomputed, filed)
+    return tensors, filed
 
 
 # Layers ------------------------------------------------------------------------------------------

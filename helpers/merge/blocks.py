@@ -1,6 +1,7 @@
 """How is one tensor of many models held? Lazily, and dense only a block of rows at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -20,20 +21,14 @@ class Factors(NamedTuple):
     A: Tensor
 
 
+@dataclass(eq=False)
 class Lazy:
     """A tensor that is dense (fp32) only in the rows asked for: `lazy[lo:hi]`, or `lazy[...]`."""
 
-    def __init__(
-        self,
-        shape: torch.Size,
-        device: str,
-        read: Callable[[Any], Tensor],
-        factors: Factors | None = None,
-    ):
-        self.shape = shape
-        self.device = device
-        self.read = read
-        self.factors = factors
+    shape: torch.Size
+    device: str
+    read: Callable[[Any], Tensor]
+    factors: Factors | None = None
 
     def __getitem__(self, rows) -> Tensor:
         return self.read(rows)
@@ -45,9 +40,7 @@ Taus = Sequence[Tensor | Lazy]
 def zero(shape: torch.Size, device: str = "cpu") -> Lazy:
     """The task vector of a specialist that left this tensor alone."""
     nothing = torch.zeros((), device=device).expand(shape)
-    factors = None
-    if len(shape) == 2:
-        factors = Factors(1.0, nothing[:, :1], nothing[:1])
+    factors = Factors(1.0, nothing[:, :1], nothing[:1]) if len(shape) == 2 else None
     return Lazy(shape, device, lambda rows: nothing[rows].clone(), factors)
 
 
@@ -145,9 +138,8 @@ def with_products(
 
 def gram_matrix(tensors: Taus) -> np.ndarray:
     """All inner products <x_i, x_j> of n tensors of one shape, (n, n): see `_products`."""
-    total = 0
-    for block in row_blocks(tensors[0].shape, tensors[0].device):
-        total = total + _products([tensor[block.rows] for tensor in tensors])
+    blocks = row_blocks(tensors[0].shape, tensors[0].device)
+    total = sum(_products([tensor[at.rows] for tensor in tensors]) for at in blocks)
     return total.cpu().numpy()
 
 

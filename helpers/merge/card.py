@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from helpers.merge.recipe import Recipe, Setting
+from helpers.merge.recipe import Recipe
 from helpers.merge.report import Report
 from helpers.merge.weights import sampled_digest
 
@@ -39,10 +39,12 @@ def model_card(recipe: Recipe, report: Report, name: str) -> str:
     bases = [model.partition("@")[0] for model in (stated["base"], *models)]
     front = {"base_model": bases, "tags": ["merge"], "library_name": "transformers"}
     weights = recipe.weights or report.plan.weights
-    table = [
-        f"| {model} | {_weight_text(weight)} | {dose_text(dose)} |"
-        for model, weight, dose in zip(models, weights, report.own, strict=True)
-    ]
+    table = []
+    for model, weight, dose in zip(models, weights, report.own, strict=True):
+        number = "by tensor" if isinstance(weight, list) else f"{weight:g}"
+        table.append(f"| {model} | {number} | {dose_text(dose)} |")
+    rounded = f", measured in the file, which holds {report.left:.1%} of the merged change"
+    plain = f" {report.plain} tensors that are no matrices took the plain mean."
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         name=name,
@@ -52,8 +54,8 @@ def model_card(recipe: Recipe, report: Report, name: str) -> str:
         scale=report.effective_scale,
         cos=report.cos_sum,
         kept=report.kept,
-        written=rounding_text(report),
-        plain=plain_text(report),
+        written=rounded if report.is_rounded else "",
+        plain=plain if report.plain else "",
         recipe=yaml.safe_dump(stated, sort_keys=False, allow_unicode=True),
     )
 
@@ -64,11 +66,10 @@ def as_stated(recipe: Recipe) -> dict[str, Any]:
         base=name_of(recipe.base),
         models=list(map(name_of, recipe.models)),
         tokenizer=recipe.tokenizer and name_of(recipe.tokenizer),
-        options=dict(recipe.options),
     )
     defaults = Recipe._field_defaults
-    stated = named._asdict()
-    return {key: x for key, x in stated.items() if key not in defaults or x != defaults[key]}
+    stated = named._asdict().items()
+    return {key: x for key, x in stated if key not in defaults or x != defaults[key]}
 
 
 def provenance(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
@@ -78,7 +79,10 @@ def provenance(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
     inputs = []
     for model, folder in zip((recipe.base, *recipe.models), folders, strict=True):
         about = {"model": name_of(model), "digest": sampled_digest(folder)}
-        inputs.append(about | _revision(folder))
+        place = folder.absolute()
+        if place.parent.name == "snapshots":  # a commit in the hub's cache
+            about["revision"] = place.name
+        inputs.append(about)
     try:
         installed = version("merging-collapse")
     except PackageNotFoundError:  # a checkout that nobody installed
@@ -86,32 +90,8 @@ def provenance(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
     return {"merging_collapse": installed, "recipe": as_stated(recipe), "inputs": inputs}
 
 
-def _revision(folder: Path) -> dict[str, str]:
-    """The commit of a folder in the hub's cache."""
-    place = folder.absolute()
-    return {"revision": place.name} if place.parent.name == "snapshots" else {}
-
-
-def _weight_text(weight: Setting) -> str:
-    return "by tensor" if isinstance(weight, list) else f"{weight:g}"
-
-
 def dose_text(dose: float | None) -> str:
     return "-" if dose is None else f"{dose:.3f}"
-
-
-def plain_text(report: Report) -> str:
-    """How many tensors a rule on matrices did not apply to."""
-    if not report.plain:
-        return ""
-    return f" {report.plain} tensors that are no matrices took the plain mean."
-
-
-def rounding_text(report: Report) -> str:
-    """What rounding to the file's grid left; nothing where it was not coarse."""
-    if not report.is_rounded:
-        return ""
-    return f", measured in the file, which holds {report.left:.1%} of the merged change"
 
 
 def name_of(model: str) -> str:

@@ -128,20 +128,15 @@ def _merge_tensor(
         raise ValueError(f"{row.name}: {len(row.taus)} models for {len(chosen.labels)} labels")
     chosen = chosen.at(row.name)
     contract = RULES[chosen.rule]
-    if not hasattr(contract.formula, "kernel"):  # linear algebra stops at NaN without naming it
+    formula = contract.formula
+    if not hasattr(formula, "kernel"):  # linear algebra stops at NaN without naming it
         _check_finite(row, chosen.labels, gram_matrix(row.taus))
     arguments, notes = contract.state(row, chosen)
     written = partial(_written, row.base, grid, chosen.scale) if grid else None
-    formula = contract.formula
     if chosen.svc is not None and len(row.taus[0].shape) == 2:
         formula = partial(_calibrated, formula, chosen.svc)
-    delta, products = with_products(
-        formula,
-        row.taus,
-        chosen.weights,
-        written,
-        **chosen.options | arguments,
-    )
+    arguments = chosen.options | arguments
+    delta, products = with_products(formula, row.taus, chosen.weights, written, **arguments)
     merged = len(chosen.labels)
     _check_finite(row, [*chosen.labels, "the merge"], products[: merged + 1, : merged + 1])
     if not np.isfinite(products).all():

@@ -63,19 +63,17 @@ def named(base: Source, specialists: Sequence[Source], heads: str = "merge") -> 
         raise ValueError(f"specialists must have different labels, not {labels}")
     _check_bases(base, specialists)
     _check_plain("the base", base)
-    merged = base.tensors.keys() - base.recomputed
-    if heads == "base":
-        merged = _body(base)
+    merged = _body(base) if heads == "base" else base.tensors.keys() - base.recomputed
+    skipped = base.tensors.keys() - merged if heads == "base" else None
     under_base_names = []
     for specialist in specialists:
         who = f"specialist {specialist.label}"
         _check_plain(who, specialist)
         if specialist.adapter is not None:
-            skipped = base.tensors.keys() - merged if heads == "base" else None
             specialist = _adapter_names(who, base, specialist, skipped)
         else:
             specialist = _checkpoint_names(base, specialist)
-            if heads == "base":
+            if skipped is not None:
                 body = {name: x for name, x in specialist.tensors.items() if name in merged}
                 specialist = specialist._replace(tensors=body)
             _check_names(who, base, merged, specialist)
@@ -91,11 +89,8 @@ def fitted(base: Source, specialists: Sequence[Source]) -> list[Source]:
         _check_tensors(who, base, specialist)
         if specialist.adapter is not None:
             _check_adapter(who, base, specialist.adapter)
-            saved = {
-                name: tensor
-                for name, tensor in specialist.tensors.items()
-                if not equal(base.tensors[name], tensor)
-            }
+            tensors = specialist.tensors.items()
+            saved = {name: x for name, x in tensors if not equal(base.tensors[name], x)}
             specialist = specialist._replace(tensors=saved)
         checked.append(specialist)
     return checked
@@ -113,13 +108,14 @@ def _body(base: Source) -> set[str]:
 def _check_plain(who: str, source: Source) -> None:
     """Codes of a quantised model are no weights: nothing can be added to them."""
     for name, tensor in source.tensors.items():
-        packed = not tensor.is_floating_point() or tensor.dtype not in FLOATS
-        if packed and source.quantised:
+        if tensor.dtype in FLOATS:
+            continue
+        if source.quantised:
             raise ValueError(
                 f"{who} is quantised ({source.quantised}: {name} is {tensor.dtype}): load it with "
                 "transformers, dequantize() and save it, or take the model that it was made of"
             )
-        if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+        if tensor.is_floating_point():
             raise ValueError(f"{who} stores {name} as {tensor.dtype}: convert it to bfloat16")
 
 
@@ -188,19 +184,21 @@ def _remedy(base: Source, name: str) -> str:
 def _adapter_names(who: str, base: Source, specialist: Source, skipped: set[str] | None) -> Source:
     """An adapter's parts under the base's names, turned as the base's layers store them."""
     adapter, body = specialist.adapter, base.anatomy
+    loaded = body.loaded if body else str
+    turns = body.transposed if body else {}  # what the class says goes before an adapter's flag
     parts = {}
     for field in ("factors", "saved", "magnitudes", "tokens", "biases"):
         parts[field] = {}
         for name, value in getattr(adapter, field).items():
-            base_name = body.loaded(name) if body else name
+            base_name = loaded(name)
             if skipped is not None and _is_head(base, base_name, skipped):
                 continue
             if field == "saved" and body and base_name in body.ties.keys() - base.tensors.keys():
                 continue  # equal to the original (`untied`)
             _check_known(who, base, base_name)
             parts[field][base_name] = value
-    flipped = {body.loaded(name) if body else name for name in adapter.transposed}
-    stored = {name for name in parts["factors"] if _is_transposed(base, name, name in flipped)}
+    flipped = set(map(loaded, adapter.transposed))
+    stored = {name for name in parts["factors"] if turns.get(name, name in flipped)}
     for name in stored ^ (flipped & parts["factors"].keys()):
         parts["factors"][name] = turned(parts["factors"][name])
     adapter = adapter._replace(**parts, transposed=frozenset(stored))
@@ -217,13 +215,6 @@ def _check_known(who: str, base: Source, name: str) -> None:
     if base.anatomy is not None and name in base.anatomy.ties:
         raise ValueError(f"{who} adapts {name}, which the base ties to {base.anatomy.ties[name]}")
     raise ValueError(f"{who} adapts {name}: the base lacks it{_remedy(base, name)}")
-
-
-def _is_transposed(base: Source, name: str, flipped: bool) -> bool:
-    """Whether the base stores a weight (in, out): its layer's class decides, if it is known, and
-    else the adapter's own flag.
-    """
-    return base.anatomy.transposed.get(name, flipped) if base.anatomy else flipped
 
 
 # Shapes and kinds --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers.merge import engine, vocabulary
+from helpers.merge import engine, surroundings, vocabulary
 from helpers.merge.anatomy import config_of, depths, layers_of
 from helpers.merge.blocks import BLOCK
 from helpers.merge.card import model_card, name_of, provenance
@@ -30,14 +30,6 @@ from helpers.merge.report import Report, summary
 from helpers.merge.rounding import Grid, grid
 from helpers.merge.shards import Layout, bytes_of, layout, write_tensors
 from helpers.merge.sources import Source, open_base, open_specialist
-from helpers.merge.surroundings import (
-    TOKENIZER,
-    belonging,
-    copy_surroundings,
-    edit,
-    losses,
-    objections,
-)
 from helpers.merge.vectors import Row, rows_of
 
 THREADS = 4  # tensors that are merged at once, at most: each takes the memory of one
@@ -67,7 +59,7 @@ def merge_to_folder(
     that can be refused is refused (ValueError) before a tensor is read; with `force` a merge that
     means nothing (`surroundings.objections`) is not.
     """
-    _check_place(out)
+    place = _checked_place(out)
     chosen = plan_of(recipe)
     engine.check_match(recipe.match)
     check_device(device)
@@ -76,7 +68,7 @@ def merge_to_folder(
     chosen = _by_tensor(recipe, chosen, base, inputs.folders[0])
     like = layout(base, DTYPES.get(recipe.dtype))
     threads = min(torch.get_num_threads(), THREADS) if device == "cpu" else 1
-    _print_cost(recipe, like, out, threads)
+    _print_cost(recipe, like, place, threads)
     _print_notes(inputs)
     rows = rows_of(base, inputs.models, device)
     if not rows:
@@ -107,7 +99,7 @@ def _open(recipe: Recipe, folder_of: Callable[[str], Path], force: bool) -> Inpu
     models = fitted(whole, models)
     seen = list(zip(names, folders[1:], models, strict=True))
     by_token = recipe.tokenizer is not None
-    for reason in objections(whole, folders[0], seen, recipe.heads, by_token):
+    for reason in surroundings.objections(whole, folders[0], seen, recipe.heads, by_token):
         if not force:
             raise ValueError(f"{reason} (--force merges all the same)")
         print(f"forced: {reason}")
@@ -122,7 +114,7 @@ def _tokenizer(recipe: Recipe, names: list[str], folders: list[Path]) -> str | i
         return recipe.tokenizer
     for i, pair in enumerate(zip(recipe.models, names, strict=True), 1):
         if recipe.tokenizer in pair:
-            if not belonging(folders[i], TOKENIZER):
+            if not surroundings.belonging(folders[i], surroundings.TOKENIZER):
                 raise ValueError(f"{pair[1]} has no tokenizer that the merge could take")
             return i
     raise ValueError(f"--tokenizer {recipe.tokenizer} is neither base, union nor one of the models")
@@ -132,26 +124,19 @@ def plan_of(recipe: Recipe) -> MergePlan:
     """The checked plan, with the first number of what differs by tensor."""
     first = flat(recipe)
     labels = [str(i) for i in range(1, len(recipe.models) + 1)]
-    return plan(
-        first.rule,
-        labels,
-        first.weights,
-        first.seed,
-        first.scale,
-        first.svc,
-        first.lines,
-        **first.options,
-    )
+    choices = first.weights, first.seed, first.scale, first.svc, first.lines
+    return plan(first.rule, labels, *choices, **first.options)
 
 
 def _copy_surroundings(recipe: Recipe, inputs: Inputs, part: Path) -> None:
-    copy_surroundings(inputs.folders[0], inputs.tokenizer, part, recipe.dtype, inputs.rows)
+    base, tokenizer = inputs.folders[0], inputs.tokenizer
+    surroundings.copy_surroundings(base, tokenizer, part, recipe.dtype, inputs.rows)
     untied = inputs.base.anatomy and inputs.base.anatomy.ties.keys() & inputs.base.tensors.keys()
     # of encoder-decoders transformers reads another formula in this setting
     if untied and not config_of(part).get("is_encoder_decoder"):
-        edit(part / "config.json", {"tie_word_embeddings": False})
+        surroundings.edit(part / "config.json", {"tie_word_embeddings": False})
     if recipe.tokenizer == "union":
-        union = vocabulary.united(inputs.folders[0], inputs.folders[1:])
+        union = vocabulary.united(base, inputs.folders[1:])
         union.save(str(part / "tokenizer.json"))
 
 
@@ -173,16 +158,18 @@ def _by_tensor(recipe: Recipe, chosen: MergePlan, base: Source, folder: Path) ->
         raise ValueError(f"a slice has {recipe.layers} layers, the base {layers}: only all of them")
     names = list(base.tensors)
     count = layers if isinstance(layers, int) else layers_of(names)
-    floats = [tensor for tensor in base.tensors.values() if tensor.is_floating_point()]
-    entries = sum(tensor.shape.numel() for tensor in floats)
+    entries = sum(x.shape.numel() for x in base.tensors.values() if x.is_floating_point())
     chosen = chosen._replace(entries=entries, depths=depths(names, count))
     if not is_layered(recipe):
         return chosen
+    if recipe.options.get("scope") == "model" and is_layered(recipe._replace(weights=None)):
+        raise ValueError("density must be one number a model where scope is model, not by tensor")
     # mergekit 0.1.5 reads settings along the depth at 0 for all that lies outside the layers
     return chosen._replace(at_tensor=numbers(recipe, depths(names, count, after=0.0)))
 
 
-def _check_place(out: Path) -> None:
+def _checked_place(out: Path) -> Path:
+    """The nearest folder above `out` that exists; ValueError if nothing can be made there."""
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists: name another folder, or remove it")
     place = next(folder for folder in out.absolute().parents if folder.exists())
@@ -190,6 +177,7 @@ def _check_place(out: Path) -> None:
         raise ValueError(f"{place} is a file: {out} cannot be written below it")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{place} cannot be written to: name another --out")
+    return place
 
 
 def check_device(device: str, others: Sequence[str] = ()) -> None:
@@ -218,7 +206,7 @@ def _print_notes(inputs: Inputs) -> None:
         print(f"note: {len(base.recomputed)} buffers that loading computes anew stay as they are")
     if inputs.rows is not None:
         print(f"note: embeddings have {inputs.rows} rows; models without one have the base's there")
-    for note in losses(base, inputs.folders[0], inputs.tokenizer, models):
+    for note in surroundings.losses(base, inputs.folders[0], inputs.tokenizer, models):
         print(f"note: {note}")
 
 
@@ -226,11 +214,7 @@ def _print_notes(inputs: Inputs) -> None:
 
 
 def working_memory(
-    rule: str,
-    shapes: Collection[torch.Size],
-    models: int = 8,
-    svc: bool = False,
-    threads: int = 1,
+    rule: str, shapes: Collection[torch.Size], models: int = 8, svc: bool = False, threads: int = 1
 ) -> int:
     """Bytes that a merge holds at its peak beside Python, torch and memory-mapped files.
 
@@ -247,14 +231,13 @@ def working_memory(
     return threads * blocks + entry * sum(largest[:threads]) + waiting
 
 
-def _print_cost(recipe: Recipe, like: Layout, out: Path, threads: int) -> None:
+def _print_cost(recipe: Recipe, like: Layout, place: Path, threads: int) -> None:
     process = psutil.Process().memory_info()
     held = process.rss - getattr(process, "shared", 0)  # by Python and torch; not mapped files
     shapes = [shape for _, shape in like.values()]
     svc = recipe.svc is not None
     memory = held + working_memory(recipe.rule, shapes, len(recipe.models), svc, threads)
     disk = sum(map(bytes_of, like.values()))
-    place = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(place).free
     print(
         f"{recipe.rule} of {len(recipe.models)} models: {disk / GB:.2f} GB on disk "

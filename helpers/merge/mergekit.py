@@ -7,16 +7,8 @@ import yaml
 from pydantic import BaseModel, Field, StrictBool, ValidationError
 
 from helpers.merge.plans import options_of
-from helpers.merge.recipe import (
-    DTYPES,
-    Recipe,
-    Setting,
-    first_fault,
-    is_layered,
-    normalized,
-    one_line,
-)
-from helpers.merge.weights import read_text
+from helpers.merge.recipe import DTYPES, Recipe, Setting, first_fault, is_layered, normalized
+from helpers.merge.weights import one_line, read_text
 
 # Its methods that are also ours: our name, its default of `normalize`, options that it implies.
 MERGEKIT = {

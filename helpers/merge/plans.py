@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers.merge import rules, spectral
 from helpers.merge.blocks import row_blocks
-from helpers.merge.selection import Cut, magnitude_cut, stream_seed
+from helpers.merge.selection import Cut, stream_seed
 from helpers.merge.vectors import Row
 
 
@@ -34,9 +34,8 @@ class MergePlan(NamedTuple):
     def choices(self) -> dict[str, Any]:
         """The plan without what is computed from the models' data."""
         stated = self._fields[: self._fields.index("cuts")]
-        calibrations = ("svc", "lines")
         chosen = {name: getattr(self, name) for name in stated}
-        return {name: x for name, x in chosen.items() if x is not None or name not in calibrations}
+        return {name: x for name, x in chosen.items() if x is not None}
 
     @property
     def is_uniform(self) -> bool:
@@ -79,9 +78,7 @@ class Contract(NamedTuple):
 
 def _ties_state(row: Row, plan: MergePlan):
     if plan.cuts is None:
-        densities = rules.each(plan.options["density"], len(row.taus))
-        pairs = zip(row.taus, densities, strict=True)
-        cuts = [magnitude_cut(tau, density) for tau, density in pairs]
+        cuts = rules.tensor_cuts(row.taus, plan.options["density"])
         return {"cuts": cuts}, {"tied": sum(cut.tied for cut in cuts)}
     tied = 0
     for tau, cut in zip(row.taus, plan.cuts, strict=True):
@@ -106,21 +103,16 @@ def _task_slerp_state(row: Row, plan: MergePlan):
 
 
 def _spectral_state(row: Row, plan: MergePlan):
-    shape = row.base.shape if row.base is not None else row.taus[0].shape
+    shape = row.taus[0].shape
     stacked = len(shape) == 3 and "experts" in row.name
     plain = len(shape) != 2 and not stacked
     return {"stacked": stacked}, {"plain": True} if plain else {}
 
 
-def _shares(weights: Sequence[float]) -> list[float]:
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
-
-
 _averaging = partial(Contract, signed=False, divides=True)
 _on_spectra = partial(Contract, state=_spectral_state, memory=28)
 RULES = {
-    "linear": Contract(rules.linear, divides=True, coefficients=_shares),
+    "linear": Contract(rules.linear, divides=True, coefficients=rules.shares),
     "task_arithmetic": Contract(rules.task_arithmetic, coefficients=list),
     "slerp": _averaging(rules.slerp, fewest=2, state=_slerp_state),
     "task_slerp": _averaging(rules.task_slerp, fewest=2, state=_task_slerp_state),
@@ -157,8 +149,8 @@ def plan(
         raise ValueError(f"models must have different labels, not {list(labels)}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale}")
-    for number in [*([] if svc is None else [svc]), *(lines or [])]:
-        if not math.isfinite(number):
+    for number in (svc, *(lines or ())):
+        if number is not None and not math.isfinite(number):
             raise ValueError(f"svc and lines take finite numbers, not {number}")
     if svc is not None and svc <= 0:
         raise ValueError(f"svc must be above zero, not {svc}")
@@ -170,10 +162,7 @@ def plan(
 
 
 def check_rule(
-    rule: str,
-    n_models: int,
-    weights: Sequence[float] | None,
-    options: Mapping[str, Any],
+    rule: str, n_models: int, weights: Sequence[float] | None, options: Mapping[str, Any]
 ) -> tuple[list[float], dict[str, Any]]:
     """Weights and options, defaults filled in; ValueError for a wrong one, before any reading."""
     if rule not in RULES:

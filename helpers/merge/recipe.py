@@ -3,19 +3,17 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import yaml
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
-from helpers.merge.weights import read_text
+from helpers.merge.fit import HEADS
+from helpers.merge.rounding import MODES
+from helpers.merge.weights import one_line, read_text
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GB = 10**9
 
 
@@ -76,9 +74,11 @@ class Recipe(NamedTuple):
     scale: Number = 1.0
     match: str | None = None
     seed: int = 0
-    dtype: str | None = None  # of the output; None: as the base is stored
-    round: str = "nearest"  # to that dtype, or "stochastic"
-    heads: str = "merge"  # or "base": what lies outside the body stays as the base has it
+    dtype: Literal[*DTYPES] | None = None  # of the output; None: as the base is stored
+    round: Literal[*MODES] = "nearest"  # to that dtype, or "stochastic"
+    heads: Literal[*HEADS] = (
+        "merge"  # or "base": what lies outside the body stays as the base has it
+    )
     # whose tokens and chat template: "base", "union" or a model's name, rows matched by token;
     # None: the base's, row by row
     tokenizer: str | None = None
@@ -103,10 +103,6 @@ def read_recipe(file: Path) -> Recipe:
         raise ValueError(f"{file} is no YAML: {one_line(error)}") from error
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 FAULTS = {
     "extra_forbidden": "is not supported",
     "missing": "is missing",
@@ -123,7 +119,8 @@ def first_fault(error: ValidationError) -> str:
     """The first fault that was found, where it is and what it is."""
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"])) or "the whole"
-    text = FAULTS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    said = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    text = FAULTS.get(first["type"], said)
     return f"{place} {text}"
 
 

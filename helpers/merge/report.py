@@ -136,12 +136,10 @@ class Report:
         """The report of the same merge times a factor."""
         tensors = []
         for record in self.per_tensor:
-            dots = (np.array(record["dots"]) * factor).tolist()
-            norm2 = (np.array(record["norm2"]) * factor**2).tolist()
-            tensors.append(record | {"dots": dots, "norm2": norm2})
-        sketch = [factor * x for x in self.sketch]
+            dots = [factor * x for x in record["dots"]]
+            tensors.append(record | {"dots": dots, "norm2": factor**2 * record["norm2"]})
         plan = self.plan._replace(scale=self.plan.scale * factor)
-        return Report(plan, tensors, sketch)
+        return Report(plan, tensors, [factor * x for x in self.sketch])
 
     def as_row(self) -> dict[str, Any]:
         """The totals, flat: one row of a table of merges."""

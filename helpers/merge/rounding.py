@@ -31,7 +31,7 @@ class Grid:
         return _stochastic(values, self.dtype, self.bits)
 
 
-def grid(dtype: torch.dtype, name: str, mode: str = "nearest", seed: int = 0) -> Grid:
+def grid(dtype: torch.dtype, name: str, mode: str, seed: int) -> Grid:
     """The grid of one tensor; its random stream depends on the seed and its name alone."""
     if mode == "nearest":
         return Grid(dtype)

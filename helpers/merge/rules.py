@@ -58,12 +58,15 @@ def linear(taus: Taus, weights: Weights) -> Kernel:
     """Model averaging: sum_i w_i theta_i / sum_i w_i, so delta = sum_i w_i tau_i / sum_i w_i.
 
     Equal weights: model soups (Wortsman et al. 2022); the minimax weights of the hidden states
-    (`states.bound.minimax`): "chebyshev". ValueError if the weights sum to zero.
+    (`states.bound.minimax`): "chebyshev".
     """
+    return task_arithmetic.kernel(taus, shares(weights))
+
+
+def shares(weights: Weights) -> list[float]:
+    """The weights divided by their sum, which is not zero (`plans.check_rule`)."""
     total = math.fsum(weights)
-    if total == 0:
-        raise ValueError("the weights of linear must not sum to zero")
-    return task_arithmetic.kernel(taus, [w / total for w in weights])
+    return [w / total for w in weights]
 
 
 # Spherical interpolation -------------------------------------------------------------------------
@@ -132,13 +135,14 @@ def task_arc(taus: Taus, weights: Weights) -> Arc:
 
 
 @blockwise
-def slerp(taus: Taus, weights: Weights, *, base: Tensor | Lazy, arc: Arc | None = None) -> Kernel:
+def slerp(taus: Taus, weights: Weights, *, base: Tensor | Lazy, arc: Arc) -> Kernel:
     """Spherical interpolation of the models themselves, tensor by tensor, flattened (`spherical`).
 
     Two models by definition (t = w_2 / (w_1 + w_2)); more are taken one after the other. Where the
     models are close (|cos| > 0.9995) it is the weighted mean, by the very sum that `linear` takes.
+
+    arc: `model_arc` of these models.
     """
-    arc = arc or model_arc(taus, weights, base)
     if arc.on_base == 0:
         return task_arithmetic.kernel(taus, arc.on_taus)
     coefficients = [*arc.on_taus, arc.on_base]
@@ -146,9 +150,11 @@ def slerp(taus: Taus, weights: Weights, *, base: Tensor | Lazy, arc: Arc | None 
 
 
 @blockwise
-def task_slerp(taus: Taus, weights: Weights, *, arc: Arc | None = None) -> Kernel:
-    """Spherical interpolation of each tensor's task vectors (mergekit's nuslerp with a base)."""
-    arc = arc or task_arc(taus, weights)
+def task_slerp(taus: Taus, weights: Weights, *, arc: Arc) -> Kernel:
+    """Spherical interpolation of each tensor's task vectors (mergekit's nuslerp with a base).
+
+    arc: `task_arc` of these task vectors.
+    """
     return task_arithmetic.kernel(taus, arc.on_taus)
 
 
@@ -178,6 +184,12 @@ def disjoint_merge(kept: Sequence[Tensor], weights: Weights, combine: str = "mea
     return total.mul_(sign)
 
 
+def tensor_cuts(taus: Taus, density: float | Sequence[float]) -> list[Cut]:
+    """Each model's cut in this tensor alone; density: one, or one for each."""
+    pairs = zip(taus, each(density, len(taus)), strict=True)
+    return [magnitude_cut(tau, kept) for tau, kept in pairs]
+
+
 @blockwise
 def ties(
     taus: Taus,
@@ -194,9 +206,7 @@ def ties(
     mergekit and PEFT do; with `scope="model"` the authors' one threshold over the whole model
     (`model_cuts`), given as `cuts`.
     """
-    if cuts is None:
-        pairs = zip(taus, each(density, len(taus)), strict=True)
-        cuts = [magnitude_cut(tau, share_kept) for tau, share_kept in pairs]
+    cuts = cuts or tensor_cuts(taus, density)
 
     def kernel(blocks: list[Tensor], at: Block) -> Tensor:
         pairs = zip(blocks, cuts, strict=True)
@@ -226,8 +236,7 @@ def breadcrumbs(
     def kernel(blocks: list[Tensor], at: Block) -> Tensor:
         middles = []
         for block, lower, upper in zip(blocks, wide, narrow, strict=True):
-            middle = trim(block, lower, at.offset) - trim(block, upper, at.offset)
-            middles.append(middle)
+            middles.append(trim(block, lower, at.offset) - trim(block, upper, at.offset))
         return _add_up(middles, weights)
 
     return kernel

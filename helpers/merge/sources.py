@@ -42,16 +42,17 @@ def open_base(source: Path | str | Mapping[str, Tensor], label: str = "base") ->
         raise ValueError(f"{folder} is an adapter: give the model that it was trained on")
     sealed = (folder / "seals.json").is_file()  # elsewhere base.json tells of another model
     body = anatomy(folder)
-    loaded = as_loaded(folder, read_folder(folder), body)
+    tensors, filed = as_loaded(folder, read_folder(folder), body)
+    recomputed = frozenset(name for name in tensors if body and body.is_recomputed(name))
     quantised = config_of(folder).get("quantization_config")
     return Source(
         label,
-        loaded.tensors,
+        tensors,
         {},
         recorded_digest(folder) if sealed else None,
         anatomy=body,
-        recomputed=loaded.recomputed,
-        filed=loaded.filed,
+        recomputed=recomputed,
+        filed=filed,
         quantised=str(quantised.get("quant_method")) if isinstance(quantised, dict) else None,
     )
 

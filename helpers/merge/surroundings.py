@@ -15,7 +15,7 @@ from typing import Any
 from helpers.merge.anatomy import config_of
 from helpers.merge.sources import Source
 from helpers.merge.vocabulary import words_of
-from helpers.merge.weights import read_json, read_text
+from helpers.merge.weights import json_if_there, read_text
 
 TOKENIZER = (
     "tokenizer*.json",
@@ -80,12 +80,10 @@ def copy_surroundings(
     """Config, licence and the like of the base, and a model's tokenizer with the ids that it ends
     answers with: only what belongs. vocabulary: how many rows the merge's embedding has.
     """
-    copies = [(base, file) for file in belonging(base, BELONGS)]
-    copies += [(tokenizer, file) for file in belonging(tokenizer, TOKENIZER)]
-    copies += [(tokenizer, file) for file in belonging(tokenizer, ["generation_config.json"])]
-    for folder, file in copies:
-        (out / file).parent.mkdir(exist_ok=True)
-        shutil.copyfile(folder / file, out / file)
+    for folder, patterns in ((base, BELONGS), (tokenizer, (*TOKENIZER, "generation_config.json"))):
+        for file in belonging(folder, patterns):
+            (out / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / file, out / file)
     config = config_of(out)
     stale = ["auto_map", "quantization_config", "transformers_weights"]
     changes = {key: x for key, x in config_of(tokenizer).items() if key.endswith("_token_id")}
@@ -238,12 +236,11 @@ def _template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return read_text(file)
-    config = folder / "tokenizer_config.json"
-    return read_json(config).get("chat_template") if config.is_file() else None
+    return json_if_there(folder / "tokenizer_config.json").get("chat_template")
 
 
 def _eos(file: Path) -> Any:
-    return read_json(file).get("eos_token_id") if file.is_file() else None
+    return json_if_there(file).get("eos_token_id")
 
 
 def _other_base(name: str, recorded: Any, base: Path) -> Iterator[str]:

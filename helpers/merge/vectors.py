@@ -73,9 +73,7 @@ def _task_vector(name: str, origin: Lazy, specialist: Source, stored: torch.dtyp
         return _saved_change(origin, saved, factors, stored)
     if factors is None:
         return zero(shape, device)
-    scaling = factors.scaling
-    B = factors.B.to(device)
-    A = factors.A.to(device)
+    scaling, B, A = factors.scaling, factors.B.to(device), factors.A.to(device)
     low_rank = Factors(scaling, B, A)
     return Lazy(shape, device, lambda rows: (B[rows] @ A).mul_(scaling), low_rank)
 
@@ -156,8 +154,7 @@ def _reader(base: Source, device: str) -> Callable[[str, Any], Tensor]:
 
 @contextmanager
 def applied(
-    model: torch.nn.Module,
-    delta: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    model: torch.nn.Module, delta: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 ) -> Iterator[torch.nn.Module]:
     """`model` with base + delta as its parameters inside the `with`, and the base again after it.
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from helpers.merge.sources import Source
-from helpers.merge.weights import read_json, read_text
+from helpers.merge.weights import json_if_there, read_text
 
 
 class Vocabulary(NamedTuple):
@@ -63,10 +63,10 @@ def words_of(folder: Path) -> dict[str, int]:
     tokenizer = tokenizer_of(folder)
     if tokenizer is not None:
         return tokenizer.get_vocab()
-    listed, mapped = folder / "vocab.txt", folder / "vocab.json"
+    listed = folder / "vocab.txt"
     if listed.is_file():
         return {token: row for row, token in enumerate(read_text(listed).splitlines())}
-    words = read_json(mapped) if mapped.is_file() else {}
+    words = json_if_there(folder / "vocab.json")
     return {token: row for token, row in words.items() if isinstance(row, int)}
 
 

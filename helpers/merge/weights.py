@@ -44,10 +44,9 @@ def _weights_file(folder: Path) -> Path:
     neither.
     """
     config = folder / "config.json"
-    if config.is_file():
-        stated = read_json(config).get("transformers_weights")
-        if stated is not None:
-            return _inside(config, stated)
+    stated = json_if_there(config).get("transformers_weights")
+    if stated is not None:
+        return _inside(config, stated)
     for name in ("model.safetensors", INDEX):
         if (folder / name).is_file():
             return folder / name
@@ -118,6 +117,15 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def json_if_there(file: Path) -> dict[str, Any]:
+    """As `read_json`; empty where there is no file."""
+    return read_json(file) if file.is_file() else {}
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def weights_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights, sorted; of an adapter its settings, too."""
     adapter = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
@@ -147,8 +155,7 @@ def sampled_digest(folder: Path) -> str:
 
 def recorded_digest(folder: Path) -> str | None:
     """The digest that a folder records of the base that it belongs to."""
-    file = folder / "base.json"
-    return read_json(file).get("digest") if file.is_file() else None
+    return json_if_there(folder / "base.json").get("digest")
 
 
 def without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,19 +8,13 @@ what can be seen is finished. Each run is a line in RESULTS/manifest.jsonl; as l
 import contextlib
 import fcntl
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from helpers.run import forecast
-from helpers.run.execute import (
-    NotebookFailed,
-    execute,
-    machine,
-    package_versions,
-    peak_memory,
-)
+from helpers.run.execute import NotebookFailed, execute, machine, package_versions, peak_memory
 from helpers.run.keys import key, tables_digest
 from helpers.run.overview import costs
 from helpers.run.page import figures_of, write_page
@@ -37,16 +31,14 @@ from helpers.run.profiles import (
 from helpers.store import ROOT, append_jsonl, canonical, digest, read_jsonl, revision
 
 
-def run(
-    profile: str, only: list[str] | None = None, parameters: dict[str, Any] | None = None
-) -> Path:
+def run(profile: str, only: list[str] | None = None, parameters: Mapping[str, Any] = {}) -> Path:
     """Run the chain, or the notebooks named in `only`, and return the folder of the results.
 
     What is finished and unchanged is not run again. Raises ValueError for a bad request, before
     anything runs, and NotebookFailed if a notebook does not come to its end.
     """
-    plan = steps(profile, only, parameters or {})
-    results = ROOT / folder(profile, parameters or {})
+    plan = steps(profile, only, parameters)
+    results = ROOT / folder(profile, parameters)
     plan = [_from_committed(step, profile, plan, results) for step in plan]
     _check_needs(plan, results)
     with _alone(results):
@@ -264,12 +256,9 @@ def _begin(step: Step, results: Path) -> dict[str, Any]:
         "versions": package_versions(),
     }
     _forget(step.notebook, results)
-    stale = set(step.notebook.uses) - finished(results).keys()
-    for book in notebooks():
-        if book.name in stale:  # its tables are of another run
-            for file in book.files:
-                (results / file).unlink(missing_ok=True)
-    for file in step.notebook.files + figures_of(results, step.notebook.name):
+    stale = {step.notebook.name, *step.notebook.uses} - finished(results).keys()
+    old = [file for book in notebooks() if book.name in stale for file in book.files]
+    for file in old + figures_of(results, step.notebook.name):  # of another run
         (results / file).unlink(missing_ok=True)
     return row
 
@@ -279,10 +268,10 @@ def _forget(notebook: Notebook, results: Path) -> None:
 
     The last first: a run killed in the middle leaves no page, nor a notebook, without its sources.
     """
-    stale = {notebook.name: None}
+    stale = [notebook.name]
     for other in notebooks():
-        if stale.keys() & {*other.needs, *other.uses}:
-            stale[other.name] = None
+        if not {*other.needs, *other.uses}.isdisjoint(stale):
+            stale.append(other.name)
     (results / "index.html").unlink(missing_ok=True)
     for name in reversed(stale):
         executed(results, name).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers.run.profiles import all_profiles, profile_tables
+from helpers.run.profiles import all_profiles, ancestry, profile_tables
 from helpers.store import ROOT
 
 GPU = 500  # CPU minutes in a minute of a GPU: a guess, 50 TFLOP/s against the demo's 0.1
@@ -44,11 +44,7 @@ def lines(profile: str, asked: Mapping[str, Any]) -> list[str]:
 
 
 def _assumptions(
-    study: str,
-    size: float | None,
-    larger: float,
-    longer: float,
-    gpu: bool,
+    study: str, size: float | None, larger: float, longer: float, gpu: bool
 ) -> Iterator[str]:
     """What a forecast in units of `study` takes for granted."""
     yield "nothing is finished yet and every task passes screening"
@@ -71,22 +67,16 @@ def _memory(measured: Path, asked: Mapping[str, Any], size: float | None) -> str
     return f"The base and one merge of it take {merged:.0f} GB of the GPU, beside what it reads"
 
 
-def ancestry(profile: str) -> Iterator[str]:
-    """The profile, the one that it is like, and so on to the first of all."""
-    tables = profile_tables()
-    first = next(iter(tables))
-    while profile != first:
-        yield profile
-        profile = tables[profile].get("like", first)
-    yield first
-
-
 def billions(profile: str, model: str = "") -> float | None:
     """Parameters (1e9) of a profile's model, or of another that is named; None if not known."""
-    if Path(model).expanduser().is_dir() and model:
+    folder = Path(model).expanduser()
+    if model and folder.is_dir():
         from helpers.study import memory
 
-        return memory.parameters(Path(model).expanduser()) / 1e9
+        try:
+            return memory.parameters(folder) / 1e9
+        except ValueError:  # no safetensors, such as a GGUF file
+            return None
     tables = profile_tables()
     for name in ancestry(profile):
         own = tables[name]

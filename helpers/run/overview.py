@@ -4,13 +4,7 @@ import json
 
 import pandas as pd
 
-from helpers.run.profiles import (
-    HOW,
-    SET_BY_RUNNER,
-    notebooks,
-    parameters,
-    profile_tables,
-)
+from helpers.run.profiles import HOW, SET_BY_RUNNER, notebooks, parameters, profile_tables
 from helpers.store import ROOT
 
 COST_COLUMNS = ["profile", "minutes", "GB", "threads", "machine", "date"]
@@ -51,8 +45,7 @@ def overview() -> str:
     for notebook in notebooks():
         minutes, memory = measured(notebook.name) or ("", "")
         lines.append(f"  {notebook.name:28} {minutes:>8} {memory:>5}  {notebook.question}")
-    lines += ["", "Parameters (-p NAME VALUE)"]
-    lines += _parameter_lines()
+    lines += ["", "Parameters (-p NAME VALUE)", *_parameter_lines()]
     return "\n".join(lines)
 
 

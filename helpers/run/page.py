@@ -27,11 +27,8 @@ def pictures(results: Path, notebook: str) -> list[dict]:
 
 def figures_of(results: Path, notebook: str) -> list[str]:
     """Files of the figures that this notebook saved, relative to the results folder."""
-    files = []
-    for about in pictures(results, notebook):
-        picture = Path(about["picture"])
-        files += [picture.with_suffix(".json").as_posix(), picture.as_posix()]
-    return files
+    stems = [about["picture"].removesuffix(".png") for about in pictures(results, notebook)]
+    return [stem + end for stem in stems for end in (".json", ".png")]
 
 
 def write_page(results: Path, finished: dict[str, dict], notebooks: list[Notebook]) -> Path:
@@ -44,13 +41,14 @@ def write_page(results: Path, finished: dict[str, dict], notebooks: list[Noteboo
     names = dict.fromkeys(row["parameters"].get("PROFILE", results.name) for row in rows)
     sections = [about._asdict() | {"figures": pictures(results, about.name)} for about in done]
     shown = [about for section in sections for about in section["figures"]]
+    answered = (results / "answers.csv").exists()
     loader = jinja2.FileSystemLoader(TEMPLATES)
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
     text = templates.get_template("page.html").render(
         title=f"Model-merging collapse: {', '.join(names)}",
-        playground=_playground(results),
+        playground=figures.playground(Study(results)) if answered else "",
         harms=[about for about in shown if about["picture"] == HARMS],
-        tables=_verdicts(results),
+        verdicts=_verdicts(results),
         sections=sections,
         made=pd.DataFrame([_made(row) for row in rows]),
     )
@@ -60,20 +58,13 @@ def write_page(results: Path, finished: dict[str, dict], notebooks: list[Noteboo
     return page
 
 
-def _playground(results: Path) -> str:
-    """The playground of this run, once its merges have answered."""
-    if not (results / "answers.csv").exists():
-        return ""
-    return figures.playground(Study(results))
-
-
-def _verdicts(results: Path) -> dict[str, pd.DataFrame]:
+def _verdicts(results: Path) -> pd.DataFrame | None:
     """The claims and their verdicts, where notebook 05 has told them."""
     path = results / "verdicts.csv"
     if not path.exists():
-        return {}
+        return None
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    return {"What of the paper holds here?": table[["claim", "paper", "here", "verdict"]]}
+    return table[["claim", "paper", "here", "verdict"]]
 
 
 def _made(row: dict) -> dict[str, str]:

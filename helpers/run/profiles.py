@@ -12,7 +12,7 @@ import io
 import json
 import tokenize
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +90,16 @@ def notebooks() -> list[Notebook]:
 def profile_tables() -> dict[str, dict[str, Any]]:
     """data/profiles.toml as it is written."""
     return tomllib.loads((ROOT / "data" / "profiles.toml").read_text(encoding="utf-8"))
+
+
+def ancestry(profile: str) -> Iterator[str]:
+    """The profile, the one that it is `like`, and so on to the first of all."""
+    tables = profile_tables()
+    first = next(iter(tables))
+    while profile != first:
+        yield profile
+        profile = tables[profile].get("like", first)
+    yield first
 
 
 def all_profiles() -> dict[str, dict[str, Any]]:
@@ -216,10 +226,8 @@ def _defaults(books: Iterable[Notebook]) -> dict[str, Any]:
 
 def skipped(profile: str) -> list[str]:
     """The notebooks that a profile, or the one that it is `like`, leaves out of its chain."""
-    table = profile_tables()[profile]
-    if "skip" in table or "like" not in table:
-        return table.get("skip", [])
-    return skipped(table["like"])
+    tables = profile_tables()
+    return next((tables[x]["skip"] for x in ancestry(profile) if "skip" in tables[x]), [])
 
 
 def chosen(only: list[str] | None, profile: str = "demo") -> list[Notebook]:
@@ -233,7 +241,7 @@ def chosen(only: list[str] | None, profile: str = "demo") -> list[Notebook]:
     return [notebook for notebook in books if notebook.name in wanted]
 
 
-def folder(profile: str, given: dict[str, Any]) -> str:
+def folder(profile: str, given: Mapping[str, Any]) -> str:
     """Where a run writes, from the repository's root: another seed never overwrites the first."""
     if "RESULTS" in given:
         return given["RESULTS"]
@@ -243,7 +251,7 @@ def folder(profile: str, given: dict[str, Any]) -> str:
     return f"data/runs/{profile}-seed{given['SEED']}"
 
 
-def steps(profile: str, only: list[str] | None, given: dict[str, Any]) -> list[Step]:
+def steps(profile: str, only: list[str] | None, given: Mapping[str, Any]) -> list[Step]:
     """The notebooks to run, each with the value of every parameter that it declares.
 
     Raises ValueError for an unknown profile, notebook or parameter, and for a value of another type
@@ -262,7 +270,7 @@ def steps(profile: str, only: list[str] | None, given: dict[str, Any]) -> list[S
     return [_step(notebook, values) for notebook in books]
 
 
-def _checked(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def _checked(given: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     for name in {"PROFILE", "OUT"} & given.keys():
         raise ValueError(f"{name} is set by the runner: name a profile, and -p RESULTS FOLDER")
     canonical(given)  # refuses what JSON cannot hold: it would arrive as text

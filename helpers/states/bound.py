@@ -13,42 +13,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 
-from helpers.states.geometry import (
+from helpers.states.geometry import (  # noqa: F401  notebooks find all of them here
     Array,
     _strata,
     checked,
     coordinates,
     dispersion,
     distortion_x,
-    gram,
     halves,
     resampled,
     squared_distances,
     to_centre,
 )
-
-__all__ = [
-    "Ball",
-    "bounds",
-    "checked",
-    "coordinates",
-    "dispersion",
-    "distortion_x",
-    "flips_bound",
-    "gram",
-    "halves",
-    "kept",
-    "margin_radius",
-    "minimax",
-    "offset2",
-    "radii",
-    "radius_se",
-    "readings",
-    "resampled",
-    "squared_distances",
-    "to_centre",
-    "with_merge",
-]
 
 
 class Ball(NamedTuple):

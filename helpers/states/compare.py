@@ -42,23 +42,17 @@ def pair_table(
         probes = np.full(states.shape[1], True)
         if probe_task is not None:
             probes = np.isin(probe_task, (task_a, task_b), invert=others)
-        arrays = {"a": states[i, probes, layer], "b": states[j, probes, layer]}
-        if base is not None:
-            arrays["base"] = base[probes, layer]
+        pair = states[i, probes, layer], states[j, probes, layer]
         row = {"task_a": task_a, "task_b": task_b}
         for name in chosen:
-            row[name] = _value(name, arrays, None if kls is None else kls[i, j, probes])
+            measure = MEASURES[name]
+            if measure.needs == "logits":
+                row[name] = kls[i, j, probes].mean()
+            else:
+                more = [base[probes, layer]] if measure.needs == "base" else []
+                row[name] = measure.function(*pair, *more)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _value(name: str, arrays: dict[str, NDArray], kl: NDArray | None) -> float:
-    measure = MEASURES[name]
-    if measure.needs == "logits":
-        return kl.mean()
-    if measure.needs == "base":
-        return measure.function(arrays["a"], arrays["b"], arrays["base"])
-    return measure.function(arrays["a"], arrays["b"])
 
 
 def _check(states, labels, probe_task, measures, others) -> None:
@@ -95,7 +89,8 @@ def half_samples(
     probe_task = np.asarray(probe_task)
     tables = []
     for draw in range(draws):
-        half = _half(probe_task, labels, rng)
+        mixed = [rng.permutation(np.flatnonzero(probe_task == task)) for task in labels]
+        half = np.concatenate([probes[: len(probes) // 2] for probes in mixed])
         table = pair_table(
             states[:, half],
             labels,
@@ -106,15 +101,6 @@ def half_samples(
         )
         tables.append(table.assign(draw=draw))
     return pd.concat(tables, ignore_index=True)
-
-
-def _half(probe_task: NDArray, labels: Sequence[str], rng) -> NDArray:
-    """Places of half of each task's probes, drawn without replacement."""
-    halves = []
-    for task in labels:
-        probes = rng.permutation(np.flatnonzero(probe_task == task))
-        halves.append(probes[: len(probes) // 2])
-    return np.concatenate(halves)
 
 
 # Readings of the Merging Difficulty Score: several pair distances in one number. The paper calls it

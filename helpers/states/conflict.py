@@ -29,18 +29,12 @@ def _distance2(s: pd.DataFrame) -> pd.Series:
     return s.square_a + s.square_b - 2 * s.inner
 
 
-def _subspaces(
-    side: str,
-    meaning: str,
-) -> dict[str, Metric]:
+def _subspaces(side: str, meaning: str) -> dict[str, Metric]:
     """How much of their leading singular directions two task vectors share, and by chance."""
-    shared = f"{side}_shared"
-    expected = f"{side}_expected"
     return {
-        f"{side}_overlap": Metric(meaning, lambda s: s[shared] / s.directions),
+        f"{side}_overlap": Metric(meaning, lambda s: s[f"{side}_shared"] / s.directions),
         f"{side}_chance": Metric(
-            "the same for random subspaces",
-            lambda s: s[expected] / s.directions,
+            "the same for random subspaces", lambda s: s[f"{side}_expected"] / s.directions
         ),
     }
 
@@ -49,14 +43,10 @@ def _subspaces(
 # them in words; the others are its sensitivity family and its rivals.
 METRICS = {
     "sign_change": Metric(
-        "share of coordinates with a b < 0",
-        lambda s: s.opposite / s.coordinates,
-        True,
+        "share of coordinates with a b < 0", lambda s: s.opposite / s.coordinates, True
     ),
     "magnitude_change": Metric(
-        "sum |a - b| / sum (|a| + |b|)",
-        lambda s: s.l1_difference / (s.l1_a + s.l1_b),
-        True,
+        "sum |a - b| / sum (|a| + |b|)", lambda s: s.l1_difference / (s.l1_a + s.l1_b), True
     ),
     "conflict_magnitude": Metric(
         "share of sum (|a| + |b|) on coordinates with a b < 0",
@@ -64,14 +54,10 @@ METRICS = {
         True,
     ),
     "cosine": Metric(
-        "<a, b> / (||a|| ||b||)",
-        lambda s: s.inner / np.sqrt(s.square_a * s.square_b),
-        False,
+        "<a, b> / (||a|| ||b||)", lambda s: s.inner / np.sqrt(s.square_a * s.square_b), False
     ),
     "cosine_tensors": Metric(
-        "mean of the cosines of single tensors",
-        lambda s: s.cosines / s.tensors,
-        False,
+        "mean of the cosines of single tensors", lambda s: s.cosines / s.tensors, False
     ),
     "magnitude_gap": Metric(
         "sum ||a| - |b|| / sum max(|a|, |b|)",
@@ -97,8 +83,7 @@ METRICS = {
         lambda s: 2 * s.top_shared / (s.top_a + s.top_b),
     ),
     "top_chance": Metric(
-        "the same for sets drawn independently",
-        lambda s: 2 * s.top_expected / (s.top_a + s.top_b),
+        "the same for sets drawn independently", lambda s: 2 * s.top_expected / (s.top_a + s.top_b)
     ),
     **_subspaces("left", "||U_a' U_b||_F^2 / r, leading left singular vectors (output space)"),
     **_subspaces("right", "||V_a' V_b||_F^2 / r, leading right singular vectors (input space)"),
@@ -118,11 +103,9 @@ METRICS = {
 PRIMARY = tuple(METRICS)[:4]
 
 
-def pair_metrics(
-    rows: Iterable[Row], labels: Sequence[str], by: Sequence[str] = (), density: float = 0.2
-) -> pd.DataFrame:
+def pair_metrics(rows: Iterable[Row], labels: Sequence[str]) -> pd.DataFrame:
     """All METRICS of all pairs of models in one pass over `rows`; arguments as of `pair_sums`."""
-    return metrics(pair_sums(rows, labels, density), by)
+    return metrics(pair_sums(rows, labels))
 
 
 def metrics(sums: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:

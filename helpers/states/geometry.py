@@ -54,12 +54,8 @@ def to_centre(d2: ArrayLike, weights: ArrayLike) -> Array:
 def dispersion(d2: ArrayLike, weights: ArrayLike | None = None) -> float:
     """a' D2 a / 2 = sum_i a_i ||H_i - c_a||^2; uniform weights (default) give V."""
     d2 = np.asarray(d2)
-    a = _uniform(len(d2)) if weights is None else np.asarray(weights)
+    a = np.full(len(d2), 1 / len(d2)) if weights is None else np.asarray(weights)
     return float(a @ d2 @ a / 2)
-
-
-def _uniform(n: int) -> Array:
-    return np.full(n, 1 / n)
 
 
 def gram(d2: ArrayLike) -> Array:
@@ -69,17 +65,17 @@ def gram(d2: ArrayLike) -> Array:
     return (row[:, None] + row - d2 - row.mean()) / 2
 
 
-def coordinates(d2: ArrayLike, dims: int = 2) -> tuple[Array, float]:
-    """Classical scaling: points (N, dims) about their mean, and the share of the spread they hold.
+def coordinates(d2: ArrayLike) -> tuple[Array, float]:
+    """Classical scaling: points (N, 2) about their mean, and the share of the spread they hold.
 
     Leading eigenvectors of the Gram matrix, scaled (Torgerson, Psychometrika 17:401, 1952).
     """
     values, vectors = np.linalg.eigh(gram(d2))
     values = np.maximum(values[::-1], 0)
     axes = vectors[:, ::-1] * np.sqrt(values)
-    points = np.zeros((len(values), dims))
-    points[:, : len(values)] = axes[:, :dims]
-    share = values[:dims].sum() / values.sum() if values.any() else 1.0
+    points = np.zeros((len(values), 2))
+    points[:, : len(values)] = axes[:, :2]
+    share = values[:2].sum() / values.sum() if values.any() else 1.0
     return points, float(share)
 
 

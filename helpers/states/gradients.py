@@ -6,6 +6,7 @@ labelled training examples and a backward pass, but neither a specialist nor a m
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import combinations
 from typing import NamedTuple
 
@@ -22,10 +23,9 @@ from helpers.states.read import blocks_of
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs of one batch: the inputs of every block, and dL/d(output)."""
+    """What the backward pass needs of one batch: how each block was called, and dL/d(output)."""
 
-    inputs: list[Tensor]
-    others: list[tuple[tuple, dict]]  # the blocks' other arguments: masks, positions
+    calls: list[tuple[Tensor, tuple, dict]]  # its input; its other arguments: masks, positions
     towards: Tensor
 
 
@@ -46,7 +46,8 @@ def grams(
         model: a decoder in evaluation mode, or an encoder-decoder, of which the decoder's blocks
             are differentiated; `names`' parameters are those.
         tasks: by label, (prompt ids, answer ids) of each example.
-        names: parameters inside blocks; by default all matrices of the blocks.
+        names: parameters inside blocks; by default all matrices of the blocks. An embedding is not
+            one: T5's position bias, of the first block, reaches the others as a constant.
         batch_size: how many examples at a time; it changes nothing but rounding.
 
     Cost: for each batch of each task two forward passes and one backward pass. Memory: the blocks'
@@ -75,7 +76,9 @@ def _parameters(
     """The blocks of a model and, for each, its parameters among `names`."""
     blocks = blocks_of(model)
     if names is None:
-        return blocks, [[p for p in block.parameters() if p.ndim == 2] for block in blocks]
+        tables = {m.weight for m in blocks.modules() if isinstance(m, nn.Embedding)}
+        matrices = [[p for p in block.parameters() if p.ndim == 2] for block in blocks]
+        return blocks, [[p for p in block if p not in tables] for block in matrices]
     owner = {p: i for i, block in enumerate(blocks) for p in block.parameters()}
     wanted: list[list[nn.Parameter]] = [[] for _ in blocks]
     for name in names:
@@ -84,30 +87,6 @@ def _parameters(
             raise ValueError(f"{name} is in no block of the model: its gradient is not streamed")
         wanted[owner[parameter]].append(parameter)
     return blocks, wanted
-
-
-class _Hooks:
-    """Keeps what blocks are given, and starts the graph behind the last one."""
-
-    def __init__(self, blocks: nn.ModuleList):
-        self.calls: list[tuple[Tensor, tuple, dict]] = []
-        self.leaf: Tensor | None = None
-        self.handles = [
-            block.register_forward_pre_hook(self.before, with_kwargs=True) for block in blocks
-        ]
-        self.handles.append(blocks[-1].register_forward_hook(self.after))
-
-    def before(self, _, args: tuple, kwargs: dict) -> None:
-        self.calls.append((args[0], args[1:], kwargs))
-
-    def after(self, _, args: tuple, output):
-        torch.set_grad_enabled(True)  # what comes after is the head and the loss
-        self.leaf = _first(output).detach().requires_grad_()
-        return self.leaf if isinstance(output, Tensor) else (self.leaf, *output[1:])
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 def _first(output) -> Tensor:
@@ -120,19 +99,28 @@ def _forward(
     """One forward pass over a task, differentiated from the output of the last block on."""
     tokens = sum(len(answer) for _, answer in examples)
     lengths = [len(prompt) + len(answer) for prompt, answer in examples]
+    calls: list[tuple[Tensor, tuple, dict]] = []
+    leaves: list[Tensor] = []
+
+    def before(_, args: tuple, kwargs: dict) -> None:
+        calls.append((args[0], args[1:], kwargs))
+
+    def after(_, args: tuple, output):
+        torch.set_grad_enabled(True)  # what comes after is the head and the loss
+        leaves.append(_first(output).detach().requires_grad_())
+        return leaves[-1] if isinstance(output, Tensor) else (leaves[-1], *output[1:])
+
     kept = []
-    hooks = _Hooks(blocks)
-    try:
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.enter_context(blocks[-1].register_forward_hook(after))
         for batch in length_buckets(lengths, batch_size):
-            hooks.calls.clear()
             with torch.no_grad():  # until the hook behind the last block
                 loss = answer_loss(model, [examples[i] for i in batch])
-            (towards,) = torch.autograd.grad(loss / tokens, [hooks.leaf])
-            inputs = [x for x, _, _ in hooks.calls]
-            others = [(args, kwargs) for _, args, kwargs in hooks.calls]
-            kept.append(Kept(inputs, others, towards))
-    finally:
-        hooks.remove()
+            (towards,) = torch.autograd.grad(loss / tokens, [leaves.pop()])
+            kept.append(Kept(calls.copy(), towards))
+            calls.clear()
     return kept
 
 
@@ -141,13 +129,13 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of the `wanted` parameters of one block; `batches` are taken to its input."""
     total = [torch.zeros_like(p) for p in wanted]
-    for i, (inputs, others, towards) in enumerate(batches):
-        args, kwargs = others[at]
+    for i, (calls, towards) in enumerate(batches):
+        given, args, kwargs = calls[at]
         with torch.enable_grad():
-            x = inputs[at].detach().requires_grad_()
+            x = given.detach().requires_grad_()
             output = _first(block(x, *args, **kwargs))
             to_input, *parts = torch.autograd.grad(output, [x, *wanted], towards)
-        batches[i] = Kept(inputs[:at], others, to_input)  # this block's input is done with
+        batches[i] = Kept(calls[:at], to_input)  # this block's input is done with
         for gradient, part in zip(total, parts, strict=True):
             gradient += part
     return total

@@ -10,11 +10,7 @@ from helpers.states.batch import IGNORED, pad, read_shared, shared_length
 Example = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 
 
-def answer_loss(
-    model: nn.Module,
-    examples: Sequence[Example],
-    share: bool = False,
-) -> Tensor:
+def answer_loss(model: nn.Module, examples: Sequence[Example], share: bool = False) -> Tensor:
     """Sum over all answer tokens of their negative log-likelihood, in nats.
 
     `model` is a decoder or an encoder-decoder, which reads prompts with its encoder. `share`: what
@@ -33,11 +29,7 @@ def answer_loss(
     )
 
 
-def _continued(
-    model: nn.Module,
-    examples: Sequence[Example],
-    shared: int,
-) -> tuple[Tensor, Tensor]:
+def _continued(model: nn.Module, examples: Sequence[Example], shared: int) -> tuple[Tensor, Tensor]:
     """Logits and labels (batch, positions) where some example has an answer token to predict."""
     ids, mask = pad([prompt + answer for prompt, answer in examples], 0)
     # labels by position, never by id: the padding id may be that of the end token
@@ -56,10 +48,7 @@ def _continued(
     return output.logits, labels[:, counted + 1]
 
 
-def _translated(
-    model: nn.Module,
-    examples: Sequence[Example],
-) -> tuple[Tensor, Tensor]:
+def _translated(model: nn.Module, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     prompts, answers = zip(*examples, strict=True)
     ids, mask = pad(prompts, 0)
     labels, _ = pad(answers, IGNORED)

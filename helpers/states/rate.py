@@ -5,7 +5,8 @@ squared distortion D. K(D): the least number of models with every task within D 
 of x counts as a model, so both are lower bounds for real merges.
 """
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -173,20 +174,17 @@ def models_needed(steps: list[Step], distortion: float) -> tuple[int, int]:
     return lower, min(s.models for s in steps if s.distortion <= distortion)
 
 
-def _within(d2: Array, group: list[int]) -> Array:
+def _within(d2: Array, group: Sequence[int]) -> Array:
     return d2[np.ix_(group, group)]
 
 
-def _radius2(d2: Array, group: list[int]) -> float:
+def _radius2(d2: Array, group: Sequence[int]) -> float:
     return minimax(_within(d2, group)).r2 if len(group) > 1 else 0.0
 
 
 def _exact_steps(d2: Array) -> list[Step]:
     n = len(d2)
-
-    @cache
-    def radius(group: tuple[int, ...]) -> float:
-        return _radius2(d2, list(group))
+    radius = cache(partial(_radius2, d2))
 
     @cache
     def best(tasks: tuple[int, ...], models: int) -> tuple[float, Groups]:
@@ -204,11 +202,8 @@ def _exact_steps(d2: Array) -> list[Step]:
                 result = (value, [list(group), *groups])
         return result
 
-    steps = []
-    for models in range(1, n + 1):
-        value, groups = best(tuple(range(n)), models)
-        steps.append(Step(models, value, value, groups))
-    return steps
+    found = [best(tuple(range(n)), models) for models in range(1, n + 1)]
+    return [Step(k, value, value, groups) for k, (value, groups) in enumerate(found, 1)]
 
 
 def heuristic_steps(d2: ArrayLike) -> list[Step]:

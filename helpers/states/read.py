@@ -51,10 +51,7 @@ def prompt_states(
         )
     read = _decoder_start if how == "first_decoder" else _prompt
     batches = length_buckets([len(ids) for ids in encoded], batch_size)
-    pooled = []
-    for batch in batches:
-        some = [encoded[i] for i in batch]
-        pooled.append(read(model, some, how).cpu())
+    pooled = [read(model, [encoded[i] for i in batch], how).cpu() for batch in batches]
     order = torch.tensor([i for batch in batches for i in batch])
     return torch.cat(pooled)[order.argsort()].contiguous()
 
@@ -72,37 +69,18 @@ def _prompt(model: nn.Module, prompts: Sequence[list[int]], how: str) -> Tensor:
     if how == "last" and model.can_generate():  # a decoder: what all begin with is read once
         shared = shared_length(prompts)
         cached = {"past_key_values": read_shared(model, ids[:, :shared])}
-    output = stack(
-        ids[:, shared:],
-        attention_mask=mask,
-        output_hidden_states=True,
-        **cached,
-    )
+    output = stack(ids[:, shared:], attention_mask=mask, output_hidden_states=True, **cached)
     own = mask[:, shared:]
-    return pool(
-        output.hidden_states,
-        own,
-        own.sum(1) - 1,
-        how,
-    )
+    return pool(output.hidden_states, own, own.sum(1) - 1, how)
 
 
 def _decoder_start(model: nn.Module, prompts: Sequence[list[int]], how: str) -> Tensor:
     ids, mask = _padded(model, prompts)
     start = decoder_start(model, ids)
-    output = model(
-        ids,
-        attention_mask=mask,
-        decoder_input_ids=start,
-        output_hidden_states=True,
-    )
+    about = {"attention_mask": mask, "decoder_input_ids": start}
+    output = model(ids, **about, output_hidden_states=True)
     first = torch.zeros_like(start[:, 0])
-    return pool(
-        output.decoder_hidden_states,
-        torch.ones_like(start),
-        first,
-        how,
-    )
+    return pool(output.decoder_hidden_states, torch.ones_like(start), first, how)
 
 
 def pool(
@@ -141,12 +119,9 @@ def pool(
 def _mean(hidden_states: tuple[Tensor, ...], mask: Tensor) -> Tensor:
     count = mask.sum(dim=1, keepdim=True)
     padding = ~mask[..., None]
-    means = []
-    for h in hidden_states:
-        # masked_fill, not a product: a NaN at a padded position must not reach the sum
-        counted = h.float().masked_fill(padding, 0)
-        means.append(counted.sum(dim=1) / count)
-    return torch.stack(means, dim=1)
+    # masked_fill, not a product: a NaN at a padded position must not reach the sum
+    sums = [h.float().masked_fill(padding, 0).sum(dim=1) for h in hidden_states]
+    return torch.stack([total / count for total in sums], dim=1)
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
@@ -166,20 +141,16 @@ def layer_names(model: nn.Module) -> list[str]:
     """
     stack, blocks = model.get_decoder(), blocks_of(model)
     outputs = []
-    handle = blocks[-1].register_forward_hook(lambda *call: outputs.append(call[-1]))
     token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    states = stack(input_ids=token, output_hidden_states=True).hidden_states
-    handle.remove()
+    with blocks[-1].register_forward_hook(lambda *call: outputs.append(call[-1])):
+        states = stack(input_ids=token, output_hidden_states=True).hidden_states
     raw = outputs[0] if isinstance(outputs[0], Tensor) else outputs[0][0]
     final = f"block {len(blocks)}" if torch.equal(raw, states[-1]) else "final norm"
     return ["embeddings", *(f"block {i}" for i in range(1, len(blocks))), final]
 
 
 @torch.no_grad()
-def logits(
-    model: nn.Module,
-    states: ArrayLike,
-) -> NDArray:
+def logits(model: nn.Module, states: ArrayLike) -> NDArray:
     """What the model itself makes of final states (n, d): logits (n, vocabulary).
 
     Its own forward pass is run with the states in place of its decoder's output, so that bias,

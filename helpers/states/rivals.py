@@ -81,16 +81,16 @@ def jaccard(a: Sequence[str], b: Sequence[str]) -> float:
     return len(a & b) / len(a | b)
 
 
-def barrier(segment: pd.DataFrame, column: str = "nll") -> float:
+def barrier(segment: pd.DataFrame) -> float:
     """Loss barrier on the segment between two models (Frankle et al. 2020), from points on it.
 
-    max over alpha of L(alpha) - ((1 - alpha) L(0) + alpha L(1)), L the mean of `column` over the
-    tasks. At least 0, the value at the ends. `segment` has one row for each task and alpha.
+    max over alpha of L(alpha) - ((1 - alpha) L(0) + alpha L(1)), L the mean `nll` over the tasks.
+    At least 0, the value at the ends. `segment` has one row for each task and alpha.
 
     Raises:
         ValueError: unless alpha 0 and 1 are there, and every task at every alpha.
     """
-    loss = segment.pivot(index="alpha", columns="task", values=column)
+    loss = segment.pivot(index="alpha", columns="task", values="nll")
     if not {0.0, 1.0} <= set(loss.index) or loss.isna().any(axis=None):
         raise ValueError("a barrier needs both ends, alpha 0 and 1, and every task at every alpha")
     mean = loss.mean(axis=1)

@@ -7,6 +7,7 @@ blocks of BLOCK coordinates. CPU time: O(n) readings and selections and O(n^2) s
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -18,17 +19,15 @@ from torch.nn.functional import pdist
 from helpers.merge import Lazy, Row, singular_triplets
 
 BLOCK = 1 << 15  # coordinates at a time: a few MB for a dozen models
+DENSITY = 0.2  # share of each tensor's coordinates that counts as its largest; ties all count
 
 
-def pair_sums(
-    rows: Iterable[Row], labels: Sequence[str], density: float = 0.2, directions: int = 8
-) -> pd.DataFrame:
+def pair_sums(rows: Iterable[Row], labels: Sequence[str], directions: int = 8) -> pd.DataFrame:
     """The sums that METRICS are made of: one row per tensor and pair of models.
 
     Args:
         rows: (name, base, taus) per tensor, from `helpers.merge.vectors`; read once.
         labels: the models' names, in the order of `taus`.
-        density: share of each tensor's coordinates that counts as its largest; ties all count.
         directions: how many leading singular directions are compared. They come from the factors of
             LoRA models, exactly and for little; models given as dense tensors take no part.
 
@@ -45,7 +44,7 @@ def pair_sums(
     for name, _, taus in rows:
         if len(taus) != len(labels):
             raise ValueError(f"{name} has {len(taus)} task vectors for {len(labels)} labels")
-        sums = _coordinate_sums([tau[...].flatten() for tau in taus], density)
+        sums = _coordinate_sums([tau[...].flatten() for tau in taus])
         sums |= _subspace_sums([_principal(tau, directions) for tau in taus])
         tables.append(pairs.assign(tensor=name, **_place(name), **sums))
     if not tables:
@@ -65,9 +64,9 @@ def _pairs(matrix: Tensor) -> np.ndarray:
     return matrix.cpu().numpy()[np.triu_indices(len(matrix), 1)]
 
 
-def _coordinate_sums(taus: Sequence[Tensor], density: float) -> dict[str, np.ndarray]:
+def _coordinate_sums(taus: Sequence[Tensor]) -> dict[str, np.ndarray]:
     coordinates = len(taus[0])
-    thresholds = torch.stack([_kth_largest(tau, density) for tau in taus])[:, None]
+    thresholds = torch.stack([_kth_largest(tau) for tau in taus])[:, None]
     total = _Totals(len(taus), taus[0].device)
     for start in range(0, coordinates, BLOCK):
         block = torch.stack([tau[start : start + BLOCK] for tau in taus])
@@ -79,9 +78,7 @@ class _Totals:
     """Running sums over blocks of coordinates: (n, n) matrices over models, or one entry a pair."""
 
     def __init__(self, n: int, device: torch.device):
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.inner = zeros(n, n)
         self.signs = zeros(n, n)  # coordinates of one sign, less those of opposite signs
         self.nonzero = zeros(n, n)  # coordinates where both are nonzero
@@ -145,9 +142,9 @@ class _Totals:
         }
 
 
-def _kth_largest(tau: Tensor, density: float) -> Tensor:
-    """Magnitude of the k-th largest coordinate, k = max(1, int(density * numel)), as TIES trims."""
-    k = max(1, int(density * len(tau)))
+def _kth_largest(tau: Tensor) -> Tensor:
+    """Magnitude of the k-th largest coordinate, k = max(1, int(DENSITY * numel)), as TIES trims."""
+    k = max(1, int(DENSITY * len(tau)))
     if tau.is_cuda:
         return tau.abs().topk(k, sorted=False).values.min()
     magnitudes = tau.abs().numpy()

@@ -17,15 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from helpers.stats.dyads import (
-    Places,
-    decompose,
-    design,
-    pair_effects,
-    part,
-    places,
-    symmetric,
-)
+from helpers.stats.dyads import Places, decompose, design, pair_effects, part, places, symmetric
 from helpers.stats.effects import Interval, interval, jackknife
 
 MARGIN = 0.3  # a correlation within ± this is none that matters
@@ -36,15 +28,10 @@ def pearson(a: NDArray, b: NDArray) -> float:
     """r over the places where both are defined; NaN below 3 or where one does not vary."""
     defined = ~np.isnan(a + b)
     a, b = a[defined], b[defined]
-    if len(a) < 3 or _constant(a) or _constant(b):
+    if len(a) < 3 or min(np.ptp(a), np.ptp(b)) <= 1e-12:  # nothing but rounding is left
         return np.nan
     r = np.corrcoef(a, b)[0, 1]
     return float(np.clip(r, -1, 1))
-
-
-def _constant(values: NDArray) -> bool:
-    """Nothing but rounding is left."""
-    return bool(np.ptp(values) <= 1e-12)
 
 
 def of_tasks(x: ArrayLike, y: ArrayLike, role: str) -> tuple[NDArray, NDArray]:
@@ -135,7 +122,7 @@ def equivalence(found: Interval, margin: float = MARGIN) -> float:
 
 
 @lru_cache(maxsize=4)  # a study tests many metrics under the same orders
-def orders(blocks: tuple, permutations: int, seed: int = 0) -> NDArray:
+def orders(blocks: tuple, permutations: int, seed: int) -> NDArray:
     """Orders of the tasks, (permutations + 1, n), first the one in place.
 
     `blocks`: the family of each task. Families of one size change places, and so do the tasks

@@ -139,7 +139,7 @@ def _halves(matrix: ArrayLike) -> tuple[_Fit, _Fit, Places]:
     return mean, tilt, pairs
 
 
-def _mean(values: NDArray) -> float:
+def mean_of(values: NDArray) -> float:
     """Mean of what is defined; NaN where nothing is."""
     defined = values[~np.isnan(values)]
     return defined.mean() if len(defined) else np.nan
@@ -153,9 +153,9 @@ def decompose(matrix: ArrayLike) -> Effects:
     they have in one role against the other; the two are fitted apart.
     """
     mean, tilt, pairs = _halves(matrix)
-    level = _mean(mean.tasks)
+    level = mean_of(mean.tasks)
     both = mean.tasks - level
-    either = tilt.tasks - _mean(tilt.tasks)
+    either = tilt.tasks - mean_of(tilt.tasks)
     relation = np.full(np.shape(matrix), np.nan)
     relation[pairs] = mean.left + tilt.left
     relation.T[pairs] = mean.left - tilt.left
@@ -170,7 +170,7 @@ def pair_effects(matrix: ArrayLike) -> tuple[NDArray, NDArray]:
     left = np.full(matrix.shape, np.nan)
     left[pairs] = found.left
     left.T[pairs] = found.left
-    return found.tasks - _mean(found.tasks), left
+    return found.tasks - mean_of(found.tasks), left
 
 
 # --- variances ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from helpers.stats.dyads import as_shares, as_square, components, part
+from helpers.stats.dyads import as_shares, as_square, components, mean_of, part
 
 Statistic = Callable[[NDArray], float]  # of the places of the tasks that are kept
 
@@ -85,20 +85,11 @@ def jackknife(statistic: Statistic, units: Sequence, fisher: bool = False) -> In
 def mean(matrix: ArrayLike, units: Sequence) -> Interval:
     """Mean of the cells of a matrix of tasks."""
     matrix = as_square(matrix)
-
-    def of(kept: NDArray) -> float:
-        cells = part(matrix, kept)
-        cells = cells[~np.isnan(cells)]
-        return cells.mean() if len(cells) else np.nan
-
-    return jackknife(of, units)
+    return jackknife(lambda kept: mean_of(part(matrix, kept)), units)
 
 
 def share(
-    of: Callable[[NDArray], Mapping[str, float]],
-    matrix: NDArray,
-    name: str,
-    units: Sequence,
+    of: Callable[[NDArray], Mapping[str, float]], matrix: NDArray, name: str, units: Sequence
 ) -> Interval:
     """One entry of `dyads.shares` (of a matrix) or of `rule_shares` (of a stack), cut at 0 and 1;
     the correlation victim_partner on Fisher's z.
@@ -145,8 +136,7 @@ def contrasts(matrices: Mapping[str, ArrayLike], units: Sequence) -> pd.DataFram
     rows = []
     for (i, first), (j, second) in combinations(enumerate(matrices), 2):
         found = mean(stack[i] - stack[j], units)
-        names = {"first": first, "second": second}
-        rows.append(names | found._asdict())
+        rows.append({"first": first, "second": second} | found._asdict())
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table["p"]))
 

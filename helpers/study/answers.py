@@ -23,6 +23,7 @@ from helpers.states.batch import (
 
 MOST = 64  # candidate answers that are read at once: each takes a copy of its prompt's cache
 MORE = 4  # tokens that a generated answer may have beyond the longest candidate
+Ids = list[int]  # tokens
 
 
 class Stop(NamedTuple):
@@ -52,14 +53,11 @@ def batches(model, lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     window = getattr(model.config, "sliding_window", None)
     if window is None or 2 * max(lengths) <= window:
         return length_buckets(lengths, batch_size)
-    together: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        together.setdefault(length, []).append(i)
-    return [
-        same[i : i + batch_size]
-        for _, same in sorted(together.items())
-        for i in range(0, len(same), batch_size)
-    ]
+    equal = []
+    for length in sorted(set(lengths)):
+        same = [i for i, other in enumerate(lengths) if other == length]
+        equal += [same[i : i + batch_size] for i in range(0, len(same), batch_size)]
+    return equal
 
 
 class Cached(NamedTuple):
@@ -72,7 +70,7 @@ class Cached(NamedTuple):
 
 
 @torch.no_grad()
-def read_prompts(model, prompts: Sequence[list[int]], fill: int) -> Cached:
+def read_prompts(model, prompts: Sequence[Ids], fill: int) -> Cached:
     """Read prompts, padded on the right; logits are computed where one of them ends only.
 
     What a decoder's prompts all begin with, as their instruction, is read once.
@@ -86,12 +84,7 @@ def read_prompts(model, prompts: Sequence[list[int]], fill: int) -> Cached:
             decoder_input_ids=decoder_start(model, ids),
             use_cache=True,
         )
-        return Cached(
-            mask,
-            out.logits[:, 0],
-            out.past_key_values,
-            out.encoder_last_hidden_state,
-        )
+        return Cached(mask, out.logits[:, 0], out.past_key_values, out.encoder_last_hidden_state)
     shared = shared_length(prompts)
     last = mask.sum(1) - 1 - shared
     ends, place = last.unique(return_inverse=True)
@@ -138,18 +131,13 @@ def narrowed(cached: Cached, rows: Tensor) -> Cached:
     """These rows of read prompts; the others leave the cache."""
     mask, logits, cache, encoded = cached
     cache.batch_select_indices(rows)
-    return Cached(
-        mask[rows],
-        logits[rows],
-        cache,
-        None if encoded is None else encoded[rows],
-    )
+    return Cached(mask[rows], logits[rows], cache, None if encoded is None else encoded[rows])
 
 
 class Reading(NamedTuple):
     """One candidate answer read token by token, its closing included; arrays of that length."""
 
-    tokens: list[int]
+    tokens: Ids
     logprob: np.ndarray  # log-probability of each token, in nats
     best: np.ndarray  # is it the most likely token?
     unended: np.ndarray  # is it the most likely one but for the end token?
@@ -157,7 +145,7 @@ class Reading(NamedTuple):
 
 
 def readings(
-    model, cached: Cached, answers: Sequence[Sequence[list[int]]], fill: int, stop: Stop
+    model, cached: Cached, answers: Sequence[Sequence[Ids]], fill: int, stop: Stop
 ) -> list[list[Reading]]:
     """The candidate answers of each read prompt; a prompt may have many, so MOST at a time."""
     asked = [(i, ids) for i, texts in enumerate(answers) for ids in texts]
@@ -171,25 +159,21 @@ def readings(
 
 
 def _read_together(
-    model, cached: Cached, tokens: Sequence[list[int]], fill: int, stop: Stop
+    model, cached: Cached, tokens: Sequence[Ids], fill: int, stop: Stop
 ) -> Iterator[Reading]:
     """One candidate behind each read prompt."""
     target, real = (x.to(model.device) for x in pad(tokens, fill))
     rest = follow(model, cached, target[:, :-1], real[:, :-1])
-    logits = torch.cat([cached.logits[:, None], rest.logits], 1).float()
-    for ids, padded in zip(tokens, per_token(logits, target, stop), strict=True):
-        yield Reading(ids, *(field[: len(ids)] for field in padded))
-
-
-def per_token(logits: Tensor, target: Tensor, stop: Stop) -> Iterator[tuple]:
-    """The arrays of a `Reading` by row, of logits (B, T, vocabulary) and targets (B, T)."""
+    logits = torch.cat([cached.logits[:, None], rest.logits], 1).float()  # (B, T, vocabulary)
     chosen = logits.gather(2, target[..., None])[..., 0]
     logprob = chosen - logits.logsumexp(2)
     likely = logits.argmax(2)
     logits[..., stop.token] = -torch.inf
     unended = logits.argmax(2)
     fields = logprob, likely == target, unended == target, likely == stop.token
-    return zip(*(field.cpu().numpy() for field in fields), strict=True)
+    arrays = [field.cpu().numpy() for field in fields]
+    for ids, *padded in zip(tokens, *arrays, strict=True):
+        yield Reading(ids, *(array[: len(ids)] for array in padded))
 
 
 def is_forced(read: Reading, stop: Stop) -> bool:
@@ -220,12 +204,12 @@ def greedy_texts(
     return [tokenizer.decode(ids).strip() for ids in tokens]
 
 
-def before(tokens: list[int], end: int) -> list[int]:
+def before(tokens: Ids, end: int) -> Ids:
     """Tokens without a closing `end`."""
     return tokens[:-1] if tokens[-1] == end else tokens
 
 
-def followed(read: Sequence[Reading], stop: Stop) -> list[int] | None:
+def followed(read: Sequence[Reading], stop: Stop) -> Ids | None:
     """The greedy tokens, if they are a candidate's or end within one; None otherwise."""
     for of in read:
         n = len(of.tokens) - stop.length
@@ -242,12 +226,12 @@ def decode(
     cached: Cached,
     most: Sequence[int],
     ends: Collection[int],
-) -> list[list[int]]:
+) -> list[Ids]:
     """Greedy tokens after read prompts, through one of `ends` or as many as `most` says of each.
 
     Changes the cache: a text that is complete leaves it, so that nothing more is computed of it.
     """
-    texts: list[list[int]] = [[] for _ in most]
+    texts: list[Ids] = [[] for _ in most]
     open_rows = list(range(len(texts)))  # in the order of the cache
     while True:
         tokens = cached.logits.argmax(-1).reshape(-1, 1)

@@ -25,11 +25,9 @@ import requests
 from pypi_simple import NoSuchProjectError, PyPISimple
 from tqdm.auto import tqdm
 
-from helpers.store import digest
+from helpers.store import ROOT, digest
 
-CATALOGUE = tomllib.loads(
-    (Path(__file__).parents[2] / "data" / "assets.toml").read_text(encoding="utf-8")
-)
+CATALOGUE = tomllib.loads((ROOT / "data" / "assets.toml").read_text(encoding="utf-8"))
 MEMBER_LIMIT = 2 * 1024**3  # bytes that one archive member may unpack to
 TASK_PATTERN = re.compile(r"[^/]+/bigbench/benchmark_tasks/((?:[\w-]+/)*[\w-]+)/task\.json")
 
@@ -100,21 +98,10 @@ def _receive(package: str, pin: dict, part: Path, done: int) -> None:
             reply.raise_for_status()
             resumed = reply.status_code == requests.codes.partial_content
             with part.open("ab" if resumed else "wb") as target:
-                _save(reply, target, package, pin["bytes"])
-
-
-def _save(reply: requests.Response, target: IO[bytes], package: str, total: int) -> None:
-    """Write a reply chunk by chunk, showing progress out of `total` bytes."""
-    with tqdm(
-        desc=package,
-        total=total,
-        initial=target.tell(),
-        unit="B",
-        unit_scale=True,
-    ) as bar:
-        for chunk in reply.iter_content(1 << 20):
-            target.write(chunk)
-            bar.update(len(chunk))
+                bar = {"desc": package, "initial": target.tell(), "unit_divisor": 1000}
+                with tqdm.wrapattr(target, "write", pin["bytes"], **bar) as counted:
+                    for chunk in reply.iter_content(1 << 20):
+                        counted.write(chunk)
 
 
 def _client() -> PyPISimple:
@@ -210,17 +197,14 @@ def bigbench_files(tasks: Iterable[str]) -> list[Path]:
 
     if wanted():
         with locked(root / "tasks"):
-            _extract_tasks(wanted(), root)
+            left = wanted()
+            for name, stream, size in _archive_tasks():
+                if name in left:
+                    unpack(stream, size, root, f"{name}/task.json")
+                    left.remove(name)
+                if not left:
+                    break
     return list(files.values())
-
-
-def _extract_tasks(tasks: set[str], root: Path) -> None:
-    for name, stream, size in _archive_tasks():
-        if not tasks:
-            return
-        if name in tasks:
-            unpack(stream, size, root, f"{name}/task.json")
-            tasks = tasks - {name}
 
 
 def _archive_tasks() -> Iterator[tuple[str, IO[bytes], int]]:

@@ -63,13 +63,7 @@ class Bench:
         }
         trained = {label: specialist_key(folder) for label, folder in self.specialists.items()}
         dtype = str(self.model.dtype)
-        return identity.Identity(
-            self.base["digest"],
-            dtype,
-            self.encoder,
-            tasks,
-            trained,
-        )
+        return identity.Identity(self.base["digest"], dtype, self.encoder, tasks, trained)
 
     def sources(self, labels: Iterable[str]) -> tuple[merge.Source, list[merge.Source]]:
         """The base and these specialists, open for streaming; of encoders without their heads."""
@@ -80,11 +74,7 @@ class Bench:
             base, *trained = (body(self.model, source) for source in (base, *trained))
         return base, trained
 
-    def rows(
-        self,
-        labels: Iterable[str],
-        device: str | None = None,
-    ) -> list[merge.Row]:
+    def rows(self, labels: Iterable[str], device: str | None = None) -> list[merge.Row]:
         """Their task vectors by tensor, to pass over at will; by default on the base's device."""
         base, trained = self.sources(labels)
         return merge.views(base, trained, device or self.model.device.type)
@@ -121,8 +111,10 @@ def load_base(
     if auto_class is AutoModelForSequenceClassification:
         # that the head is untrained is no news: no task is scored with it
         logging.set_verbosity_error()
-    model, tokenizer = models.load_model(name, dtype, device, auto_class)
-    logging.set_verbosity(verbosity)
+    try:
+        model, tokenizer = models.load_model(name, dtype, device, auto_class)
+    finally:
+        logging.set_verbosity(verbosity)
     return model, tokenizer, models.base_info(name)
 
 
@@ -198,10 +190,7 @@ def attached(model: torch.nn.Module, head: Mapping[str, Tensor]) -> Iterator[Non
 
 
 @contextmanager
-def with_head(
-    model: torch.nn.Module,
-    specialist: Path,
-) -> Iterator[list[str]]:
+def with_head(model: torch.nn.Module, specialist: Path) -> Iterator[list[str]]:
     """`model` with the classification head of a specialist inside the `with`: yields its labels."""
     config = json.loads((specialist / "config.json").read_text(encoding="utf-8"))
     names = config["id2label"]
@@ -219,21 +208,11 @@ def train(
     quiet: bool = True,
 ) -> Path:
     """Folder of the specialist of a task of the bench, trained once (`specialists.train`)."""
-    task = bench.tasks[label]
-    return specialists.train(
-        bench.model,
-        bench.tokenizer,
-        bench.base,
-        task,
-        recipe,
-        quiet,
-    )
+    about = bench.model, bench.tokenizer, bench.base, bench.tasks[label]
+    return specialists.train(*about, recipe, quiet)
 
 
-def twins(
-    bench: Bench,
-    label: str,
-) -> Bench:
+def twins(bench: Bench, label: str) -> Bench:
     """A task's specialist beside one of the next seed: a merge of the two has equal aims.
 
     The labels of the new bench are `once` and `twice`, both of the task.
@@ -242,11 +221,7 @@ def twins(
     recipe = specialists.recipe_of(first)
     second = train(bench, label, replace(recipe, seed=recipe.seed + 1))
     both = {"once": first, "twice": second}
-    return replace(
-        bench,
-        tasks=dict.fromkeys(both, bench.tasks[label]),
-        specialists=both,
-    )
+    return replace(bench, tasks=dict.fromkeys(both, bench.tasks[label]), specialists=both)
 
 
 # --- from one notebook to the next -----------------------------------------------------------

@@ -9,10 +9,7 @@ import pandas as pd
 UNITS = ["cpu_seconds", "megabytes"]
 
 
-def work(
-    row: Any,
-    sizes: Mapping[str, int],
-) -> dict[str, float]:
+def work(row: Any, sizes: Mapping[str, int]) -> dict[str, float]:
     """How much of each step of `unit_costs` a visit (`plan.Row`) takes."""
     if row.kind == "specialist":
         steps = row.options["examples"] * row.options["epochs"]
@@ -27,10 +24,7 @@ def work(
     }
 
 
-def unit_costs(
-    folder: Path,
-    parameters: Mapping[str, Any],
-) -> pd.DataFrame | None:
+def unit_costs(folder: Path, parameters: Mapping[str, Any]) -> pd.DataFrame | None:
     """CPU seconds and megabytes of one of each thing, from the tables of a study in `folder`.
 
     `parameters` are those that the study was made with. Index step: train (an example in a training
@@ -55,11 +49,7 @@ def unit_costs(
     return pd.DataFrame(units, UNITS).T.fillna(0.0)
 
 
-def scaled(
-    units: pd.DataFrame,
-    larger: float,
-    faster: float = 1.0,
-) -> pd.DataFrame:
+def scaled(units: pd.DataFrame, larger: float, faster: float = 1.0) -> pd.DataFrame:
     """Unit costs for a model of `larger` times the parameters, on a machine `faster` times as fast.
 
     Seconds grow with the parameters; adapters and states with width times depth, which is taken for

@@ -11,11 +11,13 @@ import torch
 
 from helpers import merge, store
 from helpers.states import bound
-from helpers.study import identity as keys
 from helpers.study import readings
 from helpers.study.bench import Bench
+from helpers.study.identity import CHEBYSHEV
 from helpers.study.plan import MATCHED, Row
 from helpers.study.readings import Delta
+
+Made = tuple[Callable[[], Delta], dict]  # what gives a delta, and the report
 
 
 def model(bench: Bench, row: Row) -> tuple[dict, Callable[[], Delta]]:
@@ -24,15 +26,15 @@ def model(bench: Bench, row: Row) -> tuple[dict, Callable[[], Delta]]:
     The base's delta is empty; a dose has no report. Of a model in half precision, which may be too
     large for a dense delta, it is streamed: pairs of name and change, made anew at every call.
     """
-    entry = keys.model_entry(row, bench.identity)
+    entry = bench.identity.model_entry(row)
     if entry[0] == "base":
         return {}, dict
-    build = {"dose": _dose, "merge": _merge, "solo": _solo}[row.kind]
+    build = _dose if row.kind == "dose" else _merge
     if bench.model.dtype != torch.float32:
         build = _streamed
 
     @cache
-    def once() -> tuple[Callable[[], Delta], dict]:
+    def once() -> Made:
         return build(bench, row)
 
     def compute(folder: Path) -> None:
@@ -49,26 +51,20 @@ def specialist(bench: Bench, label: str) -> Delta:
     return merge.dose(bench.rows([label]), 0, 1.0)
 
 
-def _dose(
-    bench: Bench,
-    row: Row,
-) -> tuple[Callable[[], Delta], dict]:
-    delta = merge.dose(
-        bench.rows(row.tasks),
-        0,
-        row.options["dose"],
-    )
+def _dose(bench: Bench, row: Row) -> Made:
+    delta = merge.dose(bench.rows(row.tasks), 0, row.options["dose"])
     return lambda: delta, {}
 
 
-def _merge(
-    bench: Bench,
-    row: Row,
-) -> tuple[Callable[[], Delta], dict]:
-    """On a grid the delta leads from the base in fp32 to the rounded result; the report is that of
-    the merge before rounding, but for the own-direction doses, which are those left on the grid."""
-    vector_rows = bench.rows(row.tasks)
-    delta, report = merge.merge(vector_rows, labels=row.tasks, **recipe(bench, row))
+def _merge(bench: Bench, row: Row) -> Made:
+    """A merge or solo. On a grid the delta of a merge leads from the base in fp32 to the rounded
+    result; the report is that of the merge before rounding, but for the own-direction doses, which
+    are those left on the grid.
+    """
+    vector_rows, labels = _padded(bench, row)
+    delta, report = merge.merge(vector_rows, labels=labels, **recipe(bench, row))
+    if row.kind == "solo":
+        return lambda: delta, {}
     about = report.as_dict()
     if row.arm == "bfloat16":
         tensors = bench.sources([])[0].tensors
@@ -77,24 +73,7 @@ def _merge(
     return lambda: delta, about
 
 
-def _solo(
-    bench: Bench,
-    row: Row,
-) -> tuple[Callable[[], Delta], dict]:
-    """The rule's merge of one task with partners that changed nothing."""
-    padded, labels = _padded(bench, row)
-    delta, _ = merge.merge(
-        padded,
-        labels=labels,
-        **recipe(bench, row),
-    )
-    return lambda: delta, {}
-
-
-def _padded(
-    bench: Bench,
-    row: Row,
-) -> tuple[list[merge.Row], list[str]]:
+def _padded(bench: Bench, row: Row) -> tuple[list[merge.Row], list[str]]:
     """The rows of a merge or solo with their labels; a solo's partners have changed nothing."""
     n = row.options.get("n", len(row.tasks))
     more = n - len(row.tasks)
@@ -106,10 +85,7 @@ def _padded(
     return rows, labels
 
 
-def _streamed(
-    bench: Bench,
-    row: Row,
-) -> tuple[Callable[[], Iterator], dict]:
+def _streamed(bench: Bench, row: Row) -> Made:
     """A model in half precision, its change never held; the report is of what survives the cast."""
     rows, labels = _padded(bench, row)
     if row.kind == "dose":
@@ -139,7 +115,7 @@ def recipe(bench: Bench, row: Row) -> dict[str, Any]:
         chosen["seed"] += int(row.arm.removeprefix("mask"))
     if row.arm in MATCHED:
         chosen |= _matched(bench, row)
-    if row.rule == keys.CHEBYSHEV:
+    if row.rule == CHEBYSHEV:
         weights = chebyshev_weights(bench, row.tasks)
         chosen |= {"rule": "linear", "weights": weights}
     return chosen

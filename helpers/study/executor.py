@@ -47,9 +47,8 @@ def executor(
     """
     if cluster is not None:
         with _client(cluster) as client:
-            print(
-                f"Dask: {len(client.scheduler_info()['workers'])} workers, {client.dashboard_link}"
-            )
+            count = len(client.scheduler_info()["workers"])
+            print(f"Dask: {count} workers, {client.dashboard_link}")
             yield client.get_executor(pure=False, retries=RETRIES)
     elif workers > 1:
         # spawned, not forked: a fork would share locks and a GPU context with this process
@@ -122,12 +121,7 @@ def call_each(
     RuntimeError, in a sentence, where workers were killed or the cluster was lost.
     """
     silent = desc is None or not calls
-    bar = {
-        "desc": desc,
-        "total": len(calls),
-        "mininterval": 5,
-        "disable": silent,
-    }
+    bar = {"desc": desc, "total": len(calls), "mininterval": 5, "disable": silent}
     if pool is None or not calls:
         return [function(bench, *call) for call in tqdm(calls, **bar)]
     root, key = str(store.store().absolute()), _keep(bench)
@@ -141,19 +135,14 @@ def call_each(
     except Exception as error:
         for future in pending:
             future.cancel()
-        if _is_loss(error):
+        of_dask = type(error).__module__.startswith("distributed")
+        if of_dask or isinstance(error, BrokenExecutor | CancelledError):
             raise RuntimeError(
                 "a worker was killed or the cluster was lost, perhaps for want of memory: run the "
                 "same command again, with fewer workers; what is finished is not done again"
             ) from error
         raise
     return results
-
-
-def _is_loss(error: Exception) -> bool:
-    """Whether the work failed for want of those who do it."""
-    of_dask = type(error).__module__.startswith("distributed")
-    return of_dask or isinstance(error, BrokenExecutor | CancelledError)
 
 
 # --- a bench in the store, and opened again by a worker -----------------------------------------
@@ -221,13 +210,7 @@ def _opened(key: str) -> tuple[Bench, int]:
     return Bench(*base, tasks, folders, opened["batch_size"]), opened["threads"]
 
 
-@cache
-def _base(
-    model: str,
-    dtype: str,
-    device: str,
-) -> tuple[Any, Any, dict]:
-    return load_base(model, dtype, device)
+_base = cache(load_base)
 
 
 def _task(about: dict[str, Any]) -> Task:

@@ -1,16 +1,18 @@
 """From visits to tables: what a study's frames are made of, before losses are taken of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
 from helpers.study import schema, scores
 from helpers.study.kinds import failure_kinds
 from helpers.study.losses import SPECIALIST
-from helpers.study.plan import WEIGHTED, Plan, solos
+from helpers.study.plan import Plan, solos
 from helpers.study.tasks import Task
 from helpers.study.visit import Visit
 
+Visits = Sequence[Visit]
+Tasks = Mapping[str, Task]
 BASE = "base"  # what examples.csv.gz calls the base
 REPORTED = [
     "effective_scale",
@@ -26,30 +28,24 @@ KEPT_ANSWERS = 3  # of each task under each model
 READ = ["correct", "nll", "invalid"]
 
 
-def of_kind(visits: Iterable[Visit], *kinds: str) -> list[Visit]:
+def of_kind(visits: Visits, *kinds: str) -> list[Visit]:
     """The visits of these kinds, of test examples."""
     return [x for x in visits if x.row.kind in kinds and x.row.split == "test"]
 
 
-def merges(visits: Iterable[Visit]) -> pd.DataFrame:
+def merges(visits: Visits) -> pd.DataFrame:
     """One row for each merge: what it is, and what its report says."""
     rows = []
     for visit in of_kind(visits, "merge"):
         row = visit.row
-        about = {
-            "merge": visit.key,
-            "tasks": row.tasks,
-            "n": len(row.tasks),
-            "rule": row.rule,
-        }
+        about = {"merge": visit.key, "tasks": row.tasks, "n": len(row.tasks), "rule": row.rule}
         about |= {"arm": row.arm, "seed": row.seed, "same_as": visit.same_as}
         rows.append(about | {name: visit.report[name] for name in REPORTED})
-    frame = pd.DataFrame(rows)
     numbers = dict.fromkeys(REPORTED, float)  # None where a rule has no such number
-    return frame.astype(numbers)
+    return pd.DataFrame(rows).astype(numbers)
 
 
-def doses(visits: Iterable[Visit]) -> pd.DataFrame:
+def doses(visits: Visits) -> pd.DataFrame:
     """Dose-response of every specialist: task, dose, score, nll. Dose 0 is the base."""
     rows = []
     for visit in of_kind(visits, "dose"):
@@ -69,19 +65,18 @@ def _means(visit: Visit, task: str) -> tuple[float, float]:
     return own["correct"].mean(), own["nll"].mean()
 
 
-def specialists(visits: Iterable[Visit]) -> dict[str, Visit]:
+def specialists(visits: Visits) -> dict[str, Visit]:
     """The visit of each task's specialist, by task."""
     whole = (x for x in of_kind(visits, "dose") if x.row.options["dose"] == 1)
     return {visit.row.tasks[0]: visit for visit in whole}
 
 
-def references(visits: Iterable[Visit], tasks: Mapping[str, Task]) -> pd.DataFrame:
+def references(visits: Visits, tasks: Tasks) -> pd.DataFrame:
     """What each task's losses are measured against; one row per task, on its test examples.
 
     specialist, nll_specialist: at dose 1; base: behind solved examples; nll_base: of the base from
     bare prompts (of an encoder: of its linear probe); chance: score of the commonest answer.
     """
-    visits = list(visits)
     (base,) = of_kind(visits, "base")
     bare = base.examples.groupby("task")["nll"].mean()
     able = {visit.row.tasks[0]: visit for visit in of_kind(visits, "ability")}
@@ -91,18 +86,11 @@ def references(visits: Iterable[Visit], tasks: Mapping[str, Task]) -> pd.DataFra
         untaught, _ = _means(able[task], task)
         chance = scores.constant_answer(tasks[task])
         rows.append((task, score, untaught, chance, nll, bare[task]))
-    columns = [
-        "task",
-        "specialist",
-        "base",
-        "chance",
-        "nll_specialist",
-        "nll_base",
-    ]
+    columns = ["task", "specialist", "base", "chance", "nll_specialist", "nll_base"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def screening(visits: Iterable[Visit], tasks: Mapping[str, Task]) -> pd.DataFrame:
+def screening(visits: Visits, tasks: Tasks) -> pd.DataFrame:
     """Dev scores by which a task is kept: of the commonest answer, the base and the specialist."""
     dev = [x for x in visits if x.row.split == "dev"]
     score = {(x.row.kind, *x.row.tasks): x.examples["correct"].mean() for x in dev}
@@ -115,7 +103,7 @@ def screening(visits: Iterable[Visit], tasks: Mapping[str, Task]) -> pd.DataFram
     return pd.DataFrame(rows, columns=["task", "chance", "base", "specialist"])
 
 
-def cells(visits: Iterable[Visit], collisions: pd.DataFrame) -> pd.DataFrame:
+def cells(visits: Visits, collisions: pd.DataFrame) -> pd.DataFrame:
     """One row for each merge and task: what was read of it, its doses, and its rule alone.
 
     merge, task, score, nll, invalid, dose_ingredient, dose_own; control_solo and nll_solo where the
@@ -123,21 +111,15 @@ def cells(visits: Iterable[Visit], collisions: pd.DataFrame) -> pd.DataFrame:
     the merge holds a task that collides with this one in more than a few prompts
     (`tasks.collisions`).
     """
-    visits = list(visits)
     collisions = collisions[collisions["share"] >= AMBIGUOUS]
     ends = zip(collisions["task_a"], collisions["task_b"], strict=True)
-    colliding = {frozenset(pair) for pair in ends}
+    colliding = set(map(frozenset, ends))
     alone = {x.row.model: x for x in of_kind(visits, "solo")}
     rows = []
     for visit in of_kind(visits, "merge"):
-        means = visit.examples.groupby("task")[READ].mean()
+        means = visit.examples.groupby("task")[READ].mean().rename(columns={"correct": "score"})
         for i, task in enumerate(visit.row.tasks):
-            row = {
-                "merge": visit.key,
-                "task": task,
-                "score": means.loc[task, "correct"],
-            }
-            row |= means.loc[task, ["nll", "invalid"]].to_dict()
+            row = {"merge": visit.key, "task": task} | means.loc[task].to_dict()
             row["dose_ingredient"] = visit.report["ingredient"][i]
             row["dose_own"] = visit.report["own"][i]
             row |= _control(visit, task, alone)
@@ -149,59 +131,38 @@ def cells(visits: Iterable[Visit], collisions: pd.DataFrame) -> pd.DataFrame:
 def _control(visit: Visit, task: str, alone: Mapping[str, Visit]) -> dict[str, float]:
     """What the rule of a merge leaves of a task by itself."""
     names = ["control_solo", "nll_solo"]
-    if visit.row.rule in WEIGHTED or visit.same_as:
+    if visit.row.weighted or visit.same_as:
         return dict.fromkeys(names, float("nan"))
     wanted = {row.tasks[0]: row for row in solos(Plan.of([visit.row]))}
     return dict(zip(names, _means(alone[wanted[task].model], task), strict=True))
 
 
-def examples(visits: Iterable[Visit], tasks: Mapping[str, Task]) -> pd.DataFrame:
+def examples(visits: Visits, tasks: Tasks) -> pd.DataFrame:
     """One row for each test example under each distinct merge, each specialist and the base.
 
     A decoder's answers are there, and `kind` says how they are wrong: beside what the merge's other
     specialists and the base say to the same prompt (`kinds.failure_kinds`).
     """
-    visits = list(visits)
-    said = _said(visits)
+    own, bases = specialists(visits), of_kind(visits, "base")
+    said = {}  # by (specialist or base, task): its examples
+    for name, visit in [*own.items(), *((BASE, visit) for visit in bases)]:
+        said |= {(name, task): frame for task, frame in visit.examples.groupby("task")}
     models = [(visit.key, visit) for visit in of_kind(visits, "merge") if visit.same_as is None]
-    models += [(SPECIALIST, visit) for visit in specialists(visits).values()]
+    models += [(SPECIALIST, visit) for visit in own.values()]
     frames = []
     for name, visit in models:
         for task in visit.row.tasks:
             frame = _own(visit, task).assign(merge=name)
             if "answer" in frame:
-                frame["kind"] = _kinds(frame, task, visit.row.tasks, tasks, said)
+                others = [(x, task) for x in visit.row.tasks if x != task]
+                partners = [said[x] for x in others if x in said]
+                rows = tasks[task].splits["test"]
+                frame["kind"] = failure_kinds(frame, rows, partners, said.get((BASE, task)))
             frames.append(frame)
-    frames += [visit.examples.assign(merge=BASE) for visit in of_kind(visits, "base")]
+    frames += [visit.examples.assign(merge=BASE) for visit in bases]
     table = pd.concat(frames, ignore_index=True).rename(columns={"id": "example"})
     columns = {*schema.of("examples").columns, "answer"}
     return table[[name for name in table if name in columns]].round(5)
-
-
-def _said(visits: Iterable[Visit]) -> dict[tuple[str, str], pd.DataFrame]:
-    """By (specialist or base, task): its examples."""
-    visits = list(visits)
-    models = specialists(visits)
-    for visit in of_kind(visits, "base"):
-        models[BASE] = visit
-    said = {}
-    for name, visit in models.items():
-        for task, frame in visit.examples.groupby("task"):
-            said[name, task] = frame.reset_index(drop=True)
-    return said
-
-
-def _kinds(
-    frame: pd.DataFrame,
-    task: str,
-    members: Iterable[str],
-    tasks: Mapping[str, Task],
-    said: Mapping[tuple[str, str], pd.DataFrame],
-) -> list[str]:
-    """How a task's answers are wrong, beside what other members and the base say there."""
-    partners = [said[x, task] for x in members if x != task and (x, task) in said]
-    rows = tasks[task].splits["test"]
-    return failure_kinds(frame, rows, partners, said.get((BASE, task)))
 
 
 def answers(table: pd.DataFrame) -> pd.DataFrame:
@@ -216,10 +177,7 @@ def answers(table: pd.DataFrame) -> pd.DataFrame:
     return first[names].reset_index(drop=True)
 
 
-def prompts(
-    answers: pd.DataFrame,
-    tasks: Mapping[str, Task],
-) -> pd.DataFrame:
+def prompts(answers: pd.DataFrame, tasks: Tasks) -> pd.DataFrame:
     """The test prompts behind `answers`, with the first accepted answer of each."""
     asked = answers[["task", "example"]].drop_duplicates(ignore_index=True)
     rows = {(x, row["id"]): row for x, task in tasks.items() for row in task.splits["test"]}

@@ -1,6 +1,6 @@
 """Where do the models' states lie? What notebooks 03 and 04 read of a study's visits."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from helpers.merge import RULES
 from helpers.states import bound, squared_distances
-from helpers.study.frames import BASE, of_kind, specialists
+from helpers.study.frames import BASE, Visits, of_kind, specialists
 from helpers.study.visit import Visit
 
 
@@ -35,9 +35,8 @@ class Pool(NamedTuple):
 LAST = slice(-1, None)  # the layer that is kept of a study too large for all of them
 
 
-def pooled(visits: Iterable[Visit], tasks: Sequence[str], layers: slice = slice(None)) -> Pool:
+def pooled(visits: Visits, tasks: Sequence[str], layers: slice = slice(None)) -> Pool:
     """The states, at some layers, that base and specialists left on everyone's probes."""
-    visits = list(visits)
     (base,) = of_kind(visits, "base")
     own = specialists(visits)
     read = [base.states, *(own[task].states for task in tasks)]
@@ -56,10 +55,7 @@ class Readout(NamedTuple):
     rho: NDArray
 
 
-def readout(
-    pool: Pool,
-    head: torch.nn.Module,
-) -> Readout:
+def readout(pool: Pool, head: torch.nn.Module) -> Readout:
     """The first answers of each probe's own specialist.
 
     What a class does behind its head (a scale, a soft cap) keeps the order of its logits.
@@ -71,12 +67,7 @@ def readout(
     places = [pool.models.index(task) for task in pool.owner]
     own = pool.states[places, np.arange(len(places)), -1]
     logits = own @ matrix.T + bias
-    return Readout(
-        matrix,
-        bias,
-        logits.argmax(1),
-        bound.margin_radius(own, matrix, bias),
-    )
+    return Readout(matrix, bias, logits.argmax(1), bound.margin_radius(own, matrix, bias))
 
 
 def arrays(pool: Pool, layers: Sequence[str], answers: Readout | None) -> dict[str, NDArray]:
@@ -95,7 +86,7 @@ def arrays(pool: Pool, layers: Sequence[str], answers: Readout | None) -> dict[s
     }
 
 
-def distortion(visits: Iterable[Visit], pool: Pool, answers: Readout | None = None) -> pd.DataFrame:
+def distortion(visits: Visits, pool: Pool, answers: Readout | None = None) -> pd.DataFrame:
     """||H - h||^2 of base and members on the members' probes, of every distinct default merge."""
     frames = []
     for visit in of_kind(visits, "merge"):

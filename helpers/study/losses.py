@@ -139,9 +139,7 @@ def collapsed(loss: ArrayLike, high: ArrayLike) -> pd.arrays.BooleanArray:
     return pd.arrays.BooleanArray(fell, mask=np.isnan(loss))
 
 
-def false_alarm_rate(
-    specialist: ArrayLike, chance: float = 0.0, repeats: int = ALARM_DRAWS, seed: int = 0
-) -> float:
+def false_alarm_rate(specialist: ArrayLike, chance: float = 0.0) -> float:
     """How often the collapse rule fires on a merge that is as good as its specialist.
 
     Both are drawn with replacement from the specialist's scores, independently. Answers of a real
@@ -149,10 +147,10 @@ def false_alarm_rate(
     a count of collapsed cells holds of false alarms is at most the sum of their tasks' rates.
     """
     scores = np.asarray(specialist, float)
-    rng = np.random.default_rng(seed)
-    merged, own = rng.choice(scores, (2, scores.size, repeats))
+    rng = np.random.default_rng(0)
+    merged, own = rng.choice(scores, (2, scores.size, ALARM_DRAWS))
     loss = merging_loss(merged.mean(0), own.mean(0), chance)
-    (counts,) = resamples((scores.size,), 400, seed)
+    (counts,) = resamples((scores.size,), 400)
     drawn = percent(counts @ (merged - own), counts @ (own - chance))
     drawn[:, np.isnan(loss)] = 0  # undefined, so no alarm
     high = limits(drawn)[1]

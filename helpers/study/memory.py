@@ -1,12 +1,10 @@
 """Does it fit? Gigabytes that a process takes and that are free, asked before long work."""
 
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import psutil
-from safetensors import safe_open
 
 GB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -25,13 +23,10 @@ def free_gb(device: str = "cpu") -> float:
 
 
 def parameters(folder: Path) -> int:
-    """How many numbers the safetensors files of a folder hold; only their headers are read."""
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
-            total += sum(map(prod, shapes))
-    return total
+    """How many numbers the weights that a folder loads hold; none of them is read."""
+    from helpers import merge  # loads torch
+
+    return sum(tensor.numel() for tensor in merge.read_folder(folder).values())
 
 
 def with_merge_gb(parameters: float, dtype: str) -> float:
@@ -39,12 +34,7 @@ def with_merge_gb(parameters: float, dtype: str) -> float:
     return parameters * 2 * BYTES.get(dtype, 4) / GB
 
 
-def check_base(
-    name: str,
-    folder: Path,
-    dtype: str,
-    device: str,
-) -> None:
+def check_base(name: str, folder: Path, dtype: str, device: str) -> None:
     """Raise ValueError unless a base and one merge of it fit into what is free."""
     needed = with_merge_gb(parameters(folder), dtype)
     free = free_gb(device)
@@ -62,7 +52,7 @@ def forecast(bench: Any, members: int) -> dict[str, float]:
     change: the merged change, held whole in fp32 only; tensor: the largest tensor in work. `bench`
     is a `Bench`.
     """
-    sizes = [prod(row.base.shape) for row in bench.rows(bench.specialists, "cpu")]
+    sizes = [row.base.shape.numel() for row in bench.rows(bench.specialists, "cpu")]
     width = bench.model.dtype.itemsize
     amounts = {
         "base": sum(p.numel() * p.element_size() for p in bench.model.parameters()),

@@ -27,57 +27,49 @@ from helpers.store import digest
 from helpers.study import archives
 from helpers.study.archives import AssetError
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = ("float32", "bfloat16", "float16")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 
 
-def resolve_model(name: str) -> str:
-    """What `from_pretrained` takes for a model's name: a local folder, or a hub id as it is.
+def model_folder(name: str) -> Path:
+    """Folder with the safetensors, config and tokenizer of a model. Raises AssetError.
 
     `name` is an embedded model (fetched and converted at the first call), a folder with
-    safetensors or one GGUF file, a .gguf file, or a hub id "org/name", "org/name@revision". Raises
-    AssetError.
+    safetensors or one GGUF file, a .gguf file, or a hub id "org/name", "org/name@revision", which
+    is downloaded.
     """
     embedded = archives.CATALOGUE["models"]
     for short, entry in embedded.items():
         if name in (short, entry["name"]):
-            return str(_embedded(short, entry))
+            return _embedded(short, entry)
     path = Path(name).expanduser()
     if path.exists():
-        return str(_local(path))
+        return _local(path)
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", name):
-        return name
+        return _local(_downloaded(name))
     raise AssetError(
         f"there is no model {name!r}: name one of {', '.join(embedded)}, a local folder, or a hub "
         "id (org/name)."
     )
 
 
-def model_folder(name: str) -> Path:
-    """Folder with the safetensors, config and tokenizer of a model; a hub id is downloaded."""
-    resolved = resolve_model(name)
-    if Path(resolved).exists():
-        return Path(resolved)
+def _downloaded(name: str) -> Path:
+    """Folder of a model of the hub, in the hub's own cache."""
     patterns = {"allow_patterns": ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]}
     patterns |= {"ignore_patterns": ["*/*", "consolidated*"]}  # second copies of the weights
     try:
-        repository, _, revision = resolved.partition("@")
-        folder = snapshot_download(repository, revision=revision or None, **patterns)
+        repository, _, revision = name.partition("@")
+        return Path(snapshot_download(repository, revision=revision or None, **patterns))
     except GatedRepoError as error:
         raise AssetError(
-            f"{resolved!r} is gated: accept its terms on its page on the hub, and log in (`hf auth "
+            f"{name!r} is gated: accept its terms on its page on the hub, and log in (`hf auth "
             "login`)."
         ) from error
     except OSError as error:
         raise AssetError(
-            f"cannot fetch {resolved!r} from the hub ({type(error).__name__}): connect to the "
+            f"cannot fetch {name!r} from the hub ({type(error).__name__}): connect to the "
             "network, check the name and your access to it, or name a local folder."
         ) from error
-    return _local(Path(folder))
 
 
 def base_info(name: str) -> dict[str, str]:
@@ -94,21 +86,18 @@ def load_model(
     dtype: str = "float32",
     device: str = "cpu",
     auto_class: type = AutoModelForCausalLM,
-    **options,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model in evaluation mode, tokenizer) of an embedded, local or hub model.
 
-    `options` go to `auto_class.from_pretrained` (num_labels, say). Device "auto" spreads the model
-    over all GPUs (by accelerate). TF32 is switched off; the tokenizer pads on the right, with the
-    end token where the model has no pad token of its own. Raises AssetError, ValueError.
+    Device "auto" spreads the model over all GPUs (by accelerate). TF32 is switched off; the
+    tokenizer pads on the right, with the end token where the model has no pad token of its own.
+    Raises AssetError, ValueError.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: name one of {', '.join(DTYPES)}.")
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     folder = model_folder(name)
-    if device == "auto":
-        options["device_map"] = device
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ImportError, OSError, ValueError) as error:  # of a package that it is said to need
@@ -116,9 +105,10 @@ def load_model(
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = auto_class.from_pretrained(
-        folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **options
-    )
+    options = {"use_safetensors": True, "trust_remote_code": False}
+    if device == "auto":
+        options["device_map"] = device
+    model = auto_class.from_pretrained(folder, dtype=dtype, **options)
     model = model if device == "auto" else model.to(device)
     return model.eval(), tokenizer
 

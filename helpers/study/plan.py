@@ -1,7 +1,7 @@
 """Which models are visited? A plan is a table: one row a visit. Builders make plans, which add up.
 
-What it costs, what is finished, what is left and what committed tables hold already are questions
-to that table. Nothing here needs torch; `keyed` alone loads it, as defaults of the rules are keys'.
+What it costs, what is finished and what is left are questions to that table. Nothing here needs
+torch.
 
     plan = base(tasks) + doses(tasks, [0, 0.5, 1]) + merges(pairs(tasks), ["linear", "ties"])
 """
@@ -19,7 +19,8 @@ from helpers.study.groups import Group
 # Rules whose merges are weighted sums of task vectors: dose curves tell what they lose alone.
 WEIGHTED = ("linear", "task_arithmetic", "chebyshev")
 MATCHED = ("norm", "dose")  # arms at the scale of the group's linear average
-ARMS = (*MATCHED, "sum", "mask1", "mask2", "bfloat16")
+CALIBRATED = ("svc", "lines")  # arms that change what the rule gave: no weighted sum any more
+ARMS = (*MATCHED, "sum", "mask1", "mask2", "bfloat16", *CALIBRATED)
 SHOTS = 4  # solved examples before a prompt of the untaught base
 
 
@@ -45,6 +46,11 @@ class Row(NamedTuple):
     def rule_options(self) -> dict[str, Any]:
         """The options that its rule takes: not those that say whom a solo does without."""
         return {name: x for name, x in self.options.items() if name not in ("n", "group")}
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the merge is a weighted sum of task vectors."""
+        return self.rule in WEIGHTED and self.arm not in CALIBRATED
 
     @property
     def model(self) -> str:
@@ -96,12 +102,8 @@ class Plan:
 
         `identity` is what keys are made of: `Bench.identity`.
         """
-        from helpers.study import identity as keys  # loads torch
-
-        frame = self.frame.copy()
-        frame["key"] = [keys.model_key(row, identity) for row in self]
-        frame["entries"] = [keys.entries(row, identity) for row in self]
-        return Plan(frame)
+        key = [identity.model_key(row) for row in self]
+        return Plan(self.frame.assign(key=key, entries=[identity.entries(row) for row in self]))
 
     def done(self) -> pd.Series:
         """Of a keyed plan: whether the store holds all that a visit leaves."""
@@ -112,14 +114,6 @@ class Plan:
     def left(self) -> "Plan":
         """Of a keyed plan: the visits that are not done."""
         return Plan(self.frame[~self.done()])
-
-    def join(self, study: Any) -> pd.DataFrame:
-        """Of a keyed plan: the rows of `Study.losses` of merges that it holds, under their keys."""
-        return study.losses[study.losses["merge"].isin(self.frame["key"])]
-
-    def without(self, keys: Iterable[str]) -> "Plan":
-        """A keyed plan without these models: `plan.without(plan.join(study)["merge"])`."""
-        return Plan(self.frame[~self.frame["key"].isin(set(keys))])
 
     def cost(self, units: pd.DataFrame, sizes: Mapping[str, int]) -> pd.DataFrame:
         """Visits, CPU minutes and gigabytes in the store, by kind.
@@ -212,11 +206,18 @@ def in_arm(arm: str, n: int) -> dict[str, Any]:
     Another scale, so that rules differ in direction alone: "norm" (as long as the group's linear
     average), "dose" (mean own-direction dose as the linear average), "sum" (n times itself, the
     total weight of task arithmetic). Of a rule that drops entries at random: its next draws
-    ("mask1", "mask2"). Base and result rounded to a grid: "bfloat16".
+    ("mask1", "mask2"). Base and result rounded to a grid: "bfloat16". Calibrated singular values:
+    "svc". Scaled by depth, from 1/n in the first layer to 1 in the last (LiNeS): "lines".
     """
     if arm not in ARMS:
         raise ValueError(f"unknown arm {arm!r}: choose one of {', '.join(ARMS)}")
-    return {"scale": float(n)} if arm == "sum" else {}
+    first = 1 / n
+    added = {
+        "sum": {"scale": float(n)},
+        "svc": {"svc": 1.0},
+        "lines": {"lines": [first, 1 - first]},
+    }
+    return added.get(arm, {})
 
 
 def scale_line(group: Sequence[str], scales: Iterable[float], seed: int = 0) -> Plan:
@@ -236,7 +237,7 @@ def solos(plan: Plan) -> Plan:
     """
     rows = []
     for row in plan.kinds("merge"):
-        if row.rule in WEIGHTED:
+        if row.weighted:
             continue
         about = dict(row.options) | {"n": len(row.tasks)}
         if row.arm in MATCHED:

@@ -7,12 +7,7 @@ from torch.nn.functional import cross_entropy, nll_loss
 PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
-def linear_probe(
-    train: Tensor,
-    targets: Tensor,
-    test: Tensor,
-    classes: int,
-) -> Tensor:
+def linear_probe(train: Tensor, targets: Tensor, test: Tensor, classes: int) -> Tensor:
     """Log-probabilities (n_test, classes) by multinomial logistic regression on frozen features.
 
     `train` (n, d) with `targets` (n,) are its training examples, `test` (n_test, d) the others;
@@ -45,11 +40,7 @@ def logistic(
     test = (test.double() - centre) / width
     weight = torch.zeros(train.shape[1], classes, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    descent = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=200,
-        line_search_fn="strong_wolfe",
-    )
+    descent = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
         descent.zero_grad()

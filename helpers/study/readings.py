@@ -13,9 +13,9 @@ from torch import Tensor
 from helpers import merge, store
 from helpers.states import prompt_states
 from helpers.states.batch import encode_input, encode_prompt
-from helpers.study import identity as keys
 from helpers.study import scores, specialists
 from helpers.study.bench import Bench, with_head
+from helpers.study.identity import Entry
 from helpers.study.plan import SHOTS, Row
 from helpers.study.probe import linear_probe
 from helpers.study.tasks import SHOT_END, Task, few_shot, label_set
@@ -27,31 +27,29 @@ EXAMPLES = "examples.parquet"  # an answer may hold any character, which CSV wou
 
 def read_all(bench: Bench, row: Row, make: Callable[[], Delta], twin: Row | None = None) -> None:
     """Scores and states of a row's model; copies of its twin's where that has them."""
-    wanted = [keys.score_entry(row, x, bench.identity) for x in row.scored]
-    wanted += [keys.state_entry(row, x, bench.identity) for x in row.probed]
-    missing = [entry for entry in wanted if not store.finished(*entry)]
+    wanted = [bench.identity.score_entry(row, x) for x in row.scored]
+    wanted += [bench.identity.state_entry(row, x) for x in row.probed]
     if twin is not None:
-        for entry in missing:
-            _copy(entry, row, twin, bench.identity)
-        missing = [entry for entry in missing if not store.finished(*entry)]
-    with merge.applied(bench.model, make()) if missing else nullcontext():
+        for entry in wanted:
+            _copy(entry, bench.identity.model_key(twin))
+    read = all(store.finished(*entry) for entry in wanted)
+    with nullcontext() if read else merge.applied(bench.model, make()):
         for x in row.scored:
             score(bench, row, x)
         for x in row.probed:
             states(bench, row, x)
 
 
-def _copy(entry: keys.Entry, row: Row, twin: Row, identity: keys.Identity) -> None:
-    """Give an entry of a row the files of its twin's, if the store holds those."""
+def _copy(entry: Entry, twin: str) -> None:
+    """Give an entry the files of its twin's, a model's key, if the store holds those alone."""
     step, version, what = entry
-    other = what | {"model": keys.model_key(twin, identity)}
+    other = what | {"model": twin}
     if store.finished(step, version, other):
         source = store.place(step, version, other)
+        seal = shutil.ignore_patterns(store.SEAL)
 
         def compute(folder: Path) -> None:
-            for file in source.iterdir():
-                if file.name != store.SEAL:
-                    shutil.copyfile(file, folder / file.name)
+            shutil.copytree(source, folder, ignore=seal, dirs_exist_ok=True)
 
         store.cached(step, version, what, compute)
 
@@ -70,30 +68,19 @@ def score(bench: Bench, row: Row, label: str) -> None:
         elif row.kind in ("base", "ability"):
             frame = _probe_scores(bench, task, row.split)
         else:
+            about = bench.model, bench.tokenizer, task.splits[row.split]
             with with_head(bench.model, bench.specialists[label]) as labels:
-                rows = task.splits[row.split]
-                about = (
-                    bench.model,
-                    bench.tokenizer,
-                    rows,
-                    labels,
-                    bench.batch_size,
-                )
-                frame = scores.classify(*about)
+                frame = scores.classify(*about, labels, bench.batch_size)
         frame.to_parquet(folder / EXAMPLES, index=False)
 
-    store.cached(*keys.score_entry(row, label, bench.identity), compute, machine(bench))
+    store.cached(*bench.identity.score_entry(row, label), compute, machine(bench))
 
 
 def read_examples(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(folder / EXAMPLES)
 
 
-def _answered(
-    bench: Bench,
-    row: Row,
-    task: Task,
-) -> pd.DataFrame:
+def _answered(bench: Bench, row: Row, task: Task) -> pd.DataFrame:
     """Scores of what a model writes; the untaught base is shown solved examples first.
 
     A decoder goes on behind them, and ends as they do; an encoder-decoder has its own end.
@@ -134,7 +121,7 @@ def states(bench: Bench, row: Row, label: str) -> Tensor:
         read = _prompt_states(bench, bench.tasks[label].splits["probe"]["prompt"])
         save_file({"states": read}, folder / "states.safetensors")
 
-    entry = keys.state_entry(row, label, bench.identity)
+    entry = bench.identity.state_entry(row, label)
     return read_states(store.cached(*entry, compute, machine(bench)))
 
 

@@ -13,11 +13,7 @@ from helpers.study.models import model_folder
 VERSION = 1  # raised by hand whenever something else is kept of an adapter
 
 
-def check(
-    adapters: Mapping[str, str],
-    base: str,
-    rank: int = 0,
-) -> dict[str, Path]:
+def check(adapters: Mapping[str, str], base: str, rank: int = 0) -> dict[str, Path]:
     """Folders of ready adapters (label -> local folder or hub id), each fetched and looked at.
 
     Raises ValueError with a sentence for each that is missing, gated, trained on another base than
@@ -26,11 +22,7 @@ def check(
     return _each(adapters, lambda label: _checked(adapters[label], base, rank))
 
 
-def adopt(
-    bench: Bench,
-    adapters: Mapping[str, str],
-    rank: int = 0,
-) -> dict[str, Path]:
+def adopt(bench: Bench, adapters: Mapping[str, str], rank: int = 0) -> dict[str, Path]:
     """Folders in the store of ready adapters (task label -> local folder or hub id), as if trained.
 
     Each is checked first (`check`), and every tensor against the base's. Raises ValueError with a
@@ -77,11 +69,7 @@ def _checked(name: str, base: str, rank: int) -> Path:
     return folder
 
 
-def _kept(
-    bench: Bench,
-    label: str,
-    folder: Path,
-) -> Path:
+def _kept(bench: Bench, label: str, folder: Path) -> Path:
     """The adapter's files in the store, with the base and the (empty) log of a specialist."""
     spent = ["seconds", "cpu_seconds", "tokens_per_second", "peak_memory_mb"]
     factors = merge.open_specialist(folder, label).factors.values()

@@ -13,9 +13,10 @@ from typing import Any
 
 from datasets import load_dataset
 
+from helpers.store import ROOT
 from helpers.study import archives, generators
 
-CATALOGUE = Path(__file__).parents[2] / "data" / "tasks.toml"
+CATALOGUE = ROOT / "data" / "tasks.toml"
 MOST_LABELS = 10  # of a Super-NaturalInstructions task that is taken for a classification …
 FEWEST_EACH = 10  # … with so many examples to a label, in the mean
 Rows = list[dict[str, Any]]

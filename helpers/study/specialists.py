@@ -79,7 +79,7 @@ def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool 
     return records.cached("specialist", VERSION, what, compute, machine(model))
 
 
-def determinants(base: dict, task: Task, recipe: Recipe, dtype: str = "torch.float32") -> dict:
+def determinants(base: dict, task: Task, recipe: Recipe, dtype: str) -> dict:
     """What names a specialist in the store: base, task, training examples, recipe and dtype."""
     rows = task.splits["train"].select(range(recipe.examples))
     return {

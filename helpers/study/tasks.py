@@ -217,7 +217,10 @@ def collisions(tasks: Mapping[str, Task]) -> pd.DataFrame:
     among all prompts of the smaller task. No model can do both tasks there: the loss of such a pair
     is ambiguity, not incompatibility.
     """
-    answers = {label: _answers(task) for label, task in tasks.items()}
+    answers = {}
+    for label, task in tasks.items():
+        examples = [row for split in task.splits.values() for row in split]
+        answers[label] = {normal(row["prompt"]): set(row["answers"]) for row in examples}
     rows = []
     for a, b in combinations(answers, 2):
         shared = answers[a].keys() & answers[b].keys()
@@ -229,19 +232,10 @@ def collisions(tasks: Mapping[str, Task]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _answers(task: Task) -> dict[str, set[str]]:
-    """The accepted answers to each normalised prompt, of all splits."""
-    return {
-        normal(row["prompt"]): set(row["answers"])
-        for split in task.splits.values()
-        for row in split
-    }
-
-
 SHOT_END = "\n"  # closes the answers of solved examples, and so an answer of the base model
 
 
-def few_shot(task: Task, split: str, shots: int = 4) -> Dataset:
+def few_shot(task: Task, split: str, shots: int) -> Dataset:
     """The examples of a split, each behind the same `shots` solved training examples.
 
     A base model that was never taught the format learns it here; score it with `end=SHOT_END`. The

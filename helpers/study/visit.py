@@ -18,9 +18,9 @@ from torch import Tensor
 from helpers import merge, store
 from helpers.study import bench as benches
 from helpers.study import deltas, readings, specialists
-from helpers.study import identity as keys
 from helpers.study.executor import call_each
 from helpers.study.executor import executor as executor
+from helpers.study.identity import Identity
 from helpers.study.plan import Plan, Row
 
 PHASES = (("base", "ability", "dose"), ("merge",), ("solo",))  # each may need those before it
@@ -36,12 +36,12 @@ class Visit:
     row: Row
     key: str
     same_as: str | None
-    identity: keys.Identity
+    identity: Identity
 
     @cached_property
     def report(self) -> dict:
         """What the merge did (`merge.Report.as_dict`); of a dose and of the base nothing."""
-        file = store.place(*keys.model_entry(self.row, self.identity)) / "record.json"
+        file = store.place(*self.identity.model_entry(self.row)) / "record.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     @cached_property  # every table is made of them
@@ -49,7 +49,7 @@ class Visit:
         """Scores of each example (`scores.score`), with the column task."""
         frames = []
         for x in self.row.scored:
-            folder = store.place(*keys.score_entry(self.row, x, self.identity))
+            folder = store.place(*self.identity.score_entry(self.row, x))
             frames.append(readings.read_examples(folder).assign(task=x))
         return pd.concat(frames, ignore_index=True)
 
@@ -59,10 +59,11 @@ class Visit:
 
         At the last prompt token; of an encoder the mean over tokens.
         """
-        return {x: readings.read_states(self._state_folder(x)) for x in self.row.probed}
-
-    def _state_folder(self, label: str) -> Path:
-        return store.place(*keys.state_entry(self.row, label, self.identity))
+        found = {}
+        for x in self.row.probed:
+            folder = store.place(*self.identity.state_entry(self.row, x))
+            found[x] = readings.read_states(folder)
+        return found
 
 
 def run(
@@ -74,10 +75,13 @@ def run(
     """Visit every row of a plan that the store does not hold; all its visits, in its order.
 
     `pool` is any `concurrent.futures.Executor` (`executor`); None does the work here. Progress is
-    shown by groups. A run that was stopped goes on where it was.
+    shown by groups. A run that was stopped goes on where it was. Raises ValueError, before any
+    work, for a mask arm of a rule that drops nothing at random.
     """
     plan = plan.keyed(bench.identity)
-    check(plan)
+    for row in plan.kinds("merge"):
+        if row.arm.startswith("mask") and not merge.RULES[row.rule].random:
+            raise ValueError(f"{row.rule} drops nothing at random: it has no arm {row.arm!r}")
     same: dict[str, str | None] = {}
     for kinds in PHASES:
         units = [(rows,) for rows in _units(plan.kinds(*kinds))]
@@ -104,19 +108,7 @@ def _units(plan: Plan) -> list[list[Row]]:
         else:
             units.setdefault((row.tasks, row.seed), []).append(row)
     # the longest first: no worker is left alone with one at the end
-    return sorted(units.values(), key=_size, reverse=True)
-
-
-def _size(rows: Sequence[Row]) -> int:
-    """How many specialists are merged or read, over all rows of a unit."""
-    return sum(len(row.tasks) for row in rows)
-
-
-def check(plan: Plan) -> None:
-    """Refuse, before any work, what no merge can be made of: ValueError in a sentence."""
-    for row in plan.kinds("merge"):
-        if row.arm.startswith("mask") and not merge.RULES[row.rule].random:
-            raise ValueError(f"{row.rule} drops nothing at random: it has no arm {row.arm!r}")
+    return sorted(units.values(), key=lambda rows: -sum(len(row.tasks) for row in rows))
 
 
 def distinct(visits: Iterable[Visit]) -> Plan:
@@ -132,21 +124,11 @@ def train(
     """Folders of the specialists of these tasks, each trained once; here, or by the workers."""
     if pool is None:
         return {x: benches.train(bench, x, how, quiet=False) for x, how in recipes.items()}
-    made = call_each(
-        bench,
-        _train,
-        list(recipes.items()),
-        pool,
-        "training",
-    )
+    made = call_each(bench, _train, list(recipes.items()), pool, "training")
     return {x: store.store() / folder for x, folder in zip(recipes, made, strict=True)}
 
 
-def _train(
-    bench: benches.Bench,
-    label: str,
-    recipe: specialists.Recipe,
-) -> str:
+def _train(bench: benches.Bench, label: str, recipe: specialists.Recipe) -> str:
     folder = benches.train(bench, label, recipe)
     return folder.relative_to(store.store()).as_posix()
 
@@ -158,7 +140,7 @@ def costs(visits: Iterable[Visit]) -> pd.DataFrame:
     means of one: seconds, cpu_seconds, megabytes (in the store).
     """
     rows = []
-    folders = {x for visit in visits for x in keys.entries(visit.row, visit.identity)}
+    folders = {x for visit in visits for x in visit.identity.entries(visit.row)}
     for folder in sorted(folders):
         made = store.seal(store.store() / folder)
         files = (store.store() / folder).iterdir()
@@ -175,10 +157,7 @@ def costs(visits: Iterable[Visit]) -> pd.DataFrame:
 # --- the visits of one group ------------------------------------------------------------------
 
 
-def visit_group(
-    bench: benches.Bench,
-    rows: Sequence[Row],
-) -> dict[str, str | None]:
+def visit_group(bench: benches.Bench, rows: Sequence[Row]) -> dict[str, str | None]:
     """Leave in the store all that these rows of one group ask; {key: that of an equal earlier row}.
 
     Only what no earlier run has left is computed. The base is put back bit for bit.
@@ -186,19 +165,13 @@ def visit_group(
     seen: list[tuple[Row, str, list[float]]] = []
     same: dict[str, str | None] = {}
     for row in rows:
-        key = keys.model_key(row, bench.identity)
+        key = bench.identity.model_key(row)
         report, make = deltas.model(bench, row)
         twin = None
         if row.kind == "merge" and row.arm != "bfloat16":  # its sketch is that before rounding
-            equal = (x for x in seen if merge.same(x[2], report["sketch"]))
-            twin = next(equal, None)
+            twin = next((x for x in seen if merge.same(x[2], report["sketch"])), None)
             if twin is None:
                 seen.append((row, key, report["sketch"]))
-        readings.read_all(
-            bench,
-            row,
-            make,
-            twin and twin[0],
-        )
+        readings.read_all(bench, row, make, twin and twin[0])
         same[key] = twin and twin[1]
     return same

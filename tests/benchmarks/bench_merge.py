@@ -295,10 +295,11 @@ def table(rows: list[dict]) -> str:
 
 def read(file: Path) -> list[dict]:
     """The rows of a table that `write` wrote, its figures as numbers again."""
-    texts = ("size", "dtype", "method", "subject", "torch", "machine")
+    kinds = dict.fromkeys(("size", "dtype", "method", "subject", "torch", "machine"), str)
+    kinds |= dict.fromkeys(("models", "threads", "repeats"), int)
     with file.open(newline="") as table:
         return [
-            {key: x if key in texts else float(x) for key, x in row.items() if x}
+            {key: kinds.get(key, float)(x) for key, x in row.items() if x}
             for row in csv.DictReader(table)
         ]
 

@@ -223,6 +223,23 @@ def test_the_card_states_base_tag_and_recipe_without_paths(tiny_base, tiny_adapt
     assert str(tmp_path) not in card and str(tiny_base.parent) not in card
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("dtype: fp16", "dtype must be 'float32', 'bfloat16' or 'float16'"),
+        ("round: up", "round must be 'nearest' or 'stochastic'"),
+        ("heads: mrege", "heads must be 'merge' or 'base'"),
+        ("options: {scope: model, density: [[0.1, 0.9]]}", "density must be one number a model"),
+    ],
+)
+def test_a_recipe_that_means_nothing_is_refused(tiny_base, tiny_adapters, tmp_path, line, told):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"rule: ties\nbase: {tiny_base}\nmodels: [{tiny_adapters[0]}]\n{line}\n")
+    with pytest.raises(ValueError, match=told):
+        merging.main(["--recipe", str(file), "--out", str(tmp_path / "out")])
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
 def test_cost_is_shown_first_and_the_effect_last(tiny_base, tiny_adapters, tmp_path, capsys):
     merge(tiny_base, tiny_adapters[:2], tmp_path / "out", "--rule", "linear")
     lines = capsys.readouterr().out.splitlines()

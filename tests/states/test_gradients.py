@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
-from helpers.states import encode_examples, gradients, read
+from helpers.states import answer_loss, encode_examples, gradients, read
 
 EXAMPLES = {
     "plural": [([5, 9, 2], [7, 256]), ([7, 1, 8, 8, 3], [4, 11, 256]), ([42], [9, 256])],
@@ -41,6 +42,26 @@ def test_streamed_inner_products_are_those_of_whole_gradients(batch_size):
     streamed = gradients.grams(model, EXAMPLES, batch_size=batch_size)
     assert streamed.shape == (2, 3, 3)
     np.testing.assert_allclose(streamed.sum(0), whole @ whole.T, rtol=1e-4, atol=1e-7)
+
+
+def test_an_encoder_decoder_is_differentiated_but_for_the_shared_position_bias():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config).eval()
+    names = [n for n, p in model.named_parameters() if "decoder.block" in n and p.ndim == 2]
+    parameters = [model.get_parameter(n) for n in names if "bias" not in n]
+    assert len(parameters) == len(names) - 1
+    whole = []
+    for examples in EXAMPLES.values():
+        loss = answer_loss(model, examples) / sum(len(answer) for _, answer in examples)
+        found = torch.autograd.grad(loss, parameters)
+        whole.append(torch.cat([g.flatten() for g in found]).double())
+    whole = torch.stack(whole)
+    streamed = gradients.grams(model, EXAMPLES).sum(0)
+    np.testing.assert_allclose(streamed, whole @ whole.T, rtol=1e-4, atol=1e-7)
 
 
 def test_named_parameters_only_and_the_model_is_left_as_it_was():

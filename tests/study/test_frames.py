@@ -141,24 +141,13 @@ def test_the_tables_are_those_of_the_schema(study, table, tmp_path):
         assert len(schema.read(tmp_path, name)) == len(frame)
 
 
-class Committed:
-    """What `Plan.join` asks of a `tables.Study`."""
-
-    def __init__(self, losses):
-        self.losses = losses
-
-
-def test_committed_scores_are_a_join_and_a_sample_of_them_is_scored_again(
+def test_committed_scores_are_found_by_their_keys_when_they_are_scored_again(
     study, table, tmp_path, monkeypatch
 ):
     bench, _ = study
     asked = plan.merges(["ab", "ac"], ["linear", "ties"]).keyed(bench.identity)
-    ties = plan.merges(["ac"], ["ties"]).keyed(bench.identity)
-    committed = Committed(table[~table["merge"].isin(ties.frame["key"])])
-    held = asked.join(committed)
-    assert len(held) == 3 * 2 and set(held["merge"]) < set(asked.frame["key"])
-    rest = asked.without(held["merge"])
-    assert list(rest.frame["key"]) == list(ties.frame["key"])
+    held = table[table["merge"].isin(asked.frame["key"])]
+    assert len(held) == 4 * 2
     monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path))  # a machine that has none of it
     sample = asked.select(lambda row: row.tasks == ("a", "b") and row.rule == "ties")
     visits = visit.run(bench, sample + plan.solos(sample))

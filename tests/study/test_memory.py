@@ -1,13 +1,19 @@
 """What does not fit is said before it starts, with what to lower."""
 
+import shutil
+
 import pytest
 import tiny
 
 from helpers.study import bench, memory, models
 
 
-def test_numbers_are_counted_from_headers(tiny_base):
-    assert memory.parameters(tiny_base) == sum(p.numel() for p in tiny.llama().parameters())
+def test_numbers_are_counted_as_they_are_loaded(tiny_base, tmp_path):
+    held = sum(p.numel() for p in tiny.llama().parameters())
+    assert memory.parameters(tiny_base) == held
+    folder = shutil.copytree(tiny_base, tmp_path / "twice")
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert memory.parameters(folder) == held, "transformers loads one of the two"
 
 
 def test_a_base_that_does_not_fit_is_refused_before_it_is_loaded(tiny_base, monkeypatch):

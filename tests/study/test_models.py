@@ -39,8 +39,8 @@ def embedded(index, tiny_base) -> Index:
 
 
 def test_an_embedded_model_is_unpacked_once(embedded, own_cache, tiny_base):
-    folder = models.resolve_model("mini")
-    assert folder == models.resolve_model("mini-8bit") == str(own_cache / "models" / "mini")
+    folder = models.model_folder("mini")
+    assert folder == models.model_folder("mini-8bit") == own_cache / "models" / "mini"
     assert models.base_info("mini") == {
         "name": "mini-8bit",
         "digest": models.model_digest(tiny_base),
@@ -63,7 +63,7 @@ def test_a_damaged_model_is_refused_and_redone(embedded, name):
     file = models.model_folder("mini") / name
     good = file.read_bytes()
     file.write_bytes(bytes([good[0] ^ 1]) + good[1:])
-    assert "damaged" in refusal(models.resolve_model, "mini")
+    assert "damaged" in refusal(models.model_folder, "mini")
     assert (models.model_folder("mini") / "config.json").exists()
 
 
@@ -172,12 +172,12 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, files, reason):
     folder.mkdir()
     for name in files:
         (folder / name).write_bytes(b"{}")
-    assert reason in refusal(models.resolve_model, str(folder))
+    assert reason in refusal(models.model_folder, str(folder))
 
 
 def test_a_file_of_weights_and_a_folder_without_a_tokenizer_are_refused(tmp_path):
     folder = tiny.save_base(tmp_path / "base")
-    assert "name its folder" in refusal(models.resolve_model, str(folder / "model.safetensors"))
+    assert "name its folder" in refusal(models.model_folder, str(folder / "model.safetensors"))
     for file in folder.glob("tokenizer*"):
         file.unlink()
     assert "has no tokenizer" in refusal(models.load_model, str(folder))
@@ -187,17 +187,16 @@ def test_a_missing_shard_is_named(tmp_path):
     folder = tiny.save_base(tmp_path / "sharded", max_shard_size="20KB")
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 1
-    assert models.resolve_model(str(folder)) == str(folder)
+    assert models.model_folder(str(folder)) == folder
     shards[1].unlink()
-    assert shards[1].name in refusal(models.resolve_model, str(folder))
+    assert shards[1].name in refusal(models.model_folder, str(folder))
 
 
 def test_an_unknown_name_is_refused_with_the_embedded_ones(embedded):
-    assert "name one of mini, a local folder" in refusal(models.resolve_model, "maxi")
+    assert "name one of mini, a local folder" in refusal(models.model_folder, "maxi")
 
 
-def test_a_hub_id_is_returned_as_it_is_and_needs_the_hub():
-    assert models.resolve_model("org/some-model") == "org/some-model"
+def test_a_hub_id_needs_the_hub():
     assert "cannot fetch 'org/some-model'" in refusal(models.model_folder, "org/some-model")
 
 

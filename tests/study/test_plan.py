@@ -114,6 +114,14 @@ def test_the_plan_knows_which_rules_are_weighted_sums():
     assert {*plan.WEIGHTED} == weighted | {"chebyshev"}
 
 
+def test_a_calibrated_merge_is_no_weighted_sum_and_is_tried_alone():
+    arms = [("linear", "svc"), ("task_arithmetic", "lines")]
+    made = plan.merges(["abcd"], ["linear", "task_arithmetic"], arms)
+    assert [row.weighted for row in made] == [True, True, False, False]
+    assert [row.options for row in made][2:] == [{"svc": 1.0}, {"lines": [0.25, 0.75]}]
+    assert {(row.rule, row.arm) for row in plan.solos(made)} == {*arms}
+
+
 UNITS = pd.DataFrame(
     {"cpu_seconds": [2.0, 0, 0.1, 0.5, 3, 4, 1], "megabytes": [0, 20.0, 0, 1, 0, 0, 0]},
     ["train", "specialist", "scores", "states", "merge", "solo", "dose"],

@@ -167,7 +167,7 @@ def keys_of(bench, made) -> list[str]:
 def test_keys_hold_what_was_asked(bench, tmp_path):
     def key(rule="ties", arm="default", seed=0, group="ab", of=bench, **options):
         row = Row("merge", tuple(group), rule, arm, seed, options, tuple(group))
-        return identity.model_key(row, of.identity)
+        return of.identity.model_key(row)
 
     assert key("linear") == key("linear", weights=[1, 1]) == key("linear", scale=1.0)
     assert key("linear") != key("linear", scale=2.0)
@@ -217,11 +217,11 @@ def test_machines_that_round_otherwise_name_the_same_merge_alike(bench, tmp_path
 def test_scores_follow_the_examples_and_models_do_not(bench):
     (row,) = plan.merges(["ab"], ["linear"])
     longer = replace(bench, tasks=bench.tasks | {"a": tiny.toy("a", 5, ("0", "1"))})
-    assert identity.model_key(row, longer.identity) == identity.model_key(row, bench.identity)
-    for entry, changed in ((identity.score_entry, "a"), (identity.state_entry, "a")):
+    assert longer.identity.model_key(row) == bench.identity.model_key(row)
+    for entry in ("score_entry", "state_entry"):
         for x in "ab":
-            one, two = (store.key(*entry(row, x, of.identity)) for of in (bench, longer))
-            assert (one != two) == (x == changed)
+            one, two = (store.key(*getattr(of.identity, entry)(row, x)) for of in (bench, longer))
+            assert (one != two) == (x == "a")
 
 
 # --- arms and weights ----------------------------------------------------------------------------
