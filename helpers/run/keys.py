@@ -7,13 +7,13 @@ for nothing: it decides when a notebook is run and how it is published, not what
 
 import ast
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
-from helpers.run.profiles import HOW, SET_BY_RUNNER, Notebook, Step, shown, texts
+from helpers.run.profiles import HOW, SET_BY_RUNNER, Notebook, Step
 from helpers.store import ROOT, digest
 
 HELPERS = Path(__file__).resolve().parents[1]
@@ -118,3 +118,20 @@ def _local_files(values: dict[str, Any]) -> list[list]:
             stats = [(file, file.stat()) for file in files if file.is_file()]
             stamps += [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
     return stamps
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every text inside a parameter's value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from texts(list(value.values()))
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item)
+
+
+def shown(given: dict[str, Any]) -> list[str]:
+    """Folders of committed tables that a notebook shows whatever the run computes."""
+    values = {name: value for name, value in given.items() if name not in SET_BY_RUNNER}
+    return [text for text in texts(values) if text.startswith("data/results/")]

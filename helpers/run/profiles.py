@@ -288,20 +288,3 @@ def _step(notebook: Notebook, values: dict[str, Any]) -> Step:
     }
     threads = conform(THREADS, values.get(THREADS, 1), 1)
     return Step(notebook, parameters, threads)
-
-
-def texts(value: Any) -> Iterator[str]:
-    """Every text inside a parameter's value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from texts(list(value.values()))
-    elif isinstance(value, list):
-        for item in value:
-            yield from texts(item)
-
-
-def shown(given: dict[str, Any]) -> list[str]:
-    """Folders of committed tables that a notebook shows whatever the run computes."""
-    values = {name: value for name, value in given.items() if name not in SET_BY_RUNNER}
-    return [text for text in texts(values) if text.startswith("data/results/")]

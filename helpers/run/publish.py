@@ -15,6 +15,7 @@ import pandas as pd
 
 from helpers.run.chain import executed, finished, run
 from helpers.run.execute import environment, execute
+from helpers.run.keys import shown
 from helpers.run.normal import normalised
 from helpers.run.overview import costs
 from helpers.run.page import figures_of
@@ -26,7 +27,6 @@ from helpers.run.profiles import (
     declared,
     notebooks,
     pick,
-    shown,
 )
 from helpers.run.readme import write_readme
 from helpers.store import REVISION, ROOT, atomic_write, revision, store
