@@ -10,6 +10,7 @@ import random
 from datetime import date, timedelta
 
 from helpers.study import notations, sentences, words
+from helpers.study.notations import record
 from helpers.study.words import NAMES, word
 
 EXAMPLES = 2000  # different prompts in the pool of a task
@@ -143,7 +144,7 @@ def address(rng: random.Random) -> tuple[str, str]:
 
 def age(rng: random.Random) -> tuple[str, str]:
     """The age in a record."""
-    name, age, town = rng.choice(NAMES), rng.randint(18, 90), word(rng).capitalize()
+    name, age, town = record(rng)
     return f"name={name}; age={age}; town={town}", str(age)
 
 

@@ -8,7 +8,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from helpers.merge import RULES
 from helpers.states import bound, squared_distances
 from helpers.study.frames import BASE, Visits, of_kind, specialists
 from helpers.study.visit import Visit
@@ -106,8 +105,7 @@ def _readings(visit: Visit, pool: Pool, answers: Readout | None) -> list[dict]:
     order = [task for task in pool.models if task in members]
     states = visit.states
     merged = torch.cat([states[task][:, pool.layers] for task in order]).double().numpy()
-    weighted = RULES.get(visit.row.rule, RULES["linear"]).coefficients  # chebyshev is linear
-    weights = visit.report["ingredient"] if weighted else None
+    weights = visit.report["ingredient"] if visit.row.weighted else None
     flipped = rho = None
     if answers:
         logits = merged[:, -1] @ answers.weight.T + answers.bias
