@@ -17,9 +17,9 @@ from torch import Tensor
 
 from helpers.merge import rules
 from helpers.merge.anatomy import depths, layers_of
-from helpers.merge.blocks import Block, Lazy, Taus, gram_matrix, with_products
+from helpers.merge.blocks import Block, Taus, gram_matrix, in_blocks, kernel_of
 from helpers.merge.plans import RULES, MergePlan, plan
-from helpers.merge.report import Report, own_doses, record, summary
+from helpers.merge.report import Report, Tally, own_doses, summary
 from helpers.merge.rounding import Grid
 from helpers.merge.selection import model_cuts
 from helpers.merge.spectral import svc as svc_of
@@ -78,8 +78,9 @@ def merge_tensors(
 ) -> Iterator[tuple[Row, Tensor, dict[str, Any]]]:
     """(row, merged delta times the plan's scale, record for the report) of one tensor at a time.
 
-    grid_of: the grid that base + delta will be rounded to, by tensor name; the record then holds
-    what is left after that. threads: how many tensors are in the making at once.
+    grid_of: the grid of a file, by tensor name: in the delta's place is then base + delta on that
+    grid, and the record holds what a coarse one leaves of the change. threads: how many tensors are
+    in the making at once.
     """
     passes = _passes(rows)
     if chosen.options.get("scope") == "model":
@@ -132,28 +133,27 @@ def _merge_tensor(
     if not hasattr(formula, "kernel"):  # linear algebra stops at NaN without naming it
         _check_finite(row, chosen.labels, gram_matrix(row.taus))
     arguments, notes = contract.state(row, chosen)
-    written = partial(_written, row.base, grid, chosen.scale) if grid else None
     if chosen.svc is not None and len(row.taus[0].shape) == 2:
         formula = partial(_calibrated, formula, chosen.svc)
-    arguments = chosen.options | arguments
-    delta, products = with_products(formula, row.taus, chosen.weights, written, **arguments)
-    merged = len(chosen.labels)
-    _check_finite(row, [*chosen.labels, "the merge"], products[: merged + 1, : merged + 1])
-    if not np.isfinite(products).all():
+    tally = Tally(len(chosen.labels))
+
+    def finish(blocks: list[Tensor], at: Block) -> Tensor:
+        if chosen.scale != 1:
+            blocks[-1] = blocks[-1] * chosen.scale
+        if grid is None:
+            tally.add(blocks, at)
+            return blocks[-1]
+        base = row.base[at.rows]
+        merged = grid(base + blocks[-1])
+        tally.add([*blocks, merged.float() - base] if grid.is_coarse else blocks, at)
+        return merged
+
+    kernel = kernel_of(formula, row.taus, chosen.weights, **chosen.options | arguments)
+    result = in_blocks(kernel, row.taus, finish)
+    _check_finite(row, [*chosen.labels, "the merge"], tally.products)
+    if not np.isfinite(tally.products).all():
         raise ValueError(f"{row.name}: the merge overflows {grid.dtype}: write it in bfloat16")
-    if chosen.scale != 1:
-        delta.mul_(chosen.scale)
-        products[merged] *= chosen.scale
-        products[:, merged] *= chosen.scale
-    return row, delta, record(row.name, delta, products, merged, position) | notes
-
-
-def _written(base: Tensor | Lazy, grid: Grid, scale: float, delta: Tensor, at: Block) -> Tensor:
-    """What base + scale * delta on the grid differs by from the base."""
-    block = base[at.rows]
-    if scale != 1:
-        delta = delta * scale
-    return grid(block + delta).float() - block
+    return row, result, tally.record(row.name, position) | notes
 
 
 def _calibrated(formula: Callable, alpha: float, taus: Taus, weights: Sequence[float], **options):
@@ -161,7 +161,7 @@ def _calibrated(formula: Callable, alpha: float, taus: Taus, weights: Sequence[f
 
 
 def _check_finite(row: Row, labels: Sequence[str], products: np.ndarray) -> None:
-    for label, square in zip(labels, products.diagonal(), strict=True):
+    for label, square in zip(labels, products.diagonal(), strict=False):
         if not np.isfinite(square):
             finite = row.base is None or bool(row.base[...].isfinite().all())
             blamed = label if finite else "the base"

@@ -260,23 +260,20 @@ def _write_merge(
     def grid_of(name: str) -> Grid:
         return grid(like[name][0], name, recipe.round, chosen.seed)
 
-    def coarse(name: str) -> Grid | None:
-        return grid_of(name) if like[name][0].itemsize < 4 else None
-
     changed = {row.name for row in rows}
     records = []
-    stream = engine.merge_tensors(rows, chosen, coarse, threads)
+    stream = engine.merge_tensors(rows, chosen, grid_of, threads)
     entries = sum(shape.numel() for _, shape in like.values())
     with tqdm(total=entries, desc=chosen.rule, unit="", unit_scale=True, disable=None) as bar:
 
-        def delta_of(name: str) -> Tensor | None:
+        def merged_of(name: str) -> Tensor | None:
             bar.update(like[name][1].numel())
             if name not in changed:
                 return None
-            _, delta, numbers = next(stream)
+            _, merged, numbers = next(stream)
             records.append(numbers)
-            return delta
+            return merged
 
         metadata = {key: json.dumps(value) for key, value in about.items()}
-        write_tensors(out, base, delta_of, like, recipe.shard_size, grid_of, metadata)
+        write_tensors(out, base, merged_of, like, recipe.shard_size, grid_of, metadata)
     return summary(chosen, records)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helpers.merge.blocks import Block, products
 from helpers.merge.plans import RULES, MergePlan
 
 SKETCH = 251  # prime, so that no row length lines up with it
@@ -187,47 +188,67 @@ def summary(plan: MergePlan, records: Iterable[dict[str, Any]]) -> Report:
     return Report(plan._replace(cuts=None), records, sketch.tolist())
 
 
-def record(name: str, delta: Tensor, products: np.ndarray, n: int, position: int) -> dict[str, Any]:
-    """The numbers of one tensor that every total of the report is made of.
+class Tally:
+    """What is measured of one tensor's merge, a block after the other while it is in the cache."""
 
-    products: inner products of the n task vectors, the delta and, where it was measured, of what is
-    written; position: of the tensor in the merge.
-    """
-    numbers = {
-        "name": name,
-        "numel": delta.numel(),
-        "gram": products[:n, :n].tolist(),
-        "dots": products[n, :n].tolist(),
-        "norm2": float(products[n, n]),
-        "nonzero": _nonzero(delta),
-        "sketch": np.roll(_sketch(delta), position),
-    }
-    if len(products) > n + 1:
-        numbers["written"] = {
-            "dots": products[n + 1, :n].tolist(),
-            "along": float(products[n + 1, n]),
-            "norm2": float(products[n + 1, n + 1]),
+    def __init__(self, models: int):
+        self.models = models
+        self.numel = 0
+        self.nonzero = 0
+        self.products = np.zeros(())
+        self.sketch = np.zeros(SKETCH)
+
+    def add(self, blocks: Sequence[Tensor], at: Block) -> None:
+        """blocks: of the task vectors, of the delta and, on a coarse grid, of what the merge in the
+        file differs by from the base.
+        """
+        delta = blocks[self.models]
+        self.numel += delta.numel()
+        self.nonzero += _nonzero(delta)
+        self.products = self.products + products(blocks)
+        self.sketch += np.roll(_sketch(delta), at.offset)
+
+    def record(self, name: str, position: int) -> dict[str, Any]:
+        """The numbers of the tensor that every total of the report is made of.
+
+        position: of the tensor in the merge.
+        """
+        n, table = self.models, self.products
+        numbers = {
+            "name": name,
+            "numel": self.numel,
+            "gram": table[:n, :n].tolist(),
+            "dots": table[n, :n].tolist(),
+            "norm2": float(table[n, n]),
+            "nonzero": self.nonzero,
+            "sketch": np.roll(self.sketch, position),
         }
-    return numbers
+        if len(table) > n + 1:
+            numbers["written"] = {
+                "dots": table[n + 1, :n].tolist(),
+                "along": float(table[n + 1, n]),
+                "norm2": float(table[n + 1, n + 1]),
+            }
+        return numbers
 
 
 def _nonzero(delta: Tensor) -> int:
-    """How many entries are not zero; on a CPU torch takes six times as long to count as NumPy."""
+    """How many entries are not zero; on a CPU NumPy is six times as fast, if it counts booleans."""
     if delta.is_cuda:
         return int(torch.count_nonzero(delta))
-    return int(np.count_nonzero(delta.numpy()))
-
-
-# Are two merges the same? ------------------------------------------------------------------------
+    return int(np.count_nonzero(delta.numpy() != 0))
 
 
 def _sketch(delta: Tensor) -> np.ndarray:
-    """A linear summary of one tensor, about as long as it: entries summed by index modulo 251."""
+    """A linear summary, about as long as the tensor: entries summed by index modulo 251."""
     whole = delta.numel() // SKETCH * SKETCH
     flat = delta.reshape(-1)
     folded = flat[:whole].view(-1, SKETCH).sum(0).double()
     folded[: delta.numel() - whole] += flat[whole:]
     return folded.cpu().numpy()
+
+
+# Are two merges the same? ------------------------------------------------------------------------
 
 
 def same(a: Sequence[float], b: Sequence[float]) -> bool:

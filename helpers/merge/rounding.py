@@ -21,6 +21,7 @@ class Grid:
 
     def __init__(self, dtype: torch.dtype, seed: int | None = None):
         self.dtype = dtype
+        self.is_coarse = dtype.itemsize < 4  # than fp32, in which a merge is made
         self.bits = None
         if seed is not None and dtype in (torch.bfloat16, torch.float16):
             self.bits = np.random.PCG64(seed)

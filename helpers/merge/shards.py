@@ -34,15 +34,16 @@ def bytes_of(entry: tuple[torch.dtype, torch.Size]) -> int:
 def write_tensors(
     out: Path,
     base: Source,
-    delta_of: Callable[[str], Tensor | None],
+    merged_of: Callable[[str], Tensor | None],
     like: Layout,
     limit: int,
     grid_of: Callable[[str], Grid],
     metadata: Mapping[str, str],
 ) -> None:
-    """base + delta as safetensors in `out`, in shards of `limit` bytes, each with the metadata.
+    """A merged model as safetensors in `out`, in shards of `limit` bytes, each with the metadata.
 
-    `delta_of(name)` is asked once for every tensor, in order; None leaves the tensor as it is.
+    `merged_of(name)` is asked once for every tensor, in order: its values on its grid, or None for
+    the base's.
     """
     sizes = {name: bytes_of(entry) for name, entry in like.items()}
     parts = shards(sizes, limit)
@@ -55,7 +56,7 @@ def write_tensors(
         with (out / place).open("wb") as file:
             file.write(_header({filed[name]: like[name] for name in names}, metadata))
             for name in names:
-                _write_tensor(file, name, base.tensors[name], delta_of(name), grid_of(name))
+                _write_tensor(file, name, base.tensors[name], merged_of(name), grid_of(name))
     if len(parts) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         text = json.dumps(index, indent=2)
@@ -92,14 +93,12 @@ def _header(like: Layout, metadata: Mapping[str, str]) -> bytes:
 
 
 def _write_tensor(
-    file: IO[bytes], name: str, stored: Tensor, delta: Tensor | None, grid: Grid
+    file: IO[bytes], name: str, stored: Tensor, merged: Tensor | None, grid: Grid
 ) -> None:
-    """stored + delta, added in fp32 and rounded once, a block of rows at a time."""
+    """The merged tensor or, where there is none, the stored one on the grid, a block at a time."""
     for rows, _ in row_blocks(stored.shape):
-        block = stored[rows]
-        if delta is not None:
-            block = grid(block.float() + delta[rows].cpu())
-        elif block.is_floating_point():
+        block = stored[rows] if merged is None else merged[rows].cpu()
+        if merged is None and block.is_floating_point():
             cast = block.to(grid.dtype)
             if not cast.isfinite().all():
                 raise ValueError(_not_finite(name, block, grid.dtype))

@@ -412,7 +412,7 @@ def test_inner_products_are_those_of_fp64():
     exact = x.flatten(1).double() @ x.flatten(1).double().T
     norms = exact.diagonal().sqrt()
     error = torch.from_numpy(merging.gram_matrix(list(x))) - exact
-    assert (error / norms / norms[:, None]).abs().max() < 1e-7
+    assert (error / norms / norms[:, None]).abs().max() < 1e-6
 
 
 # Against PEFT ------------------------------------------------------------------------------------
