@@ -1,6 +1,7 @@
 """The command line: python -m helpers list|run|refresh|students|merge|advise."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -78,6 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         code = COMMANDS[arguments.command](arguments, rest)
     except NotebookFailed as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

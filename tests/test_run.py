@@ -189,6 +189,13 @@ def test_a_bad_merge_is_one_sentence_and_exit_code_2(monkeypatch, capsys, error)
     assert capsys.readouterr().err == "error: there are no weights in x\n"
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "helpers", "list"]
+    listing = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    listing.stdout.close()
+    assert listing.stderr.read() == b""
+
+
 def test_the_machine_is_told_with_its_gpus(tmp_path):
     (tmp_path / "0000:01").mkdir()
     text = "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 16\nDevice Minor: \t 0\n"
