@@ -12,7 +12,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from helpers.merge.anatomy import config_of
+from helpers.merge.blocks import products
 from helpers.merge.sources import Source
 from helpers.merge.vocabulary import words_of
 from helpers.merge.weights import json_if_there, read_text
@@ -185,19 +188,16 @@ def _other_labels(models: Models) -> Iterator[str]:
 
 def _unrelated(name: str, base: Source, source: Source) -> Iterator[str]:
     """By the cosine of a sample of rows of every matrix: near 1 after fine-tuning, else near 0."""
-    dot = norm = other = 0.0
+    total = np.zeros((2, 2))
     for key in sorted(base.tensors.keys() & source.tensors.keys()):
         origin, tuned = base.tensors[key], source.tensors[key]
         if origin.ndim != 2 or origin.shape != tuned.shape or not origin.is_floating_point():
             continue
         step = max(1, origin.shape[0] // SAMPLED)
-        rows = origin[::step].double()
-        tuned_rows = tuned[::step].to(rows)
-        dot += float((rows * tuned_rows).sum())
-        norm += float(rows.square().sum())
-        other += float(tuned_rows.square().sum())
-    if dot < RELATED * (norm * other) ** 0.5:
-        cosine = dot / (norm * other) ** 0.5
+        total += products([origin[::step].float(), tuned[::step].float()])
+    lengths = np.sqrt(total[0, 0] * total[1, 1])
+    if total[0, 1] < RELATED * lengths:
+        cosine = total[0, 1] / lengths
         yield (
             f"{name} is no fine-tuned version of the base: the cosine of their weights is "
             f"{cosine:.2f}, after fine-tuning it is near 1"
