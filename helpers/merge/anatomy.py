@@ -18,6 +18,8 @@ from torch import Tensor
 
 from helpers.merge.weights import json_if_there, one_line, read_text
 
+MOST = 100_000  # layers, experts or labels that a configuration may ask for
+
 
 class Anatomy(NamedTuple):
     """What the class of a model says of its tensors, all by the names that it loads them under."""
@@ -89,7 +91,9 @@ def _anatomy(text: str, architecture: str) -> Anatomy | None:
     config_class = getattr(model_class, "config_class", None)
     if config_class is None:
         return None
-    config = config_class.from_dict(json.loads(text))
+    stated = json.loads(text)
+    _check_counts(stated)
+    config = config_class.from_dict(stated)
     with torch.device("meta"):
         model = model_class(config)
     names = model.state_dict().keys()
@@ -115,6 +119,19 @@ def _anatomy(text: str, architecture: str) -> Anatomy | None:
         config.to_dict(),
         _renamings(model),
     )
+
+
+def _check_counts(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for more of a thing than any model has: its class would make every one."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value)
+        elif (
+            isinstance(value, int)
+            and value > MOST
+            and re.search("layer|block|expert|num_labels", key)
+        ):
+            raise ValueError(f"{key} is {value}")
 
 
 def _renamings(model: torch.nn.Module) -> list[Any]:

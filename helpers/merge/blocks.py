@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Entries per block of rows: on a CPU the blocks in use, two more than models, fit the cache.
-BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}
+BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}
 PIECE = 1 << 16  # entries of an inner product that fp32 adds up
 
 

@@ -220,7 +220,7 @@ def working_memory(
 
     With threads, each has a tensor in the making, and one delta more waits to be written.
     """
-    blocks = 24 * 4 * BLOCK["cpu"]
+    blocks = 4 * (16 + models) * BLOCK["cpu"]
     for shape in shapes:
         if len(shape) > 1 and 2 * shape[1:].numel() > BLOCK["cpu"]:  # a block is two whole rows
             rows = min(shape[0], 2) * shape[1:].numel()

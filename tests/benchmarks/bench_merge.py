@@ -241,7 +241,7 @@ def cell(name: str, work: Path, repeats: int, others: bool) -> list[dict]:
         medians = {k: statistics.median(m[k] for m in measurements) for k in measurements[0]}
         cell_of = {"size": size, "dtype": dtype, "method": method, "models": int(n)}
         cell_of |= {"threads": int(threads), "repeats": repeats, "torch": torch.__version__}
-        cell_of |= {"load": load, "machine": machine()}
+        cell_of |= {"load": load, "machine": machine(), "revision": revision()}
         rows.append(cell_of | {"subject": subject} | medians | (same if subject == "ours" else {}))
         remove(work / command_out(subject))
     return rows
@@ -252,6 +252,12 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} x {models[0] if models else platform.processor()}"
+
+
+def revision() -> str:
+    """The commit that was measured; with a plus, if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def command_out(subject: str) -> str:
@@ -295,7 +301,9 @@ def table(rows: list[dict]) -> str:
 
 def read(file: Path) -> list[dict]:
     """The rows of a table that `write` wrote, its figures as numbers again."""
-    kinds = dict.fromkeys(("size", "dtype", "method", "subject", "torch", "machine"), str)
+    kinds = dict.fromkeys(
+        ("size", "dtype", "method", "subject", "torch", "machine", "revision"), str
+    )
     kinds |= dict.fromkeys(("models", "threads", "repeats"), int)
     with file.open(newline="") as table:
         return [

@@ -78,6 +78,13 @@ def t5(folder):
     return folder
 
 
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_labels"])
+def test_a_configuration_that_never_ends_is_refused(tiny_base, tmp_path, name):
+    folder = edited(tiny_base, tmp_path / "model", stored(tiny_base), **{name: 2**63})
+    with pytest.raises(ValueError, match=f"config.json describes no .*: {name} is 9"):
+        merging.open_base(folder)
+
+
 @pytest.mark.parametrize(
     ("make", "copy"),
     [(gemma, "lm_head.weight"), (gpt2, "lm_head.weight"), (t5, "decoder.embed_tokens.weight")],
