@@ -129,19 +129,18 @@ def _brackets(tau: Tensor | Lazy, k: int) -> Iterator[tuple[np.float32, np.float
     if tau.shape.numel() > BLOCK["cpu"]:
         step = max(1, tau.shape[0] // 128)
         rows = tau[::step].abs().cpu().numpy()
-        bits = (rows.view(np.uint32) >> 16).astype(np.uint16)
-        sample = np.sort(bits, axis=None, kind="stable")  # by radix: ten times as fast
+        bits = rows.view(np.uint32)
+        uppers = (bits >> 16).astype(np.uint16)
+        sample = np.sort(uppers, axis=None, kind="stable")  # by radix: ten times as fast
         n = len(sample)
         rank = 1 - k / tau.shape.numel()
 
         def magnitude(place: int) -> np.float32:
-            """The sampled magnitude of this rank; by their lower bits they are not in order yet."""
+            """The sampled magnitude of this rank: found by its upper bits, then by its lower."""
             upper = sample[place]
-            within = rows[bits == upper]
-            if within.min() == within.max():  # 16-bit models differ by few distinct values
-                return within[0]
-            here = place - np.searchsorted(sample, upper)
-            return np.partition(within, here)[here]
+            lowers = np.sort(bits[uppers == upper].astype(np.uint16), kind="stable")
+            lower = lowers[place - np.searchsorted(sample, upper)]
+            return np.uint32(int(upper) << 16 | int(lower)).view(np.float32)
 
         guess = magnitude(min(int(rank * n), n - 1))
         above = rows.reshape(len(rows), -1) > guess
