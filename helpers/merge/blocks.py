@@ -131,7 +131,7 @@ def products(blocks: Sequence[Tensor]) -> np.ndarray:
     Within 1e-6 of the product of the norms. Each pair is a dot product of its own: a product of
     matrices as thin as these takes twice as long.
     """
-    flat = [block.reshape(-1).split(PIECE) for block in blocks]
+    flat = [block.reshape(-1).float().split(PIECE) for block in blocks]
     if not blocks[0].is_cuda:  # where NumPy's dot is faster than torch's
         flat = [[piece.numpy() for piece in pieces] for pieces in flat]
     total = np.zeros((len(blocks), len(blocks)))

@@ -413,6 +413,10 @@ def test_inner_products_are_those_of_fp64():
     norms = exact.diagonal().sqrt()
     error = torch.from_numpy(merging.gram_matrix(list(x))) - exact
     assert (error / norms / norms[:, None]).abs().max() < 1e-6
+    half = x.bfloat16()  # as gradients of a model in bfloat16
+    np.testing.assert_array_equal(
+        merging.gram_matrix(list(half)), merging.gram_matrix(list(half.float()))
+    )
 
 
 # Against PEFT ------------------------------------------------------------------------------------
