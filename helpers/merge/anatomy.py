@@ -18,7 +18,8 @@ from torch import Tensor
 
 from helpers.merge.weights import json_if_there, one_line, read_text
 
-MOST = 100_000  # layers, experts or labels that a configuration may ask for
+COUNTED = re.compile("layer|block|expert|num_labels")  # what a class makes one by one
+MOST = 100_000  # of each that a configuration may ask for
 
 
 class Anatomy(NamedTuple):
@@ -126,11 +127,7 @@ def _check_counts(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if isinstance(value, dict):
             _check_counts(value)
-        elif (
-            isinstance(value, int)
-            and value > MOST
-            and re.search("layer|block|expert|num_labels", key)
-        ):
+        elif isinstance(value, int) and value > MOST and COUNTED.search(key):
             raise ValueError(f"{key} is {value}")
 
 

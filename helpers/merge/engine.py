@@ -135,7 +135,8 @@ def _merge_tensor(
     arguments, notes = contract.state(row, chosen)
     if chosen.svc is not None and len(row.taus[0].shape) == 2:
         formula = partial(_calibrated, formula, chosen.svc)
-    tally = Tally(len(chosen.labels))
+    models = len(chosen.labels)
+    tally = Tally(models)
 
     def finish(blocks: list[Tensor], at: Block) -> Tensor:
         if chosen.scale != 1:
@@ -150,7 +151,7 @@ def _merge_tensor(
 
     kernel = kernel_of(formula, row.taus, chosen.weights, **chosen.options | arguments)
     result = in_blocks(kernel, row.taus, finish)
-    _check_finite(row, [*chosen.labels, "the merge"], tally.products)
+    _check_finite(row, [*chosen.labels, "the merge"], tally.products[: models + 1, : models + 1])
     if not np.isfinite(tally.products).all():
         raise ValueError(f"{row.name}: the merge overflows {grid.dtype}: write it in bfloat16")
     return row, result, tally.record(row.name, position) | notes
@@ -161,7 +162,7 @@ def _calibrated(formula: Callable, alpha: float, taus: Taus, weights: Sequence[f
 
 
 def _check_finite(row: Row, labels: Sequence[str], products: np.ndarray) -> None:
-    for label, square in zip(labels, products.diagonal(), strict=False):
+    for label, square in zip(labels, products.diagonal(), strict=True):
         if not np.isfinite(square):
             finite = row.base is None or bool(row.base[...].isfinite().all())
             blamed = label if finite else "the base"

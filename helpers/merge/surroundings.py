@@ -194,7 +194,7 @@ def _unrelated(name: str, base: Source, source: Source) -> Iterator[str]:
         if origin.ndim != 2 or origin.shape != tuned.shape or not origin.is_floating_point():
             continue
         step = max(1, origin.shape[0] // SAMPLED)
-        total += products([origin[::step].float(), tuned[::step].float()])
+        total += products([origin[::step], tuned[::step]])
     lengths = np.sqrt(total[0, 0] * total[1, 1])
     if total[0, 1] < RELATED * lengths:
         cosine = total[0, 1] / lengths

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 from helpers import merge as merging
 from helpers.merge import shards
+from helpers.store import revision
 
 ROOT = Path(__file__).resolve().parents[2]
 MERGEKIT = "mergekit==0.1.5"
@@ -252,12 +253,6 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} x {models[0] if models else platform.processor()}"
-
-
-def revision() -> str:
-    """The commit that was measured; with a plus, if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty=+"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def command_out(subject: str) -> str:
