@@ -1,8 +1,8 @@
 """Merging, the core of the package: task vectors, rules, the engine, the folder it writes.
 
 Imports none of the other rooms. Read in this order: blocks, weights, adapters, vectors (what is
-merged); selection, rules, spectral, plans (how); engine, report (the merge); recipe, folder,
-card, command (from a stated merge to a model on disk).
+merged); selection, rules, spherical, spectral, plans (how); engine, report (the merge); recipe,
+folder, cost, card, command (from a stated merge to a model on disk).
 """
 
 from helpers.merge.blocks import Factors, Lazy, gram_matrix, row_blocks, zero

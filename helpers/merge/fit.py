@@ -255,26 +255,3 @@ def _check_adapter(who: str, base: Source, adapter: Adapter) -> None:
         rows, width = base.tensors[name].shape
         if values.shape[1] != width or not bool((numbers < rows).all()):
             raise ValueError(f"{who} trains tokens of {name} that the base does not have")
-
-
-# Values ------------------------------------------------------------------------------------------
-
-
-def changed_names(base: Source, specialists: Sequence[Source]) -> list[str]:
-    """Names, sorted, of the tensors that at least one specialist changed; no other takes part."""
-    names = sorted(base.tensors)
-    return [name for name in names if any(_changes(name, base, s) for s in specialists)]
-
-
-def _changes(name: str, base: Source, specialist: Source) -> bool:
-    factors, adapter = specialist.factors.get(name), specialist.adapter
-    if factors is not None and bool(factors.B.any()) and bool(factors.A.any()):
-        return True
-    if adapter and has_extras(name, adapter):
-        return True
-    return name in specialist.tensors and not equal(base.tensors[name], specialist.tensors[name])
-
-
-def has_extras(name: str, adapter: Adapter) -> bool:
-    """Whether a tensor has a magnitude, trained token rows or an added bias."""
-    return any(name in part for part in (adapter.magnitudes, adapter.tokens, adapter.biases))

@@ -8,27 +8,25 @@ folder is written under another name and renamed when it is complete.
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from helpers.merge import engine, surroundings, vocabulary
 from helpers.merge.anatomy import config_of, depths, layers_of
-from helpers.merge.blocks import BLOCK
 from helpers.merge.card import model_card, name_of, provenance
+from helpers.merge.cost import print_cost
 from helpers.merge.fit import fitted, named, untied
 from helpers.merge.parts import complete_or_absent
-from helpers.merge.plans import RULES, MergePlan, plan
-from helpers.merge.recipe import DTYPES, GB, Recipe, flat, is_layered, numbers
+from helpers.merge.plans import MergePlan, plan
+from helpers.merge.recipe import DTYPES, Recipe, flat, is_layered, numbers
 from helpers.merge.report import Report, summary
 from helpers.merge.rounding import Grid, grid
-from helpers.merge.shards import Layout, bytes_of, layout, write_tensors
+from helpers.merge.shards import Layout, layout, write_tensors
 from helpers.merge.sources import Source, open_base, open_specialist
 from helpers.merge.vectors import Row, rows_of
 
@@ -68,7 +66,7 @@ def merge_to_folder(
     chosen = _by_tensor(recipe, chosen, base, inputs.folders[0])
     like = layout(base, DTYPES.get(recipe.dtype))
     threads = min(torch.get_num_threads(), THREADS) if device == "cpu" else 1
-    _print_cost(recipe, like, place, threads)
+    print_cost(recipe, like, place, threads)
     _print_notes(inputs)
     rows = rows_of(base, inputs.models, device)
     if not rows:
@@ -208,43 +206,6 @@ def _print_notes(inputs: Inputs) -> None:
         print(f"note: embeddings have {inputs.rows} rows; models without one have the base's there")
     for note in surroundings.losses(base, inputs.folders[0], inputs.tokenizer, models):
         print(f"note: {note}")
-
-
-# What it will take -------------------------------------------------------------------------------
-
-
-def working_memory(
-    rule: str, shapes: Collection[torch.Size], models: int = 8, svc: bool = False, threads: int = 1
-) -> int:
-    """Bytes that a merge holds at its peak beside Python, torch and memory-mapped files.
-
-    With threads, each has a tensor in the making, and one delta more waits to be written.
-    """
-    blocks = 4 * (16 + models) * BLOCK["cpu"]
-    for shape in shapes:
-        if len(shape) > 1 and 2 * shape[1:].numel() > BLOCK["cpu"]:  # a block is two whole rows
-            rows = min(shape[0], 2) * shape[1:].numel()
-            blocks = max(blocks, 4 * (8 + models) * rows)
-    entry = max(RULES[rule].memory, 28 if svc else 0)
-    largest = sorted((shape.numel() for shape in shapes), reverse=True)
-    waiting = 4 * sum(largest[threads : threads + 1]) if threads > 1 else 0
-    return threads * blocks + entry * sum(largest[:threads]) + waiting
-
-
-def _print_cost(recipe: Recipe, like: Layout, place: Path, threads: int) -> None:
-    process = psutil.Process().memory_info()
-    held = process.rss - getattr(process, "shared", 0)  # by Python and torch; not mapped files
-    shapes = [shape for _, shape in like.values()]
-    svc = recipe.svc is not None
-    memory = held + working_memory(recipe.rule, shapes, len(recipe.models), svc, threads)
-    disk = sum(map(bytes_of, like.values()))
-    free = shutil.disk_usage(place).free
-    print(
-        f"{recipe.rule} of {len(recipe.models)} models: {disk / GB:.2f} GB on disk "
-        f"({free / GB:.0f} GB free), {memory / GB:.2f} GB of memory ({held / GB:.2f} GB held now)"
-    )
-    if disk > free:
-        raise ValueError(f"{place} has {free / GB:.1f} GB free, the merge needs {disk / GB:.1f} GB")
 
 
 def _write_merge(

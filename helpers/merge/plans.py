@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from torch import Tensor
 
-from helpers.merge import rules, spectral
+from helpers.merge import rules, spectral, spherical
 from helpers.merge.blocks import row_blocks
 from helpers.merge.selection import Cut, stream_seed
 from helpers.merge.vectors import Row
@@ -93,12 +93,12 @@ def _dare_state(row: Row, plan: MergePlan):
 
 
 def _slerp_state(row: Row, plan: MergePlan):
-    arc = rules.model_arc(row.taus, plan.weights, row.base)
+    arc = spherical.model_arc(row.taus, plan.weights, row.base)
     return {"base": row.base, "arc": arc}, arc.steps
 
 
 def _task_slerp_state(row: Row, plan: MergePlan):
-    arc = rules.task_arc(row.taus, plan.weights)
+    arc = spherical.task_arc(row.taus, plan.weights)
     return {"arc": arc}, arc.steps
 
 
@@ -114,8 +114,8 @@ _on_spectra = partial(Contract, state=_spectral_state, memory=28)
 RULES = {
     "linear": Contract(rules.linear, divides=True, coefficients=rules.shares),
     "task_arithmetic": Contract(rules.task_arithmetic, coefficients=list),
-    "slerp": _averaging(rules.slerp, fewest=2, state=_slerp_state),
-    "task_slerp": _averaging(rules.task_slerp, fewest=2, state=_task_slerp_state),
+    "slerp": _averaging(spherical.slerp, fewest=2, state=_slerp_state),
+    "task_slerp": _averaging(spherical.task_slerp, fewest=2, state=_task_slerp_state),
     "ties": Contract(rules.ties, state=_ties_state),
     "dare": Contract(rules.dare, weight=lambda n: 1 / n, random=True, state=_dare_state),
     "dare_ties": Contract(rules.dare_ties, random=True, state=_dare_state),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from helpers.merge.adapters import Adapter
 from helpers.merge.blocks import Factors, Lazy, row_blocks, zero
-from helpers.merge.fit import changed_names, check, has_extras, untied
+from helpers.merge.fit import check, equal, untied
 from helpers.merge.sources import Source
 
 
@@ -55,6 +55,26 @@ def rows_of(base: Source, fitted: Sequence[Source], device: str = "cpu") -> list
     return rows
 
 
+def changed_names(base: Source, specialists: Sequence[Source]) -> list[str]:
+    """Names, sorted, of the tensors that at least one specialist changed; no other takes part."""
+    names = sorted(base.tensors)
+    return [name for name in names if any(_changes(name, base, s) for s in specialists)]
+
+
+def _changes(name: str, base: Source, specialist: Source) -> bool:
+    factors, adapter = specialist.factors.get(name), specialist.adapter
+    if factors is not None and bool(factors.B.any()) and bool(factors.A.any()):
+        return True
+    if adapter and _has_extras(name, adapter):
+        return True
+    return name in specialist.tensors and not equal(base.tensors[name], specialist.tensors[name])
+
+
+def _has_extras(name: str, adapter: Adapter) -> bool:
+    """Whether a tensor has a magnitude, trained token rows or an added bias."""
+    return any(name in part for part in (adapter.magnitudes, adapter.tokens, adapter.biases))
+
+
 def stream(base: Source, specialists: Sequence[Source], device: str = "cpu") -> Iterator[Row]:
     """The same rows one at a time with dense fp32 tensors, in the same order."""
     for row in views(base, specialists, device):
@@ -66,7 +86,7 @@ def _task_vector(name: str, origin: Lazy, specialist: Source, stored: torch.dtyp
     shape, device = origin.shape, origin.device
     factors = specialist.factors.get(name)
     saved = specialist.tensors.get(name)
-    if specialist.adapter is not None and has_extras(name, specialist.adapter):
+    if specialist.adapter is not None and _has_extras(name, specialist.adapter):
         plain = _task_vector(name, origin, specialist._replace(adapter=None), stored)
         return _whole_change(name, origin, plain, specialist.adapter)
     if saved is not None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import merge as merging
 from helpers.__main__ import main
-from helpers.merge import folder, rules, weights
+from helpers.merge import cost, folder, rules, weights
 from helpers.merge.selection import magnitude_cut, trim
 
 
@@ -301,7 +301,7 @@ def test_requests_are_refused_before_any_work(tiny_base, tiny_adapters, tmp_path
 
 def test_a_full_disk_is_noticed_first(tiny_base, tiny_adapters, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(cost.shutil, "disk_usage", lambda place: usage)
     with pytest.raises(ValueError, match="the merge needs"):
         merge(tiny_base, tiny_adapters, tmp_path / "new" / "out", "--rule", "linear")
 
@@ -388,6 +388,6 @@ def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path, rule):
     command = ["--rule", rule, "--base", "base", "--models", "one", "two", "three", "--force"]
     run = [sys.executable, "-c", MEASURE, *command, "--out", "out"]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert folder.working_memory(rule, [shape], models=3) < 20e6 < 64e6  # a model has 64 MB
+    assert cost.working_memory(rule, [shape], models=3) < 20e6 < 64e6  # a model has 64 MB
     stated = float(re.search(r"([\d.]+) GB of memory", done.stdout)[1]) * 1e9
     assert 0.8 * stated < int(done.stdout.split()[-1]) < 1.2 * stated

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft.utils import merge_utils
 
 from helpers import merge as merging
-from helpers.merge import blocks, rules, selection, spectral
+from helpers.merge import blocks, rules, selection, spectral, spherical
 
 BOTH = ["a", "b"]
 
@@ -136,7 +136,7 @@ def test_slerp_of_orthogonal_and_close_models():
     opposite = merged("slerp", [1.0, 2], [-1, -2], base=zero_base)  # |cos| = 1: linear
     assert opposite.tolist() == [0, 0]
     gram = np.outer([1, -1, 1], [1, -1, 1]) - 1e-15 * (1 - np.eye(3))  # rounded: a, -a, a
-    coefficients, _ = rules.spherical(gram, [1.0, 1.0, 1.0])  # the mean of two has a square < 0
+    coefficients, _ = spherical.spherical(gram, [1.0, 1.0, 1.0])  # the mean of two has a square < 0
     assert np.isfinite(coefficients).all()
     ends = [
         merged("slerp", [1, 0], [0, 2], weights=w, base=zero_base).tolist()
