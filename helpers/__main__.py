@@ -17,7 +17,9 @@ def parser() -> argparse.ArgumentParser:
     """The parser of every command but `merge` and `advise`, which have their own."""
     top = argparse.ArgumentParser(prog="python -m helpers", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="show profiles, notebooks, parameters, minutes and GB")
+    commands.add_parser(
+        "list", help="show profiles, notebooks, parameters, minutes and GB"
+    )
     _add_run(commands.add_parser("run", help="run the notebooks headless"))
     maintainers = "maintainers: rerun from nothing and write committed results"
     _add_refresh(commands.add_parser("refresh", help=maintainers))
@@ -41,22 +43,32 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         metavar=("NAME", "VALUE"),
         help="another value for a notebook's parameter: -p SEED 1",
     )
-    command.add_argument("--workers", metavar="N", help="processes that share the work here")
-    cluster = "share the work over a Dask cluster: a scheduler's address or file, or local:N"
+    command.add_argument(
+        "--workers", metavar="N", help="processes that share the work here"
+    )
+    cluster = (
+        "share the work over a Dask cluster: a scheduler's address or file, or local:N"
+    )
     command.add_argument("--cluster", metavar="ADDRESS", help=cluster)
 
 
 def _add_refresh(command: argparse.ArgumentParser) -> None:
     command.add_argument("profile", nargs="?", default="demo", metavar="STUDY")
     how = command.add_mutually_exclusive_group()
-    how.add_argument("--reuse", action="store_true", help="take up work that is finished")
+    how.add_argument(
+        "--reuse", action="store_true", help="take up work that is finished"
+    )
     how.add_argument(
         "--recompute",
         action="store_true",
         help="only rerun what needs no model on the committed tables, and compare",
     )
-    how.add_argument("--readme", action="store_true", help="only bring the README's numbers in")
-    publish = "run nothing, commit what data/runs holds; with --recompute what comes out"
+    how.add_argument(
+        "--readme", action="store_true", help="only bring the README's numbers in"
+    )
+    publish = (
+        "run nothing, commit what data/runs holds; with --recompute what comes out"
+    )
     command.add_argument("--publish", action="store_true", help=publish)
 
 
@@ -66,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = top.parse_known_args(argv)
     if rest and arguments.command not in PASSED_ON:
         top.error(f"unknown argument: {rest[0]}")
-    needed = "torch" if arguments.command in PASSED_ON else "papermill"  # a class has no torch
+    # a class has no torch
+    needed = "torch" if arguments.command in PASSED_ON else "papermill"
     sentence = supported.problem() or supported.no_packages(needed)
     if sentence:
         print(f"error: {sentence}", file=sys.stderr)
@@ -87,7 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command takes up what is not finished", file=sys.stderr)
+        print(
+            "interrupted; the same command takes up what is not finished",
+            file=sys.stderr,
+        )
         return 130
     return code or 0
 
@@ -139,7 +155,8 @@ def _merge(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def _fetched(model: str) -> Path:
     """The folder of a model that has to be fetched by its name."""
-    from helpers.study import models  # imports transformers: seconds that a folder needs not
+    # imports transformers: seconds that a folder needs not
+    from helpers.study import models
 
     return models.model_folder(model)
 

@@ -5,7 +5,9 @@ from importlib import import_module
 from typing import Any
 
 
-def door(room: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], list[str]]:
+def door(
+    room: str, names: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], list[str]]:
     """`__getattr__` and `__all__` of a package; `names` are public, by the module that has them."""
     homes = {name: module for module, listed in names.items() for name in listed}
 

@@ -49,10 +49,12 @@ def _check_json(obj: Any, where: str) -> None:
         for i, value in enumerate(obj):
             _check_json(value, f"{where}[{i}]")
     elif isinstance(obj, float) and not math.isfinite(obj):
-        raise ValueError(f"{where} is {obj}, which JSON cannot hold; write None for undefined")
+        raise ValueError(f"{where} is {obj}, which JSON cannot hold: write None")
     elif not isinstance(obj, str | bool | int | float | None):
         kind = f"{type(obj).__module__}.{type(obj).__qualname__}"
-        raise ValueError(f"{where} is a {kind}; use plain numbers, text, lists, dicts or a digest")
+        raise ValueError(
+            f"{where} is a {kind}; use plain numbers, text, lists, dicts or a digest"
+        )
 
 
 def digest(obj: Any) -> str:
@@ -81,7 +83,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _raw(array: Any) -> bytes:
     """The bytes of a tensor or array in row-major order."""
-    if hasattr(array, "detach"):  # a torch tensor; bfloat16 has no NumPy type, its bytes do
+    if hasattr(array, "detach"):  # torch: bfloat16 has no NumPy type, its bytes do
         import torch
 
         flat = array.detach().cpu().contiguous().reshape(-1)
@@ -91,8 +93,8 @@ def _raw(array: Any) -> bytes:
 
 # --- results by key --------------------------------------------------------------------------
 
-SEAL = "determinants.json"  # in each result: what it was made from, its cost, its files' digests
-_intact: dict[Path, list] = {}  # results that this process has checked, as they were then
+SEAL = "determinants.json"  # of each result: its origin, cost and files' digests
+_intact: dict[Path, list] = {}  # what this process has checked, as it was then
 
 
 def key(step: str, version: int, determinants: dict) -> str:
@@ -105,7 +107,9 @@ def key(step: str, version: int, determinants: dict) -> str:
 
 def store() -> Path:
     """Folder of all computed steps: $MERGING_COLLAPSE_STORE, else data/runs/store."""
-    return Path(os.environ.get("MERGING_COLLAPSE_STORE") or ROOT / "data" / "runs" / "store")
+    return Path(
+        os.environ.get("MERGING_COLLAPSE_STORE") or ROOT / "data" / "runs" / "store"
+    )
 
 
 def place(step: str, version: int, determinants: dict) -> Path:
@@ -163,7 +167,9 @@ def _is_intact(folder: Path) -> bool:
     """Whether a result has the key and the files that it was sealed with."""
     if not folder.is_dir():
         return False
-    now = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    now = sorted(
+        (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")
+    )
     if _intact.get(folder) == now:
         return True
     try:
@@ -182,7 +188,9 @@ def _is_intact(folder: Path) -> bool:
 def _move(part: Path, done: Path) -> None:
     """Rename a filled folder to its name, unless another process has finished the same result."""
     if done.exists() and not _is_intact(done):
-        warnings.warn(f"{done} was damaged since it was computed: computed again", stacklevel=2)
+        warnings.warn(
+            f"{done} was damaged since it was computed: computed again", stacklevel=2
+        )
         broken = part.with_suffix(".broken")
         done.rename(broken)
         shutil.rmtree(broken)
@@ -214,7 +222,8 @@ def _explained(folder: Path) -> Iterator[None]:
     """Say in a sentence why `folder` cannot be written to."""
     try:
         yield
-    except Exception as error:  # safetensors and pandas have their own words for a full disk
+    except Exception as error:
+        # safetensors and pandas have their own words for a full disk
         number = getattr(error, "errno", None)
         if "No space left" in str(error):
             number = errno.ENOSPC

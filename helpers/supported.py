@@ -17,7 +17,9 @@ def problem(version=sys.version_info[:2], system=sys.platform):
         )
     machine = platform.machine().lower()
     if system == "darwin":
-        supported = machine == "arm64" and int(platform.mac_ver()[0].split(".")[0]) >= 14
+        supported = (
+            machine == "arm64" and int(platform.mac_ver()[0].split(".")[0]) >= 14
+        )
     else:
         glibc = platform.libc_ver()[0] == "glibc"
         supported = system == "linux" and glibc and machine in ("x86_64", "aarch64")

@@ -18,15 +18,26 @@ class Browser:
     """One page of a headless Chromium; a context manager that ends it."""
 
     def __init__(self, profile: Path, width: int = 1200, height: int = 900) -> None:
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
-        options += ["--remote-allow-origins=*", f"--user-data-dir={profile}", "about:blank"]
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--remote-debugging-port=0",
+        ]
+        options += [
+            "--remote-allow-origins=*",
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ]
         options += [f"--window-size={width},{height}", "--hide-scrollbars"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen([CHROMIUM, *options], **quiet)
         port = self._port(profile / "DevToolsActivePort")
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             pages = [page for page in json.load(answer) if page["type"] == "page"]
-        self.socket = websocket.create_connection(pages[0]["webSocketDebuggerUrl"], timeout=60)
+        self.socket = websocket.create_connection(
+            pages[0]["webSocketDebuggerUrl"], timeout=60
+        )
         self.count = 0
 
     def _port(self, file: Path) -> str:
@@ -73,7 +84,12 @@ class Browser:
 
     def picture(self, file: Path, width: int, height: int = 900) -> None:
         """A screenshot of the whole page at this width."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        size = {
+            "width": width,
+            "height": height,
+            "deviceScaleFactor": 1,
+            "mobile": False,
+        }
         self.call("Emulation.setDeviceMetricsOverride", **size)
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         file.write_bytes(base64.b64decode(shot["data"]))

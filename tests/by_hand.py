@@ -27,5 +27,7 @@ def least_squares(values: dict) -> Effects:
     of_rows, of_columns = found[1 : 1 + len(names)], found[1 + len(names) :]
     left = dict(zip(values, y - design @ found, strict=True))
     return Effects(
-        dict(zip(names, of_rows, strict=True)), dict(zip(names, of_columns, strict=True)), left
+        dict(zip(names, of_rows, strict=True)),
+        dict(zip(names, of_columns, strict=True)),
+        left,
     )

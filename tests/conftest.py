@@ -27,7 +27,9 @@ def tiny_base(tmp_path_factory) -> Path:
 def tiny_adapters(tiny_base, tmp_path_factory) -> list[Path]:
     """Folders of three random LoRA adapters of `tiny_base`."""
     root = tmp_path_factory.mktemp("adapters")
-    return [tiny.save_adapter(root / f"task{seed}", tiny_base, seed) for seed in (1, 2, 3)]
+    return [
+        tiny.save_adapter(root / f"task{seed}", tiny_base, seed) for seed in (1, 2, 3)
+    ]
 
 
 @pytest.fixture

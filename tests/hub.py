@@ -77,7 +77,9 @@ def collection(folder: Path, tasks: Iterable[str]) -> Path:
 def instruction(number: int, split: str, i: int) -> dict:
     """A whole prompt and its answers: free text, or in every other task one of two labels."""
     word = f"w{number}"
-    answer = f"{word} {'no' if i % 4 else 'yes'}" if number % 2 else f"{word} {split} {i}"
+    answer = (
+        f"{word} {'no' if i % 4 else 'yes'}" if number % 2 else f"{word} {split} {i}"
+    )
     text = f"Definition: say {word}.\n\nInput: {split} {i}\nOutput:"
     return {"input": text, "output": [answer], "id": f"{word}-{split}-{i}"}
 
@@ -93,7 +95,10 @@ def glue(folder: Path) -> Path:
                 label = -1 if split == "test" else int(i % 4 == 0)
                 rows.append(text | {"label": label, "idx": i})
             parquet(folder / task, split, rows)
-        files = [{"split": x, "path": f"{task}/{x}-*"} for x in ("train", "validation", "test")]
+        files = [
+            {"split": x, "path": f"{task}/{x}-*"}
+            for x in ("train", "validation", "test")
+        ]
         configs.append({"config_name": task, "data_files": files})
     card = json.dumps({"configs": configs})  # JSON is YAML
     (folder / "README.md").write_text(f"---\n{card}\n---\n")

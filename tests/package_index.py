@@ -33,7 +33,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         name, content = self.server.files[project]
         if kind == "simple":
-            self.answer(200, "text/html", f'<a href="/file/{project}/{name}">{name}</a>'.encode())
+            self.answer(
+                200,
+                "text/html",
+                f'<a href="/file/{project}/{name}">{name}</a>'.encode(),
+            )
             return
         asked = self.headers.get("Range")
         self.server.sent.append(asked)
@@ -48,7 +52,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content[: self.server.cut] if kind == "application/zip" else content)
+        self.wfile.write(
+            content[: self.server.cut] if kind == "application/zip" else content
+        )
 
     def log_message(self, *args):
         pass

@@ -44,7 +44,9 @@ def families(n: int) -> NDArray:
     return np.repeat(np.arange(len(sizes)), sizes)[:n]
 
 
-def drawn_pairs(blocks: Sequence, partners: int | None, rng: np.random.Generator) -> NDArray:
+def drawn_pairs(
+    blocks: Sequence, partners: int | None, rng: np.random.Generator
+) -> NDArray:
     """Pairs of a study, (n, n) bool: all, or about `partners` unrelated ones for each task."""
     related = same_family(blocks)
     n = len(related)
@@ -85,7 +87,9 @@ def simulate(
     shared = rng.standard_normal((n, 3))[labels]
     own = rng.standard_normal((n, 3))
     independent = np.sqrt(KINSHIP) * shared + np.sqrt(1 - KINSHIP) * own
-    together = np.array([[1, victim, partner], [victim, 1, of.together], [partner, of.together, 1]])
+    together = np.array(
+        [[1, victim, partner], [victim, 1, of.together], [partner, of.together, 1]]
+    )
     metric, hurt, harm = np.linalg.cholesky(together) @ independent.T
     spread = np.where(same_family(blocks), RELATIVES, 1.0)
     left = _of_pairs(n, rng)

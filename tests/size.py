@@ -56,7 +56,9 @@ def sources(path: Path) -> list[str]:
         return [path.read_text(encoding="utf-8")]
     cells = nbformat.read(path, as_version=4).cells
     code = [cell.source for cell in cells if cell.cell_type == "code"]
-    kept = [[x for x in text.splitlines() if not x.startswith(("%", "!"))] for text in code]
+    kept = [
+        [x for x in text.splitlines() if not x.startswith(("%", "!"))] for text in code
+    ]
     return ["\n".join(lines) for lines in kept]
 
 

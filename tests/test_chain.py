@@ -46,5 +46,6 @@ def test_an_altered_parameter_recomputes_only_what_depends_on_it(results):
     assert row["parameters"]["PROFILE"] == "smoke"
     assert {path for path in store().glob("*/*") if path.is_dir()} == steps
     assert "ties" not in (results / "losses.csv").read_text()
-    fresh = ["00_start_here", "01_finetune", "02_merge", "07_rerun"]  # 07 reads 01 alone
+    # 07 reads 01 alone
+    fresh = ["00_start_here", "01_finetune", "02_merge", "07_rerun"]
     assert list(run.finished(results)) == fresh

@@ -25,12 +25,16 @@ def family():
 def lost(family):
     """{(victim, partner): NLL of the specialist less that of the average}, of unrelated tasks."""
     merges = pd.read_csv(FOLDER / "merges.csv").query("rule == 'linear' and n == 2")
-    nll = pd.read_csv(FOLDER / "examples.csv.gz").groupby(["merge", "task"])["nll"].mean()
+    nll = (
+        pd.read_csv(FOLDER / "examples.csv.gz").groupby(["merge", "task"])["nll"].mean()
+    )
     out = {}
     for row in merges.itertuples():
         for victim, partner in permutations(json.loads(row.tasks)):
             if family[victim] != family[partner]:
-                out[victim, partner] = nll["specialist", victim] - nll[row.merge, victim]
+                out[victim, partner] = (
+                    nll["specialist", victim] - nll[row.merge, victim]
+                )
     return out
 
 
@@ -74,7 +78,9 @@ def verdicts():
 @pytest.mark.parametrize("estimand", WORDS)
 def test_the_declared_correlations(estimand, series, verdicts):
     x, y = series[1][estimand]
-    assert verdicts[estimand].estimate == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-3)
+    assert verdicts[estimand].estimate == pytest.approx(
+        np.corrcoef(x, y)[0, 1], abs=1e-3
+    )
 
 
 def shuffled(names, family, rng):
@@ -104,7 +110,9 @@ def test_the_declared_permutation_test(estimand, series, family):
     there = [studentised(x[shuffled(names, family, rng)], y) for _ in range(ORDERS)]
     p = (1 + np.sum(there >= here)) / (1 + ORDERS)
     frame = pd.read_csv(FOLDER / "predictors.csv")
-    row = frame.query("metric == 'hidden_sim' and rule == 'linear' and estimand == @estimand")
+    row = frame.query(
+        "metric == 'hidden_sim' and rule == 'linear' and estimand == @estimand"
+    )
     said = row["family_p"].item()
     assert abs(p - said) < 4 * np.sqrt(max(p * (1 - p), 1e-3) / ORDERS)
 
@@ -121,10 +129,12 @@ def corrected(values):
 @pytest.mark.parametrize("unit", ["p", "family_p"])
 def test_the_verdicts_rest_on_corrected_p(unit, verdicts):
     frame = pd.read_csv(FOLDER / "predictors.csv")
-    rows = frame.query("metric == 'hidden_sim' and rule == 'linear'").set_index("estimand")
-    assert {name: getattr(row, unit) for name, row in verdicts.items()} == pytest.approx(
-        corrected(rows[unit].to_dict()), abs=1e-5
+    rows = frame.query("metric == 'hidden_sim' and rule == 'linear'").set_index(
+        "estimand"
     )
+    assert {
+        name: getattr(row, unit) for name, row in verdicts.items()
+    } == pytest.approx(corrected(rows[unit].to_dict()), abs=1e-5)
 
 
 def test_a_verdict_holds_where_both_p_are_small_and_nothing_overturns_it(verdicts):

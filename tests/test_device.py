@@ -12,7 +12,9 @@ from helpers.study import plan, visit
 from helpers.study.bench import Bench
 from helpers.study.specialists import Recipe, train
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no CUDA device"
+)
 
 RULES = ("linear", "task_arithmetic", "ties", "dare", "slerp", "iso_c", "tsv")
 
@@ -31,7 +33,9 @@ def benches(tiny_base, tmp_path, monkeypatch):
         model = AutoModelForCausalLM.from_pretrained(tiny_base).to(device).eval()
         recipe = Recipe(examples=6, epochs=2, batch_size=3, rank=4)
         about = model, tokenizer, base
-        folders = {x: train(*about, task, recipe, quiet=True) for x, task in toys.items()}
+        folders = {
+            x: train(*about, task, recipe, quiet=True) for x, task in toys.items()
+        }
         made[device] = Bench(*about, toys, folders, batch_size=4)
         assert made[device].identity.specialists  # named while its store is the store
     return made
@@ -42,17 +46,26 @@ def test_training_merging_and_reading_agree(benches, tmp_path, monkeypatch):
     for here, there in rows:
         for tau, other in zip(here.taus, there.taus, strict=True):
             torch.testing.assert_close(tau[...], other[...].cpu(), rtol=1e-3, atol=1e-5)
-    arms = [("ties", "norm"), ("tsv", "dose"), ("dare", "mask1"), ("linear", "bfloat16")]
+    arms = [
+        ("ties", "norm"),
+        ("tsv", "dose"),
+        ("dare", "mask1"),
+        ("linear", "bfloat16"),
+    ]
     asked = plan.merges(["ab"], RULES, arms) + plan.doses("ab", [0.0, 0.5, 1.0])
     asked += plan.solos(asked)
     done = []
     for device, bench in benches.items():
         monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / device))
         visits = visit.run(bench, asked)
-        done.append([(x.key, x.examples, x.states, x.report.get("own")) for x in visits])
+        done.append(
+            [(x.key, x.examples, x.states, x.report.get("own")) for x in visits]
+        )
     for here, there in zip(*done, strict=True):
         assert here[0] == there[0]  # two machines name the same merge alike
-        pd.testing.assert_series_equal(here[1]["nll"], there[1]["nll"], rtol=1e-3, atol=1e-4)
+        pd.testing.assert_series_equal(
+            here[1]["nll"], there[1]["nll"], rtol=1e-3, atol=1e-4
+        )
         for x in here[2]:
             torch.testing.assert_close(here[2][x], there[2][x], rtol=1e-3, atol=1e-4)
         assert here[3] == pytest.approx(there[3], rel=1e-3)

@@ -83,7 +83,10 @@ def test_heat_map_leaves_out_what_is_undefined_and_frames_what_is_marked():
     figures.heat_map(ax, table, "merging loss (%)", marked=table < -30)
     assert [text.get_text() for text in ax.texts] == ["-50", "-10", "5", "0", "-90"]
     drawn = ax.collections[0].get_array()
-    assert np.ma.getmaskarray(drawn).ravel().tolist() == table.isna().to_numpy().ravel().tolist()
+    assert (
+        np.ma.getmaskarray(drawn).ravel().tolist()
+        == table.isna().to_numpy().ravel().tolist()
+    )
     assert len(ax.patches) == 2
     corners = {(int(patch.get_x()), int(patch.get_y())) for patch in ax.patches}
     assert corners == {(1, 0), (1, 2)}  # column, row
@@ -110,7 +113,9 @@ def test_scatter_and_dose_curves_draw_each_point_once():
     fig, (left, right) = plt.subplots(1, 2)
     figures.scatter(left, [1, 2], [3, np.nan], [2, np.nan], [4, np.nan], ["p", "q"])
     assert [text.get_text() for text in left.texts] == ["p"]
-    doses = pd.DataFrame({"task": ["a", "a", "b"], "dose": [1.0, 0.0, 0.5], "score": [0.9, 0, 0.4]})
+    doses = pd.DataFrame(
+        {"task": ["a", "a", "b"], "dose": [1.0, 0.0, 0.5], "score": [0.9, 0, 0.4]}
+    )
     figures.dose_curves(right, doses)
     np.testing.assert_array_equal(right.lines[0].get_xdata(), [0.0, 1.0])
     assert {text.get_text() for text in right.texts} == {"a", "b"}
@@ -120,7 +125,9 @@ def test_harm_maps_put_the_loss_of_the_victim_in_its_row():
     rows = [("a", "b", -10.0), ("b", "a", -80.0), ("b", "c", np.nan), ("c", "b", 5.0)]
     cells = pd.DataFrame(rows, columns=["victim", "partner", "loss"])
     fell = pd.array([False, True, pd.NA, False], dtype="boolean")
-    fig = figures.harm_maps(cells.assign(rule="linear", collapsed=fell), ["a", "b", "c"])
+    fig = figures.harm_maps(
+        cells.assign(rule="linear", collapsed=fell), ["a", "b", "c"]
+    )
     ax = fig.axes[0]
     numbers = [text for text in ax.texts if text.get_text()]
     texts = {tuple(map(int, text.get_position())): text.get_text() for text in numbers}
@@ -132,7 +139,11 @@ def test_harm_maps_put_the_loss_of_the_victim_in_its_row():
 def test_the_parts_of_a_loss_are_drawn_with_their_sum():
     _, ax = plt.subplots()
     x = pd.Series([0.5, 1.0])
-    split = {"dilution": [-20.0, 0.0], "overlap": [2.0, 0.0], "interference": [-5.0, -40.0]}
+    split = {
+        "dilution": [-20.0, 0.0],
+        "overlap": [2.0, 0.0],
+        "interference": [-5.0, -40.0],
+    }
     losses = pd.DataFrame(split).assign(loss=lambda d: d.sum(axis=1))
     figures.parts(ax, x, losses)
     drawn = {line.get_label(): line.get_ydata() for line in ax.lines}

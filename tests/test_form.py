@@ -14,7 +14,9 @@ from helpers.store import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PYTHON = sorted((ROOT / "helpers").rglob("*.py"))
 FIGURES = sorted((ROOT / "figures").rglob("*.png"))
-ABSOLUTE = re.compile(r"(?<![\w.:/>])/(?:home|root|Users|tmp|var|usr|opt|mnt|private)/[\w.-]+")
+ABSOLUTE = re.compile(
+    r"(?<![\w.:/>])/(?:home|root|Users|tmp|var|usr|opt|mnt|private)/[\w.-]+"
+)
 LINK = re.compile(r"(?<!\\)\]\(\s*<?([^)\s>]+)")
 BY_HAND = re.compile(r"data/runs/[\w/-]+")
 
@@ -37,14 +39,19 @@ def test_the_list_names_the_notebooks_that_are_there():
     assert names, "no notebook is listed"
     assert names == [path.stem for path in NOTEBOOKS]
     for i, notebook in enumerate(run.notebooks()):
-        assert set(notebook.needs) <= set(names[:i]), f"{notebook.name} needs a later notebook"
+        assert set(notebook.needs) <= set(names[:i]), (
+            f"{notebook.name} needs a later notebook"
+        )
 
 
 @each_notebook
 def test_a_notebook_is_as_refresh_writes_it(path):
     book = read(path)
     nbformat.validate(book)
-    assert path.read_text(encoding="utf-8") == nbformat.writes(normal.normalised(book)) + "\n"
+    assert (
+        path.read_text(encoding="utf-8")
+        == nbformat.writes(normal.normalised(book)) + "\n"
+    )
     assert path.stat().st_size < 1_000_000
 
 
@@ -60,14 +67,18 @@ def test_a_notebook_names_no_path_of_one_machine(path):
     text = path.read_text(encoding="utf-8")
     assert str(ROOT) not in text
     assert not ABSOLUTE.findall(text)
-    assert not re.findall(r" at 0x[0-9a-f]{6,}", text), "an object's address differs in every run"
+    assert not re.findall(r" at 0x[0-9a-f]{6,}", text), (
+        "an object's address differs in every run"
+    )
 
 
 @each_notebook
 def test_parameters_are_those_of_the_default_profile(path):
     demo = run.all_profiles()["demo"]
     parameters = profiles.parameters(path)
-    own = {n: p.default for n, p in parameters.items() if n not in profiles.SET_BY_RUNNER}
+    own = {
+        n: p.default for n, p in parameters.items() if n not in profiles.SET_BY_RUNNER
+    }
     assert own == {name: demo.get(name, "not in profile demo") for name in own}
     assert all(name.isupper() for name in parameters)
     assert all(parameter.meaning for parameter in parameters.values())
@@ -85,7 +96,9 @@ def test_a_notebook_opened_by_hand_leaves_committed_tables_alone(path):
 def links(path):
     """Targets of the relative links in a Markdown file or in a notebook's Markdown cells."""
     if path.suffix == ".ipynb":
-        text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+        text = "\n".join(
+            cell.source for cell in read(path).cells if cell.cell_type == "markdown"
+        )
     else:
         text = path.read_text(encoding="utf-8")
     targets = LINK.findall(text) + re.findall(r'(?:src|href)="([^"]+)"', text)

@@ -21,7 +21,10 @@ def small(tmp_path):
     def mount(kilobytes, again=False):
         options = ("remount," if again else "") + f"size={kilobytes}k"
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        if (
+            shutil.which("mount") is None
+            or subprocess.run(command, capture_output=True).returncode
+        ):
             pytest.skip("no small file system can be mounted here")
         return folder
 
@@ -32,7 +35,9 @@ def small(tmp_path):
 def test_in_a_merge(tiny_base, tiny_adapters, small):
     folder = small(48)  # the weights alone are 52 kB
     models = ["--base", str(tiny_base), "--models", *map(str, tiny_adapters[:2])]
-    with pytest.raises(OSError, match="small is full: free space there or name another --out"):
+    with pytest.raises(
+        OSError, match="small is full: free space there or name another --out"
+    ):
         merge.main(["--rule", "linear", *models, "--out", str(folder / "merged")])
     assert list(folder.iterdir()) == []
 
@@ -43,7 +48,9 @@ def test_in_a_visit_which_goes_on_when_there_is_space(
     toys = {name: tiny.toy(name, 6, ("0", "1")) for name in "abc"}
     folders = dict(zip("abc", tiny_adapters, strict=True))
     bench = Bench(*load_base(str(tiny_base)), toys, folders)
-    asked = plan.doses("abc", probed="abc") + plan.merges(["ab", "bc"], ["linear", "ties"])
+    asked = plan.doses("abc", probed="abc") + plan.merges(
+        ["ab", "bc"], ["linear", "ties"]
+    )
     monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "large"))
     expected = [visited.examples for visited in visit.run(bench, asked)]
 

@@ -26,7 +26,9 @@ def headlines():
 def cells():
     """{(victim, partner): row of losses.csv} of the pairs that were averaged and can be told."""
     merges = pd.read_csv(FOLDER / "merges.csv")
-    chosen = merges[(merges["rule"] == RULE) & (merges["arm"] == "default") & (merges["n"] == 2)]
+    chosen = merges[
+        (merges["rule"] == RULE) & (merges["arm"] == "default") & (merges["n"] == 2)
+    ]
     tasks = {row.merge: json.loads(row.tasks) for row in chosen.itertuples()}
     found = {}
     for row in pd.read_csv(FOLDER / "losses.csv").itertuples():
@@ -59,7 +61,9 @@ def of_pairs(column):
     frame = pd.read_csv(FOLDER / "pairs.csv")
     both = {}
     for row in frame.itertuples():
-        both[row.task_a, row.task_b] = both[row.task_b, row.task_a] = getattr(row, column)
+        both[row.task_a, row.task_b] = both[row.task_b, row.task_a] = getattr(
+            row, column
+        )
     return both
 
 
@@ -67,15 +71,21 @@ def relatives():
     """Directed pairs of tasks of one family, which predictions leave out."""
     frame = pd.read_csv(FOLDER / "tasks.csv")
     family = dict(zip(frame["task"], frame["family"], strict=True))
-    return {pair for pair in permutations(family, 2) if family[pair[0]] == family[pair[1]]}
+    return {
+        pair for pair in permutations(family, 2) if family[pair[0]] == family[pair[1]]
+    }
 
 
 def test_the_cells_are_those_of_all_pairs(headlines, cells):
     tasks = sorted({victim for victim, _ in cells})
     contradictory = set(permutations(["sentence_negation", "question_formation"]))
     assert set(cells) == set(permutations(tasks, 2)) - contradictory
-    assert headlines["tasks"] == str(len(tasks)) and headlines["cells"] == str(len(cells))
-    assert headlines["collapsed"] == str(sum(row.collapsed_corrected for row in cells.values()))
+    assert headlines["tasks"] == str(len(tasks)) and headlines["cells"] == str(
+        len(cells)
+    )
+    assert headlines["collapsed"] == str(
+        sum(row.collapsed_corrected for row in cells.values())
+    )
 
 
 def test_the_mean_loss(headlines, lost):
@@ -84,7 +94,8 @@ def test_the_mean_loss(headlines, lost):
 
 def test_what_a_task_loses_alone(headlines, cells):
     alone = [
-        100 * ((row.control_ingredient - row.chance) / (row.specialist - row.chance) - 1)
+        100
+        * ((row.control_ingredient - row.chance) / (row.specialist - row.chance) - 1)
         for row in cells.values()
     ]
     assert headlines["alone"] == f"{np.mean(alone):.0f}"
@@ -100,9 +111,15 @@ def test_what_a_task_loses_beside_what_its_partners_lose(headlines, lost):
 
 @pytest.mark.parametrize(
     ("name", "column"),
-    [("hidden_pair", "hidden_sim"), ("sign_pair", "sign_change"), ("cross_pair", "cross_nll")],
+    [
+        ("hidden_pair", "hidden_sim"),
+        ("sign_pair", "sign_change"),
+        ("cross_pair", "cross_nll"),
+    ],
 )
-def test_what_foretells_a_pair_beyond_its_tasks(name, column, headlines, cells, answers):
+def test_what_foretells_a_pair_beyond_its_tasks(
+    name, column, headlines, cells, answers
+):
     loss = {}
     for (victim, partner), row in cells.items():
         merged, own = answers[row.merge, victim], answers["specialist", victim]

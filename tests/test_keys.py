@@ -34,7 +34,9 @@ def rooms(project, monkeypatch):
 
 
 def reached(source):
-    return {path.relative_to(keys.HELPERS).parts[0] for path in keys.reached_files(source)}
+    return {
+        path.relative_to(keys.HELPERS).parts[0] for path in keys.reached_files(source)
+    }
 
 
 def test_rooms_are_reached_through_imports_at_any_depth(rooms):
@@ -60,10 +62,15 @@ def test_rooms_are_reached_through_imports_at_any_depth(rooms):
         ("../requirements.txt", {"study", "stats", "figures"}),
     ],
 )
-def test_an_edit_changes_the_keys_of_those_that_reach_it(rooms, project, edited, reruns):
+def test_an_edit_changes_the_keys_of_those_that_reach_it(
+    rooms, project, edited, reruns
+):
     books = {}
     for room in ("study", "stats", "figures"):
-        write(project / "notebooks" / f"{room}.ipynb", [f"from helpers import run, {room}"])
+        write(
+            project / "notebooks" / f"{room}.ipynb",
+            [f"from helpers import run, {room}"],
+        )
         books[room] = run.profiles.Notebook(room, "", [], [])
     before = {room: keys.code_key(book) for room, book in books.items()}
     path = rooms / edited

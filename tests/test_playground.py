@@ -18,7 +18,11 @@ def study(answers=True):
     """Three tasks, two pairs: `negate` silences `add` under every rule, `reverse` harms nobody."""
     rows, examples, texts = [], [], []
     for number, (pair, rule) in enumerate(
-        [(("add", "negate"), "linear"), (("add", "negate"), "ties"), (("add", "reverse"), "linear")]
+        [
+            (("add", "negate"), "linear"),
+            (("add", "negate"), "ties"),
+            (("add", "reverse"), "linear"),
+        ]
     ):
         key = f"merge{number}"
         for task in pair:
@@ -35,14 +39,21 @@ def study(answers=True):
             row |= {"same_as": None, "score": score, "specialist": 0.8, "base": 0.1}
             rows.append(row | {"loss": (score / 0.8 - 1) * 100})
             kind = "empty" if dead else "right"
-            cell = {"merge": key, "task": task, "example": f"{task}1", "correct": 1.0 - dead}
+            cell = {
+                "merge": key,
+                "task": task,
+                "example": f"{task}1",
+                "correct": 1.0 - dead,
+            }
             examples.append(cell | {"kind": kind})
             texts.append({"merge": key, "task": task, "example": f"{task}1"})
             texts[-1]["answer"] = "" if dead else f"{rule} of {task} </script>"
     for task in TASKS:
         for model in ("base", "specialist"):
             cell = {"merge": model, "task": task, "example": f"{task}1"}
-            examples.append(cell | {"correct": float(model == "specialist"), "kind": "other"})
+            examples.append(
+                cell | {"correct": float(model == "specialist"), "kind": "other"}
+            )
             texts.append(cell | {"answer": f"{model} says"})
     prompts = [{"task": task, "example": f"{task}1"} for task in TASKS]
     prompts = [row | {"prompt": f"Q: {row['task']}?", "right": "4"} for row in prompts]
@@ -65,11 +76,18 @@ def test_each_pair_and_rule_is_there_with_scores_and_answers():
     held = interactive.contents(study())
     assert held["tasks"] == TASKS and held["labels"] == {"linear": "LA", "ties": "TIES"}
     first, second, third = held["merges"]
-    assert first["score"] == {"add": 0.0, "negate": 0.75} and first["loss"]["add"] == -100.0
+    assert (
+        first["score"] == {"add": 0.0, "negate": 0.75}
+        and first["loss"]["add"] == -100.0
+    )
     assert first["answers"]["add"] == [[0.0, "empty", ""]]
     assert second["rule"] == "ties" and third["tasks"] == ["add", "reverse"]
     (asked,) = held["prompts"]["add"]
-    assert asked["prompt"] == "Q: add?" and asked["specialist"] == [1.0, "other", "specialist says"]
+    assert asked["prompt"] == "Q: add?" and asked["specialist"] == [
+        1.0,
+        "other",
+        "specialist says",
+    ]
     assert held["doses"]["add"] == [[0.0, 0.0], [0.5, 0.4], [1.0, 0.8]]
 
 
@@ -78,7 +96,9 @@ def test_a_copy_shows_the_answers_of_the_merge_that_it_equals():
     losses = copied.losses
     losses.loc[losses["merge"] == "merge1", "same_as"] = "merge0"
     copied.examples = copied.examples[copied.examples["merge"] != "merge1"]
-    assert interactive.contents(copied)["merges"][1]["answers"]["add"] == [[0.0, "empty", ""]]
+    assert interactive.contents(copied)["merges"][1]["answers"]["add"] == [
+        [0.0, "empty", ""]
+    ]
 
 
 def test_without_answers_examples_are_right_or_wrong():
@@ -90,7 +110,11 @@ def test_without_answers_examples_are_right_or_wrong():
 def test_cards_show_who_lost_most_and_least_with_one_solved_prompt():
     frame = figures.cards(study(), count=1)
     worst, best = frame.to_dict("records")
-    assert (worst["task"], worst["merged with"], worst["merge"]) == ("add", "negate", "(nothing)")
+    assert (worst["task"], worst["merged with"], worst["merge"]) == (
+        "add",
+        "negate",
+        "(nothing)",
+    )
     assert worst["specialist"] == "specialist says" and worst["right answer"] == "4"
     assert (worst["loss (%)"], best["loss (%)"]) == (-100, -6)
     text = figures.cards_html(frame.assign(prompt="<b>\nx"))
@@ -104,7 +128,9 @@ def test_no_answer_ends_the_script():
     assert json.loads(script) == interactive.contents(study())
 
 
-needs_chromium = pytest.mark.skipif(not browser.CHROMIUM, reason="no Chromium is installed")
+needs_chromium = pytest.mark.skipif(
+    not browser.CHROMIUM, reason="no Chromium is installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +157,8 @@ def text(page, selector="section"):
 
 
 def options(page, name):
-    script = (
-        f"""[...document.querySelectorAll('[data-choice="{name}"] option')].map(o => o.value)"""
-    )
-    return page.run(script)
+    found = f"""document.querySelectorAll('[data-choice="{name}"] option')"""
+    return page.run(f"[...{found}].map(o => o.value)")
 
 
 @needs_chromium

@@ -23,10 +23,19 @@ from helpers.run import profiles
         (["demo", "-p", "N", "many"], "N takes an integer, as in 3; got 'many'"),
         (["demo", "-p", "RATE", "fast"], "RATE takes a number"),
         (["demo", "-p", "WORDS", "a,b"], "WORDS takes a list"),
-        (["demo", "-p", "WORDS", "['a', 3]"], "each of WORDS takes text, as in 'a'; got 3"),
+        (
+            ["demo", "-p", "WORDS", "['a', 3]"],
+            "each of WORDS takes text, as in 'a'; got 3",
+        ),
         (["demo", "-p", "RATE", "1e999"], "is inf"),
-        (["demo", "-p", "RESULTS", "data/results/demo"], "RESULTS may not lie in data/results"),
-        (["demo", "-p", "RESULTS", "data/runs/../results"], "RESULTS may not lie in data/results"),
+        (
+            ["demo", "-p", "RESULTS", "data/results/demo"],
+            "RESULTS may not lie in data/results",
+        ),
+        (
+            ["demo", "-p", "RESULTS", "data/runs/../results"],
+            "RESULTS may not lie in data/results",
+        ),
         (["demo", "-p", "PROFILE", "tiny"], "PROFILE is set by the runner"),
         (
             ["demo", "--only", "02"],
@@ -34,7 +43,9 @@ from helpers.run import profiles
         ),
     ],
 )
-def test_bad_requests_are_one_sentence_and_exit_code_2(project, capsys, arguments, sentence):
+def test_bad_requests_are_one_sentence_and_exit_code_2(
+    project, capsys, arguments, sentence
+):
     assert main(["run", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and sentence in printed.err
@@ -48,7 +59,9 @@ def test_a_needed_notebook_that_was_run_otherwise_is_refused(project, monkeypatc
     monkeypatch.setattr(run.chain, "finished", lambda results: done)
     for parameters in ({"N": 3, "PROFILE": "x"}, {}):
         run.chain._check_needs([read._replace(parameters=parameters)], project)
-    with pytest.raises(ValueError, match="01_make was run with N = 3, 02_read is asked for N = 4"):
+    with pytest.raises(
+        ValueError, match="01_make was run with N = 3, 02_read is asked for N = 4"
+    ):
         run.chain._check_needs([read._replace(parameters={"N": 4})], project)
 
 
@@ -79,7 +92,8 @@ def test_typed_text_is_read_after_the_default(text, default, value):
 
 def test_values_take_the_type_of_the_default():
     assert (
-        profiles.conform("RATE", 2, 0.5) == 2.0 and type(profiles.conform("RATE", 2, 0.5)) is float
+        profiles.conform("RATE", 2, 0.5) == 2.0
+        and type(profiles.conform("RATE", 2, 0.5)) is float
     )
     assert profiles.conform("RATES", (1, 2.5), [0.5]) == [1.0, 2.5]
     for value, default in [(True, 0.5), (1, True), ("1", 1), (None, 1), ([1], 1)]:
@@ -94,12 +108,20 @@ def test_a_profile_overrides_demo_and_parameters_override_a_profile(project):
     folder = "data/runs/tiny"
     assert read.parameters == {"PROFILE": "tiny", "RESULTS": folder, "OUT": folder}
     (step,) = run.steps("tiny", ["02"], {"RESULTS": "elsewhere"})
-    assert step.parameters == {"PROFILE": "tiny", "RESULTS": "elsewhere", "OUT": "elsewhere"}
+    assert step.parameters == {
+        "PROFILE": "tiny",
+        "RESULTS": "elsewhere",
+        "OUT": "elsewhere",
+    }
 
 
 def test_another_seed_has_another_folder(monkeypatch):
     monkeypatch.setattr(profiles, "all_profiles", lambda: {"demo": {"SEED": 0}})
-    assert profiles.folder("demo", {}) == profiles.folder("demo", {"SEED": 0}) == "data/runs/demo"
+    assert (
+        profiles.folder("demo", {})
+        == profiles.folder("demo", {"SEED": 0})
+        == "data/runs/demo"
+    )
     assert profiles.folder("demo", {"SEED": 1}) == "data/runs/demo-seed1"
     assert profiles.folder("demo", {"SEED": 1, "RESULTS": "here"}) == "here"
 
@@ -121,7 +143,9 @@ def test_a_profile_leaves_out_what_it_skips(project):
     path = project / "data" / "profiles.toml"
     path.write_text(PROFILES + "skip = ['01_make']\n[again]\nlike = 'tiny'\n")
     for profile in ("tiny", "again"):  # which is like it
-        assert [step.notebook.name for step in run.steps(profile, None, {})] == ["02_read"]
+        assert [step.notebook.name for step in run.steps(profile, None, {})] == [
+            "02_read"
+        ]
         assert len(run.steps(profile, ["01", "02"], {})) == 2  # unless it is asked for
     assert len(run.steps("demo", None, {})) == 2
 
@@ -129,7 +153,9 @@ def test_a_profile_leaves_out_what_it_skips(project):
 def test_a_misspelt_name_in_a_profile_is_refused(project):
     path = project / "data" / "profiles.toml"
     path.write_text(PROFILES + "RATTE = 1.0\n")
-    with pytest.raises(ValueError, match=r"in profile 'tiny': 'RATTE'; did you mean RATE\?"):
+    with pytest.raises(
+        ValueError, match=r"in profile 'tiny': 'RATTE'; did you mean RATE\?"
+    ):
         run.steps("tiny", None, {})
 
 
@@ -150,7 +176,9 @@ def test_only_literals_may_be_declared(tmp_path, cells, tags, sentence):
 
 
 def test_declared_reads_lists_annotations_and_second_equals_signs(tmp_path):
-    write(tmp_path / "x.ipynb", ['A: int = -1  # a = b\nB = [\n    "x=1",\n]\nC = None\n'])
+    write(
+        tmp_path / "x.ipynb", ['A: int = -1  # a = b\nB = [\n    "x=1",\n]\nC = None\n']
+    )
     assert run.declared(tmp_path / "x.ipynb") == {"A": -1, "B": ["x=1"], "C": None}
 
 
@@ -158,14 +186,21 @@ def test_a_parameter_carries_what_its_comment_says(tmp_path):
     cell = "SEED: int = 0  # of resampling\nTASKS = [  # candidates\n    'a',\n]\nN = 1"
     write(tmp_path / "x.ipynb", [cell])
     known = profiles.parameters(tmp_path / "x.ipynb")
-    assert known["SEED"] == (0, "of resampling") and known["TASKS"] == (["a"], "candidates")
+    assert known["SEED"] == (0, "of resampling") and known["TASKS"] == (
+        ["a"],
+        "candidates",
+    )
     assert known["N"].meaning == ""
 
 
 def test_numbers_name_notebooks_with_letters_too(project):
     text = (project / "data" / "notebooks.toml").read_text()
-    (project / "data" / "notebooks.toml").write_text(text.replace("02_read", "02a_read"))
-    (project / "notebooks" / "02_read.ipynb").rename(project / "notebooks" / "02a_read.ipynb")
+    (project / "data" / "notebooks.toml").write_text(
+        text.replace("02_read", "02a_read")
+    )
+    (project / "notebooks" / "02_read.ipynb").rename(
+        project / "notebooks" / "02a_read.ipynb"
+    )
     assert [book.name for book in profiles.chosen(["02a"])] == ["02a_read"]
     assert [book.name for book in profiles.chosen(["01_make", "02a_read"])] == [
         "01_make",
@@ -183,7 +218,10 @@ def test_the_list_shows_profiles_notebooks_and_parameters(project, capsys):
 def test_who_brings_models_needs_no_earlier_notebook(project):
     path = project / "data" / "notebooks.toml"
     path.write_text(path.read_text() + 'unless = "WORDS"\n')
-    write(project / "notebooks" / "02_read.ipynb", ["WORDS = []\nRESULTS = 'data/runs/demo'"])
+    write(
+        project / "notebooks" / "02_read.ipynb",
+        ["WORDS = []\nRESULTS = 'data/runs/demo'"],
+    )
     (project / "data" / "profiles.toml").write_text("[demo]\nN = 3\n")
     (step,) = run.steps("demo", ["02"], {})
     assert step.needs == ["01_make"]

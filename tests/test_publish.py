@@ -20,7 +20,9 @@ from helpers.run import normal, publish, readme
 
 def git(folder, *arguments):
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+    subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True
+    )
 
 
 SHOW = """
@@ -35,7 +37,12 @@ produces = []
 def test_refresh_writes_the_same_notebooks_and_tables_twice(project):
     """The first notebook shows committed tables, which the first refresh has yet to write."""
     parameters = "FINDINGS = 'data/results/demo'\nRESULTS = 'data/runs/demo'"
-    body = READ[1].replace("RESULTS", "FINDINGS").replace("OUT", "RESULTS").replace("sum.", "seen.")
+    body = (
+        READ[1]
+        .replace("RESULTS", "FINDINGS")
+        .replace("OUT", "RESULTS")
+        .replace("sum.", "seen.")
+    )
     write(project / "notebooks" / "00_show.ipynb", [parameters, body, "print(total)"])
     (project / "data" / "notebooks.toml").write_text(SHOW + NOTEBOOKS)
     (project / ".gitignore").write_text("data/runs/\n")
@@ -48,7 +55,9 @@ def test_refresh_writes_the_same_notebooks_and_tables_twice(project):
     nbformat.validate(book)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == [1, 2, 3, 4]
-    assert [cell.source for cell in code] == [textwrap.dedent(source).strip() for source in MAKE]
+    assert [cell.source for cell in code] == [
+        textwrap.dedent(source).strip() for source in MAKE
+    ]
     assert code[0].metadata == {"tags": ["parameters"]} and code[1].metadata == {}
     assert "papermill" not in path.read_text() and "iopub" not in path.read_text()
     tables = project / "data" / "results" / "demo"
@@ -59,7 +68,10 @@ def test_refresh_writes_the_same_notebooks_and_tables_twice(project):
     rows = run.finished(project / "data" / "runs" / "demo").values()
     assert {row["revision"] for row in rows} == {minutes["demo"]["revision"]}
     assert not minutes["demo"]["revision"].endswith("dirty")
-    assert "[01_make](notebooks/01_make.ipynb) | How are the numbers made? | 0." in readme.readme()
+    assert (
+        "[01_make](notebooks/01_make.ipynb) | How are the numbers made? | 0."
+        in readme.readme()
+    )
     assert (project / "README.md").read_text() == readme.readme()
 
     with pytest.raises(ValueError, match=r"files are not committed"):
@@ -75,7 +87,10 @@ def test_refresh_writes_the_same_notebooks_and_tables_twice(project):
 
 def test_normalised_drops_what_differs_between_runs():
     v4 = nbformat.v4
-    widget = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider()"}
+    widget = {
+        "application/vnd.jupyter.widget-view+json": {},
+        "text/plain": "IntSlider()",
+    }
     kept_metadata = {"tags": ["keep"], "jupyter": {"source_hidden": True}}
     cell = v4.new_code_cell(
         "x",
@@ -90,15 +105,22 @@ def test_normalised_drops_what_differs_between_runs():
             v4.new_output("stream", name="stderr", text="10%"),
             v4.new_output("stream", name="stdout", text="2"),
             v4.new_output("display_data", data=widget),
-            v4.new_output("execute_result", data={"text/plain": "3"}, execution_count=7),
+            v4.new_output(
+                "execute_result", data={"text/plain": "3"}, execution_count=7
+            ),
         ],
     )
     injected = v4.new_code_cell("N = 1", metadata={"tags": ["injected-parameters"]})
-    book = normal.normalised(v4.new_notebook(cells=[injected, cell], metadata={"widgets": {}}))
+    book = normal.normalised(
+        v4.new_notebook(cells=[injected, cell], metadata={"widgets": {}})
+    )
     (kept,) = book.cells
     assert kept.metadata == kept_metadata
     assert kept.execution_count == 1
-    assert [output.output_type for output in kept.outputs] == ["stream", "execute_result"]
+    assert [output.output_type for output in kept.outputs] == [
+        "stream",
+        "execute_result",
+    ]
     assert kept.outputs[1].execution_count == 1
     assert set(book.metadata) == {"kernelspec", "language_info"}
 
@@ -132,7 +154,10 @@ def test_the_readme_holds_the_numbers_that_it_names(project, monkeypatch):
     readme.write_readme()
     text = path.read_text()
     assert "Lost <!-- loss.linear -->-29 %<!-- / -->." in text
-    assert "| [01_make](notebooks/01_make.ipynb) | How are the numbers made? | – | – |" in text
+    assert (
+        "| [01_make](notebooks/01_make.ipynb) | How are the numbers made? | – | – |"
+        in text
+    )
     assert readme.readme() == text
     path.write_text("<!-- loss.lniear -->0<!-- / -->")
     with pytest.raises(ValueError, match="names 'loss.lniear', which no table holds"):
@@ -141,7 +166,9 @@ def test_the_readme_holds_the_numbers_that_it_names(project, monkeypatch):
 
 def test_tables_agree_to_nine_digits(tmp_path):
     for name, value in (("a", 1.0), ("b", 1.0 + 1e-12), ("c", 1.001)):
-        pd.DataFrame({"x": [value], "word": ["y"]}).to_csv(tmp_path / f"{name}.csv", index=False)
+        pd.DataFrame({"x": [value], "word": ["y"]}).to_csv(
+            tmp_path / f"{name}.csv", index=False
+        )
     assert publish.same(tmp_path / "a.csv", tmp_path / "b.csv")
     assert not publish.same(tmp_path / "a.csv", tmp_path / "c.csv")
     assert not publish.same(tmp_path / "none.csv", tmp_path / "a.csv")
@@ -157,6 +184,8 @@ def test_a_large_picture_is_made_lighter_once():
     once = normal.normalised(new_notebook(cells=[cell]))
     light = once.cells[0].outputs[0].data["image/png"]
     assert len(light) < len(data["image/png"]) / 2
-    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(light))).convert("RGB"), int)
+    seen = np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(light))).convert("RGB"), int
+    )
     assert seen.shape == pixels.shape and np.abs(seen - pixels).mean() < 25
     assert normal.normalised(once).cells[0].outputs[0].data["image/png"] == light

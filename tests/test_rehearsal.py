@@ -104,7 +104,9 @@ def study(place):
     """What five published adapters leave behind; some of them get no answer right."""
     few = {"PAIRS": 6, "POOL_TASKS": 3, "PERMUTATIONS": 99}
     few |= {"STUDY": "data/results/demo", "SMALL": ["data/results/demo"]}
-    assert adapters(place, ["01", "02", "03", "03a", "03b", "04", "05", "06"], **few) == 0
+    assert (
+        adapters(place, ["01", "02", "03", "03a", "03b", "04", "05", "06"], **few) == 0
+    )
     return Study(place / "paper_loras")
 
 
@@ -116,19 +118,26 @@ def test_published_adapters_are_merged_and_measured(study):
     assert study.tasks == LABELS  # every adapter takes part, as in the paper
     assert set(study.merges["n"]) == {2, 3}
     assert set(study.table("tasks")["metric"]) == {"rouge_l", "exact_match"}
-    nothing = study.losses["specialist"] == 0  # to lose: the loss is undefined, not zero
+    # to lose: the loss is undefined, not zero
+    nothing = study.losses["specialist"] == 0
     assert study.losses["loss"].isna().tolist() == nothing.tolist()
     assert set(nothing) == {True, False}
     trained = study.table("specialists")
     assert (trained["seconds"] == 0).all() and study.table("training").empty
     assert np.isfinite(study.table("bound")["r2"]).all()
     tried = study.table("trials").groupby(["rule", "tasks", "task"]).size()
-    assert (tried == 8).all()  # five probes are too few for advice: dev prompts stand in
+    # five probes are too few for advice: dev prompts stand in
+    assert (tried == 8).all()
 
 
 def test_a_study_may_draw_the_partners_of_its_tasks(place):
     """Then distances are known of all pairs, what needs labels or a merge of the drawn ones."""
-    drawn = {"RESULTS": str(place / "drawn"), "PARTNERS": 2, "RELATIVES": True, "STAGES": [4]}
+    drawn = {
+        "RESULTS": str(place / "drawn"),
+        "PARTNERS": 2,
+        "RELATIVES": True,
+        "STAGES": [4],
+    }
     drawn |= {"SMALL": ["data/results/demo"], "OTHER_PROMPT": "", "PERMUTATIONS": 99}
     assert adapters(place, ["01", "02", "03", "03b", "04", "05"], **drawn) == 0
     study = Study(place / "drawn")
@@ -140,18 +149,25 @@ def test_a_study_may_draw_the_partners_of_its_tasks(place):
     assert np.isfinite(pairs.drop(columns="cross_nll")).all(axis=None)
     assert (study.table("bound")["r2"] > 0).all()
     asked = study.table("predictors").query("status != 'exploratory'")
-    assert {"hidden_sim", "cross_nll", "neutral_movement", "base_ability"} <= set(asked["metric"])
+    assert {"hidden_sim", "cross_nll", "neutral_movement", "base_ability"} <= set(
+        asked["metric"]
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
         ("org/none", "cannot fetch 'org/none' from the hub"),
-        ("org/other", "was trained on org/Llama, not on mistralai/Mistral-7B-Instruct-v0.2"),
+        (
+            "org/other",
+            "was trained on org/Llama, not on mistralai/Mistral-7B-Instruct-v0.2",
+        ),
         ("org/small", "has rank 8, not 16"),
     ],
 )
-def test_an_adapter_that_will_not_do_is_told_before_any_work(place, tmp_path, capsys, name, fault):
+def test_an_adapter_that_will_not_do_is_told_before_any_work(
+    place, tmp_path, capsys, name, fault
+):
     if name != "org/none":
         base = zoo.save(tmp_path / "base", "mistral")
         stated = "org/Llama" if name == "org/other" else LORAS["MODEL"]
@@ -161,13 +177,18 @@ def test_an_adapter_that_will_not_do_is_told_before_any_work(place, tmp_path, ca
     assert adapters(place, SPECIALISTS=given, RESULTS=str(place / name)) == 2
     told = capsys.readouterr().err.partition("error: ")[2].splitlines()
     assert told[0].startswith(f"{LABELS[1]}: ") and fault in told[0]
-    assert told[1].startswith(f"{LABELS[3]}: cannot fetch 'org/none'") and len(told) == 2
+    assert (
+        told[1].startswith(f"{LABELS[3]}: cannot fetch 'org/none'") and len(told) == 2
+    )
     assert not (place / name / "manifest.jsonl").exists()
 
 
 @pytest.mark.parametrize(
     ("profile", "architecture", "dtype"),
-    [("paper_glue", "qwen2-tied", "bfloat16"), ("paper_glue_t5", "t5-own-head", "float32")],
+    [
+        ("paper_glue", "qwen2-tied", "bfloat16"),
+        ("paper_glue_t5", "t5-own-head", "float32"),
+    ],
 )
 def test_glue_is_learned_and_merged(place, capsys, profile, architecture, dtype):
     model = run.all_profiles()[profile]["MODEL"]
@@ -189,7 +210,9 @@ def test_glue_is_learned_and_merged(place, capsys, profile, architecture, dtype)
 
 
 @pytest.mark.parametrize("architecture", sorted(zoo.MODELS.keys() - REHEARSED))
-def test_any_architecture_is_tuned_and_merged_from_a_local_folder(place, tmp_path, architecture):
+def test_any_architecture_is_tuned_and_merged_from_a_local_folder(
+    place, tmp_path, architecture
+):
     folder = zoo.save(tmp_path / "model", architecture)
     given = GLUE | {"SOURCES": {"glue": str(place / "glue")}, "RULES": ["linear"]}
     given |= {"MODEL": str(folder), "RESULTS": str(tmp_path / "results")}
@@ -205,7 +228,9 @@ def test_the_forecast_of_a_profile_says_what_it_rests_on():
     assert "GPU minutes" in told and "64 specialist 0 min" in told
     assert "prompts are 10 times as long as in groups8" in told
     assert "take 27 GB of the GPU" in told
-    fewer = forecast.lines("paper_glue", run.all_profiles()["paper_glue"] | {"MODEL": "org/some"})
+    fewer = forecast.lines(
+        "paper_glue", run.all_profiles()["paper_glue"] | {"MODEL": "org/some"}
+    )
     assert "the model is no larger than that of glue" in fewer[1]
     assert list(forecast.ancestry("paper_glue_t5"))[1:3] == ["paper_glue", "glue"]
     assert (ROOT / "data" / "results" / "groups8" / "costs.csv").is_file()

@@ -37,7 +37,9 @@ def answers(studies):
     found = {}
     for name, study in studies.items():
         groups = study.examples.groupby(["merge", "task"])
-        found[name] = {cell: rows[["correct", "nll", "invalid"]] for cell, rows in groups}
+        found[name] = {
+            cell: rows[["correct", "nll", "invalid"]] for cell, rows in groups
+        }
     return found
 
 
@@ -77,11 +79,13 @@ def sample(frame):
 @each_study
 def test_scores_are_the_means_of_the_recorded_answers(name, studies, answers):
     losses, of = visited(studies[name]), answers[name]
-    assert len(losses) > 0.95 * len(studies[name].losses)  # the others lie on one scale line
+    # the others lie on one scale line
+    assert len(losses) > 0.95 * len(studies[name].losses)
     means = {cell: rows.mean() for cell, rows in of.items()}
     rows = zip(losses["visit"], losses["task"], strict=True)
     merged = pd.DataFrame([means[cell] for cell in rows])
-    grades = 1e-5 if name == "graded" else 0  # grades are kept to five decimals, as NLL is
+    # grades are kept to five decimals, as NLL is
+    grades = 1e-5 if name == "graded" else 0
     np.testing.assert_allclose(merged["correct"], losses["score"], atol=grades)
     np.testing.assert_allclose(merged["nll"], losses["nll"], atol=1e-5)
     np.testing.assert_allclose(merged["invalid"], losses["invalid"])
@@ -104,7 +108,9 @@ def test_losses_controls_and_parts_follow_from_scores_and_dose_curves(name, stud
             for task, dose in zip(losses["task"], losses[f"dose_{kind}"], strict=True)
         ]
         np.testing.assert_allclose(losses[f"control_{kind}"], read)
-    at_a, at_c = (percent(losses[f"control_{kind}"], own) for kind in ("ingredient", "own"))
+    at_a, at_c = (
+        percent(losses[f"control_{kind}"], own) for kind in ("ingredient", "own")
+    )
     solo = percent(losses["control_solo"], own)
     np.testing.assert_allclose(losses["dilution"], at_a)
     np.testing.assert_allclose(losses["overlap"], at_c - at_a, atol=1e-9)
@@ -115,7 +121,9 @@ def test_losses_controls_and_parts_follow_from_scores_and_dose_curves(name, stud
 
 
 @each_study
-def test_intervals_and_collapses_follow_from_the_recorded_answers(name, studies, answers):
+def test_intervals_and_collapses_follow_from_the_recorded_answers(
+    name, studies, answers
+):
     study, of = studies[name], answers[name]
     (seed,) = study.merges["seed"].unique()
     correct = {cell: rows["correct"].to_numpy() for cell, rows in of.items()}
@@ -126,18 +134,27 @@ def test_intervals_and_collapses_follow_from_the_recorded_answers(name, studies,
         np.testing.assert_allclose([row.loss_low, row.loss_high], plain[1:], atol=1e-9)
         if row.specialist > row.chance:
             above = bootstrap(pair, seed, row.chance)
-            np.testing.assert_allclose([row.corrected_low, row.corrected_high], above[1:])
+            np.testing.assert_allclose(
+                [row.corrected_low, row.corrected_high], above[1:]
+            )
     fell = (losses["loss"] < -30) & (losses["loss_high"] < -10)
     assert (losses["collapsed"] == fell).all()
     fell = (losses["chance_corrected"] < -30) & (losses["corrected_high"] < -10)
     assert (losses["collapsed_corrected"].fillna(False) == fell).all()
 
-    merges = study.merges.assign(visit=study.merges["same_as"].fillna(study.merges["merge"]))
+    merges = study.merges.assign(
+        visit=study.merges["same_as"].fillna(study.merges["merge"])
+    )
     merges = merges[merges["visit"].isin(losses["visit"])]
     for row in sample(merges).itertuples():
-        pairs = [(correct[row.visit, task], correct["specialist", task]) for task in row.tasks]
+        pairs = [
+            (correct[row.visit, task], correct["specialist", task])
+            for task in row.tasks
+        ]
         span = bootstrap(pairs, seed)
-        np.testing.assert_allclose([row.loss, row.loss_low, row.loss_high], span, atol=1e-9)
+        np.testing.assert_allclose(
+            [row.loss, row.loss_low, row.loss_high], span, atol=1e-9
+        )
     fell = (merges["loss"] < -30) & (merges["loss_high"] < -10)
     assert (merges["collapsed"] == fell).all()
 
@@ -149,7 +166,9 @@ def test_a_copy_is_of_an_earlier_merge_of_its_group_and_scores_alike(name, studi
     groups = dict(zip(merges["merge"], merges["tasks"], strict=True))
     scores = studies[name].table("losses").set_index(["merge", "task"])["score"]
     for row in merges.dropna(subset="same_as").itertuples():
-        assert place[row.same_as] < place[row.merge] and groups[row.same_as] == row.tasks
+        assert (
+            place[row.same_as] < place[row.merge] and groups[row.same_as] == row.tasks
+        )
         for task in row.tasks:
             assert scores[row.merge, task] == scores[row.same_as, task]
     assert merges["merge"].str.fullmatch("[0-9a-f]{16}").all()
@@ -164,7 +183,8 @@ def test_swaps_start_from_measured_groups_and_each_has_one_newcomer(name, studie
     losses = study.in_arm(table="merges").set_index(["rule", "tasks"])["loss"]
     starts = swaps.drop_duplicates(["rule", "tasks"])
     measured = [losses.get((row.rule, row.tasks)) for row in starts.itertuples()]
-    assert any(loss is not None for loss in measured)  # others were merged for their swaps alone
+    # others were merged for their swaps alone
+    assert any(loss is not None for loss in measured)
     for loss, before in zip(measured, starts["before"], strict=True):
         assert loss is None or before == pytest.approx(loss)
     for (_, tasks), options in swaps.groupby(["rule", "tasks"]):
@@ -217,7 +237,8 @@ def test_the_prompts_are_said_to_be_bare_where_they_were(name, studies):
 
 # --- no text -------------------------------------------------------------------------------------
 
-NAME = re.compile(r"[\w.:|/@=-]*( \w+)?")  # of a task, merge, layer ("block 3"): no sentence
+# of a task, merge, layer ("block 3"): no sentence
+NAME = re.compile(r"[\w.:|/@=-]*( \w+)?")
 OWN_WORDS = {
     ("examples.csv.gz", "kind"): KINDS,
     ("choices.csv", "criterion"): ("trial, NLL",),
@@ -250,5 +271,7 @@ def names_only(path: Path, frame: pd.DataFrame, table: schema.Table) -> None:
             values = frame[column].dropna()
             names = values.explode() if kind == "list" else values
             allowed = OWN_WORDS.get((table.file, column), ())
-            strange = [x for x in names.unique() if x not in allowed and not NAME.fullmatch(x)]
+            strange = [
+                x for x in names.unique() if x not in allowed and not NAME.fullmatch(x)
+            ]
             assert not strange, f"{path.name}: {column}"

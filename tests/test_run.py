@@ -19,7 +19,9 @@ from helpers.study import archives
 
 def stdout_of(path):
     cells = nbformat.read(path, as_version=4).cells
-    return "".join(o.text for c in cells for o in c.get("outputs", []) if o.get("name") == "stdout")
+    return "".join(
+        o.text for c in cells for o in c.get("outputs", []) if o.get("name") == "stdout"
+    )
 
 
 def test_the_chain_runs_once_and_again_only_where_something_changed(project, capsys):
@@ -95,7 +97,8 @@ chain.run("demo", parameters={"FAIL": sys.argv[2]})
 
 
 def test_a_killed_run_leaves_nothing_finished_and_only_one_may_run(project, capsys):
-    run.run("tiny", parameters={"RESULTS": "data/runs/demo"})  # what an earlier run finished
+    # what an earlier run finished
+    run.run("tiny", parameters={"RESULTS": "data/runs/demo"})
     results = project / "data" / "runs" / "demo"
     runner = subprocess.Popen([sys.executable, "-c", RUN_TOY, str(project), "sleep"])
     part = results / "notebooks" / "01_make.part.ipynb"
@@ -112,13 +115,18 @@ def test_a_killed_run_leaves_nothing_finished_and_only_one_may_run(project, caps
     assert set(run.finished(results)) == {"01_make", "02_read"} and not part.exists()
 
 
-def test_a_page_that_only_reads_tables_takes_the_committed_ones(project, capsys, monkeypatch):
+def test_a_page_that_only_reads_tables_takes_the_committed_ones(
+    project, capsys, monkeypatch
+):
     tables = project / "data" / "results" / "demo"
     tables.mkdir(parents=True)
     (tables / "numbers.csv").write_text("2\n5\n")
     results = run.run("demo", ["02"])
     assert (results / "sum.csv").read_text() == "sum\n7.0\n"
-    assert "02_read reads the committed tables in data/results/demo" in capsys.readouterr().out
+    assert (
+        "02_read reads the committed tables in data/results/demo"
+        in capsys.readouterr().out
+    )
     run.run("demo", ["02"])
     assert "Nothing to do" in capsys.readouterr().out
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # a user's own setting is kept
@@ -138,7 +146,9 @@ def test_the_page_shows_each_figure_with_its_words_and_the_verdicts(tmp_path):
     pd.DataFrame([claim]).to_csv(tmp_path / "verdicts.csv", index=False)
     row = {"notebook": "01_make", "seconds": 90.0, "peak_gb": 1.25, "started": "2026"}
     row |= {"revision": None, "machine": "2 cores", "parameters": {"PROFILE": "demo"}}
-    books = [profiles.Notebook(name, f"{name}?", [], []) for name in ("01_make", "02_read")]
+    books = [
+        profiles.Notebook(name, f"{name}?", [], []) for name in ("01_make", "02_read")
+    ]
     text = page.write_page(tmp_path, {"01_make": row}, books).read_text()
     assert 'src="figures/02_pair_losses.png" alt="a &#34;line&#34;"' in text
     assert "Loss &lt; 1" in text and "not shown" not in text and "02_read?" not in text

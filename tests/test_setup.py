@@ -73,7 +73,12 @@ def make(folder, *arguments):
     # without the flags of the make that may be running these tests
     env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     return subprocess.run(
-        ["make", *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=60
+        ["make", *arguments],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -103,12 +108,17 @@ def test_set_up_happens_once_and_an_interrupted_one_is_taken_up(checkout):
         assert make(checkout, "study", f"PYTHON={fake}").returncode == 0
     calls = (checkout / "log").read_text().splitlines()
     assert calls.count("-m venv --clear .venv") == 1
-    assert calls.count("-m pip install -r requirements.txt -e .") == 2  # the failed one, and once
+    # the failed one, and once
+    assert calls.count("-m pip install -r requirements.txt -e .") == 2
     assert calls.count("-m helpers run demo") == 2
 
 
-@pytest.mark.parametrize(("given", "passed_on"), [("", "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_kernels_of_the_lab_wait_without_spinning(checkout, monkeypatch, given, passed_on):
+@pytest.mark.parametrize(
+    ("given", "passed_on"), [("", "PASSIVE"), ("ACTIVE", "ACTIVE")]
+)
+def test_kernels_of_the_lab_wait_without_spinning(
+    checkout, monkeypatch, given, passed_on
+):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if given:
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
@@ -124,7 +134,9 @@ def waiting(code: str, policy: str | None) -> str:
     """What the OpenMP that torch loads says of itself."""
     env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     env |= {"OMP_DISPLAY_ENV": "TRUE"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True
+    )
     return re.search(r"OMP_WAIT_POLICY ?= ?'(\w+)'", done.stderr)[1]
 
 
@@ -135,7 +147,10 @@ def test_torch_is_told_to_wait_without_spinning_by_whatever_loads_it(policy):
 
 
 def pins() -> dict[str, str]:
-    lines = [line.split("#")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines = [
+        line.split("#")[0]
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     return dict(line.strip().split("==") for line in lines if line.strip())
 
 
@@ -171,6 +186,7 @@ def test_what_the_code_imports_is_pinned():
     missing = {
         name
         for name in theirs
-        if not {package.lower().replace("_", "-") for package in packages[name]} & set(pins())
+        if not {package.lower().replace("_", "-") for package in packages[name]}
+        & set(pins())
     }
     assert not missing

@@ -28,7 +28,9 @@ JSON = st.recursive(
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
-    lambda child: st.lists(child, max_size=3) | st.dictionaries(st.text(), child, max_size=3),
+    lambda child: (
+        st.lists(child, max_size=3) | st.dictionaries(st.text(), child, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -44,7 +46,9 @@ def test_canonical_is_json_and_keeps_the_value(obj):
 
 
 def test_canonical_ignores_the_order_of_keys_and_the_kind_of_sequence():
-    assert records.canonical({"b": 1, "a": (1, 2)}) == records.canonical({"a": [1, 2], "b": 1})
+    assert records.canonical({"b": 1, "a": (1, 2)}) == records.canonical(
+        {"a": [1, 2], "b": 1}
+    )
     assert records.canonical({"a": 1}) != records.canonical({"a": 1.0})
 
 
@@ -76,8 +80,19 @@ def test_digest_follows_the_content(tmp_path):
 
 def test_digest_of_tensors_counts_dtype_and_shape_and_sees_views():
     x = torch.arange(6, dtype=torch.float32).reshape(2, 3)
-    assert records.digest(x) == records.digest(x.numpy()) == records.digest(x.T.contiguous().T)
-    others = [x.T, x.reshape(-1), x.to(torch.float64), x.to(torch.bfloat16), x + 1, x.sum()]
+    assert (
+        records.digest(x)
+        == records.digest(x.numpy())
+        == records.digest(x.T.contiguous().T)
+    )
+    others = [
+        x.T,
+        x.reshape(-1),
+        x.to(torch.float64),
+        x.to(torch.bfloat16),
+        x + 1,
+        x.sum(),
+    ]
     assert len({records.digest(y) for y in [x, *others]}) == 7
 
 
@@ -134,13 +149,21 @@ records.cached("step", 1, {{}}, compute)
 """
 
 
-@pytest.mark.parametrize("death", ["os._exit(3)", "os.kill(os.getpid(), signal.SIGKILL)"])
+@pytest.mark.parametrize(
+    "death", ["os._exit(3)", "os.kill(os.getpid(), signal.SIGKILL)"]
+)
 def test_a_killed_computation_is_not_a_result_and_the_next_run_makes_it_whole(death):
-    killed = subprocess.run([sys.executable, "-c", HALF_WAY.format(death=death)], timeout=60)
+    killed = subprocess.run(
+        [sys.executable, "-c", HALF_WAY.format(death=death)], timeout=60
+    )
     assert killed.returncode in (3, -signal.SIGKILL)
     done = records.store() / "step" / records.key("step", 1, {})
-    assert not done.exists() and len(list(done.parent.glob(f".{done.name}-*.part"))) == 1
-    assert records.cached("step", 1, {}, lambda folder: (folder / "y.txt").touch()) == done
+    assert (
+        not done.exists() and len(list(done.parent.glob(f".{done.name}-*.part"))) == 1
+    )
+    assert (
+        records.cached("step", 1, {}, lambda folder: (folder / "y.txt").touch()) == done
+    )
     assert {p.name for p in done.iterdir()} == {"y.txt", "determinants.json"}
     assert list(done.parent.iterdir()) == [done]
 
@@ -153,7 +176,8 @@ def _slow(folder):
 def test_two_processes_make_one_result():
     context = multiprocessing.get_context("spawn")
     workers = [
-        context.Process(target=records.cached, args=("step", 1, {}, _slow)) for _ in range(4)
+        context.Process(target=records.cached, args=("step", 1, {}, _slow))
+        for _ in range(4)
     ]
     for worker in workers:
         worker.start()
@@ -193,16 +217,22 @@ def unsealed(done, other):
 def test_a_damaged_result_is_noticed_and_computed_again(damage):
     done, other = (records.cached("step", 1, {"a": a}, make) for a in (1, 2))
     damage(done, other)
-    assert not records.finished("step", 1, {"a": 1}) and records.finished("step", 1, {"a": 2})
+    assert not records.finished("step", 1, {"a": 1}) and records.finished(
+        "step", 1, {"a": 2}
+    )
     with pytest.warns(UserWarning, match="was damaged"):
         assert records.cached("step", 1, {"a": 1}, make) == done
-    assert (done / "x.txt").read_text() == "right" and records.finished("step", 1, {"a": 1})
+    assert (done / "x.txt").read_text() == "right" and records.finished(
+        "step", 1, {"a": 1}
+    )
     assert sorted(done.parent.iterdir()) == sorted([done, other])
 
 
 def test_the_first_writer_wins_and_the_work_of_the_second_is_dropped():
     def second(folder):
-        done = records.cached("step", 1, {}, lambda folder: (folder / "first.txt").touch())
+        done = records.cached(
+            "step", 1, {}, lambda folder: (folder / "first.txt").touch()
+        )
         (folder / "second.txt").touch()
         assert done.exists()
 
@@ -213,7 +243,9 @@ def test_the_first_writer_wins_and_the_work_of_the_second_is_dropped():
 
 def test_leftovers_of_another_host_are_kept():
     done = records.place("step", 1, {})
-    mine, theirs = (done.with_name(f".{done.name}-{host}-999999999-0.part") for host in HOSTS)
+    mine, theirs = (
+        done.with_name(f".{done.name}-{host}-999999999-0.part") for host in HOSTS
+    )
     for part in (mine, theirs):
         part.mkdir(parents=True)
     records.cached("step", 1, {}, make)
@@ -231,7 +263,9 @@ def test_a_store_that_cannot_be_written_is_named_in_a_sentence(number, words):
         (folder / "x.txt").write_text("half")
         raise OSError(number, "no")
 
-    with pytest.raises(OSError, match=f"store {words}: free space there or name another folder"):
+    with pytest.raises(
+        OSError, match=f"store {words}: free space there or name another folder"
+    ):
         records.cached("step", 1, {}, fail)
     assert list((records.store() / "step").iterdir()) == []
 
@@ -248,13 +282,18 @@ def test_a_full_disk_in_the_middle_of_a_result_leaves_nothing(tmp_path, monkeypa
     folder = tmp_path / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True).returncode
+    ):
         pytest.skip("no small file system can be mounted here")
     try:
         monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(folder))
         tensors = {"x": torch.zeros(2**18)}
         with pytest.raises(OSError, match="small is full: free space"):
-            records.cached("big", 1, {}, lambda f: save_file(tensors, f / "x.safetensors"))
+            records.cached(
+                "big", 1, {}, lambda f: save_file(tensors, f / "x.safetensors")
+            )
         assert list((folder / "big").iterdir()) == []
         assert records.cached("small", 1, {}, make).exists()
     finally:

@@ -17,15 +17,23 @@ SOLVED = sorted(
 
 def test_a_solution_becomes_the_names_it_defines():
     solution = (
-        "import math\nweights: list = [0.5]\na, b = 1, 2\ndef area(r):\n    return math.pi * r"
+        "import math\nweights: list = [0.5]\na, b = 1, 2\n"
+        "def area(r):\n    return math.pi * r"
     )
     cells = [
-        new_code_cell("x = 1", outputs=[new_output("stream", text="1")], execution_count=3),
+        new_code_cell(
+            "x = 1", outputs=[new_output("stream", text="1")], execution_count=3
+        ),
         new_code_cell(solution, metadata={"tags": ["solution"]}),
     ]
     plain, asked = students.student_copy(new_notebook(cells=cells)).cells
     assert (plain.source, plain.outputs, plain.execution_count) == ("x = 1", [], None)
-    assert asked.source.splitlines()[1:] == ["weights = ...", "a = ...", "b = ...", "area = ..."]
+    assert asked.source.splitlines()[1:] == [
+        "weights = ...",
+        "a = ...",
+        "b = ...",
+        "area = ...",
+    ]
     assert cells[1].source == solution, "the original keeps its solution"
 
 
@@ -35,7 +43,9 @@ def test_a_page_that_is_only_read_keeps_its_outputs_but_the_solutions():
         new_code_cell("x = 1", outputs=[output]),
         new_code_cell("y = x", outputs=[output], metadata={"tags": ["solution"]}),
     ]
-    plain, asked = students.student_copy(new_notebook(cells=cells), only_read=True).cells
+    plain, asked = students.student_copy(
+        new_notebook(cells=cells), only_read=True
+    ).cells
     assert plain.outputs == [output]
     assert asked.outputs == [] and "y = ..." in asked.source
 
@@ -58,7 +68,9 @@ def test_no_copy_holds_an_answer_and_all_else_is_as_it_was(path):
 
 def test_copies_are_written_for_all_notebooks(tmp_path):
     written = students.write_copies(tmp_path / "class")
-    assert [p.name for p in written] == sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb"))
+    assert [p.name for p in written] == sorted(
+        p.name for p in (ROOT / "notebooks").glob("*.ipynb")
+    )
     shown = {path.stem for path in written if "outputs" in _keys(path)}
     assert {"01_finetune", "02_merge", "06_choose", "07_rerun"} <= shown
     assert not {"00_start_here", "04_bound", "05_statistics", "08_findings"} & shown

@@ -24,7 +24,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
+    )
 
 
 def llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
@@ -49,14 +51,18 @@ def llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def save_base(folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overrides) -> Path:
+def save_base(
+    folder: Path, seed: int = 0, max_shard_size: str = "5GB", **overrides
+) -> Path:
     """The tiny Llama with its tokenizer as a transformers folder."""
     llama(seed, **overrides).save_pretrained(folder, max_shard_size=max_shard_size)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-def save_tuned(folder: Path, base: Path, seed: int, max_shard_size: str = "5GB") -> Path:
+def save_tuned(
+    folder: Path, base: Path, seed: int, max_shard_size: str = "5GB"
+) -> Path:
     """A full fine-tune of a tiny Llama: its weights and a little noise."""
     model = LlamaForCausalLM.from_pretrained(base)
     generator = torch.Generator().manual_seed(seed)

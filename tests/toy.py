@@ -5,7 +5,16 @@ import textwrap
 import nbformat
 
 from helpers import store
-from helpers.run import chain, execute, forecast, keys, overview, profiles, publish, readme
+from helpers.run import (
+    chain,
+    execute,
+    forecast,
+    keys,
+    overview,
+    profiles,
+    publish,
+    readme,
+)
 
 NOTEBOOKS = """
 [[notebook]]
@@ -102,7 +111,11 @@ def write(path, sources, tags=("parameters",)):
         cell.id = f"cell{i}"
     book = nbformat.v4.new_notebook(cells=cells)
     book.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "kernelspec": {
+            "display_name": "Python 3",
+            "language": "python",
+            "name": "python3",
+        },
         "language_info": {"name": "python"},
     }
     nbformat.write(book, path)
@@ -118,7 +131,17 @@ def make(folder, monkeypatch):
     (folder / "README.md").write_text(README)
     write(folder / "notebooks" / "01_make.ipynb", MAKE)
     write(folder / "notebooks" / "02_read.ipynb", READ)
-    for module in (store, chain, execute, forecast, keys, overview, profiles, publish, readme):
+    for module in (
+        store,
+        chain,
+        execute,
+        forecast,
+        keys,
+        overview,
+        profiles,
+        publish,
+        readme,
+    ):
         monkeypatch.setattr(module, "ROOT", folder)
     return folder
 

@@ -69,7 +69,11 @@ MODELS = {
     "gpt2": ("GPT2LMHeadModel", GPT2, {}),
     "gpt-neox": ("GPTNeoXForCausalLM", DECODER, {}),
     "t5": ("T5ForConditionalGeneration", T5, {}),
-    "t5-own-head": ("T5ForConditionalGeneration", T5 | {"tie_word_embeddings": False}, {}),
+    "t5-own-head": (
+        "T5ForConditionalGeneration",
+        T5 | {"tie_word_embeddings": False},
+        {},
+    ),
     "bart": ("BartForConditionalGeneration", BART, {}),
     "qwen2-sharded": ("Qwen2ForCausalLM", GROUPED, {"max_shard_size": "20KB"}),
 }

@@ -71,7 +71,9 @@ def advise(
         search = Search(partial(_measure, panel, parts, 0, bar), keep, 60 * budget)
         proposals = propose(panel.labels, search)
         cells = pair_cells(search)
-        judged = choices.verdicts(proposals, search, partial(_measure, panel, parts, 1, bar))
+        judged = choices.verdicts(
+            proposals, search, partial(_measure, panel, parts, 1, bar)
+        )
     return Advice(
         base=base,
         sources=dict(models),
@@ -99,7 +101,9 @@ def _check(keep: float, budget: float, tokens: int = 1, **_) -> None:
         raise ValueError(f"1 token or more of an answer must count, not {tokens}")
 
 
-def _measure(panel: Panel, parts: Mapping, which: int, bar: tqdm, merge: Merge) -> pd.DataFrame:
+def _measure(
+    panel: Panel, parts: Mapping, which: int, bar: tqdm, merge: Merge
+) -> pd.DataFrame:
     """A trial on the prompts that choose (0) or that judge (1)."""
     chosen = {model: parts[model][which] for model in merge.models}
     rows = trial(panel, merge, chosen)
@@ -157,9 +161,13 @@ def trial_table(search: Search) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _merge_rows(judged: Sequence[choices.Verdict], base: str, sources: Mapping) -> list[dict]:
+def _merge_rows(
+    judged: Sequence[choices.Verdict], base: str, sources: Mapping
+) -> list[dict]:
     folders = {model: folder_of(source) for model, source in sources.items()}
-    adapters = {x for x, folder in folders.items() if (folder / "adapter_config.json").is_file()}
+    adapters = {
+        x for x, folder in folders.items() if (folder / "adapter_config.json").is_file()
+    }
     rows = []
     for number, verdict in enumerate(judged, 1):
         merge = verdict.merge
@@ -178,7 +186,9 @@ def _merge_rows(judged: Sequence[choices.Verdict], base: str, sources: Mapping) 
 # --- limits --------------------------------------------------------------------------------------
 
 
-def limits_of(panel: Panel, prompts: Mapping[str, Sequence], search: Search) -> list[str]:
+def limits_of(
+    panel: Panel, prompts: Mapping[str, Sequence], search: Search
+) -> list[str]:
     """What the advice cannot carry, in sentences."""
     out = _too_few(panel, search.keep)
     for model in panel.labels:
@@ -187,7 +197,9 @@ def limits_of(panel: Panel, prompts: Mapping[str, Sequence], search: Search) -> 
             out.append(f"{model}: {dropped} prompts are too long and were left out")
         cut = _cut_short(panel, model)
         if cut:
-            out.append(f"{model}: {cut:.0%} of its answers count only to token {panel.tokens}")
+            out.append(
+                f"{model}: {cut:.0%} of its answers count only to token {panel.tokens}"
+            )
     unmoved = [model for model in panel.labels if not search.failing(alone(model, 0.0))]
     if unmoved:
         out.append(

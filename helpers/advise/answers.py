@@ -11,7 +11,14 @@ import pandas as pd
 import torch
 
 from helpers.advise.panel import Panel
-from helpers.study.answers import Cached, batches, closing, decode, read_prompts, readings
+from helpers.study.answers import (
+    Cached,
+    batches,
+    closing,
+    decode,
+    read_prompts,
+    readings,
+)
 from helpers.study.bench import attached
 from helpers.study.scores import label_logprobs
 
@@ -77,7 +84,9 @@ def _score_texts(panel: Panel, prompts: Prompts, answers: Answers) -> pd.DataFra
 # --- encoders ------------------------------------------------------------------------------------
 
 
-def _score_labels(panel: Panel, label: str, prompts: Prompts, answers: Answers) -> pd.DataFrame:
+def _score_labels(
+    panel: Panel, label: str, prompts: Prompts, answers: Answers
+) -> pd.DataFrame:
     logprobs = _classify(panel, label, prompts)
     wanted = torch.tensor(answers)
     kept = logprobs.argmax(1) == wanted[:, 0]

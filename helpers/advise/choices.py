@@ -55,7 +55,9 @@ class Verdict(NamedTuple):
     more: float
 
 
-def verdicts(groups: Sequence[Merge], search: Search, measure: Measure) -> list[Verdict]:
+def verdicts(
+    groups: Sequence[Merge], search: Search, measure: Measure
+) -> list[Verdict]:
     """The verdict on each group; on the group without its weakest model where that alone is safe.
 
     `measure` reads the prompts that judge, `search` those that chose.
@@ -137,7 +139,9 @@ def without_weakest(merge: Merge, search: Search) -> Merge | None:
 # --- the decision --------------------------------------------------------------------------------
 
 
-def decide(models: Sequence[str], judged: Sequence[Verdict], search: Search) -> pd.DataFrame:
+def decide(
+    models: Sequence[str], judged: Sequence[Verdict], search: Search
+) -> pd.DataFrame:
     """One row per model: decision, merge (its place in `judged`; -1: none), kept, least.
 
     merge, reweight (with weights other than the rule's own), leave out (others merge without it),
@@ -146,15 +150,23 @@ def decide(models: Sequence[str], judged: Sequence[Verdict], search: Search) -> 
     """
     some_merge = any(verdict.verdict == "safe" for verdict in judged)
     refused = [verdict.merge for verdict in judged if verdict.verdict == "unsafe"]
-    places = {model: i for i, verdict in enumerate(judged) for model in verdict.merge.models}
+    places = {
+        model: i for i, verdict in enumerate(judged) for model in verdict.merge.models
+    }
     rows = []
     for model in models:
         place = places.get(model, -1)
         verdict = judged[place] if model in places else None
         may_fit = _may_fit(model, models, search, refused)
-        row = {"model": model, "decision": _decision(verdict, some_merge, may_fit), "merge": place}
+        row = {
+            "model": model,
+            "decision": _decision(verdict, some_merge, may_fit),
+            "merge": place,
+        }
         if verdict is not None:
-            row |= verdict.table.set_index("model").loc[model, ["kept", "least"]].to_dict()
+            row |= (
+                verdict.table.set_index("model").loc[model, ["kept", "least"]].to_dict()
+            )
         rows.append(row)
     return pd.DataFrame(rows, columns=["model", "decision", "merge", "kept", "least"])
 
@@ -167,7 +179,9 @@ def _decision(verdict: Verdict | None, some_merge: bool, may_fit: bool) -> str:
     return "leave out" if some_merge else "keep apart"
 
 
-def _may_fit(model: str, models: Sequence[str], search: Search, refused: list[Merge]) -> bool:
+def _may_fit(
+    model: str, models: Sequence[str], search: Search, refused: list[Merge]
+) -> bool:
     """Whether some merge but the refused ones may keep this model and its partners.
 
     The intervals of one that was tried leave room for it, or a spent budget left a partner untried.

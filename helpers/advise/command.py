@@ -24,7 +24,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add = flags.add_argument
     add("--base", required=True, help="the base model: a name or a folder")
-    add("--models", nargs="+", required=True, help="two or more adapters or checkpoints of it")
+    add(
+        "--models",
+        nargs="+",
+        required=True,
+        help="two or more adapters or checkpoints of it",
+    )
     add(
         "--prompts",
         nargs="+",
@@ -34,7 +39,12 @@ def parser() -> argparse.ArgumentParser:
         help="a file for each model, in order: .txt, a prompt a line, or .jsonl (prompt, text or "
         "messages); 64 prompts are a good number; default: neutral sentences",
     )
-    add("--keep", type=float, default=0.9, help="share of its answers that each model must keep")
+    add(
+        "--keep",
+        type=float,
+        default=0.9,
+        help="share of its answers that each model must keep",
+    )
     add("--budget", type=float, default=10, metavar="MINUTES", help="of search")
     add("--tokens", type=int, default=TOKENS, help="of an answer that count")
     add("--report", type=Path, metavar="OUT.html", help="write the page, too")
@@ -54,7 +64,9 @@ def main(argv: list[str]) -> int:
     prompts = prompts_of(list(models), given.prompts)
     settings = {"device": given.device, "dtype": given.dtype, "tokens": given.tokens}
     notes = _notes(given.prompts)
-    advice = advise(given.base, models, prompts, given.keep, given.budget, notes, **settings)
+    advice = advise(
+        given.base, models, prompts, given.keep, given.budget, notes, **settings
+    )
     if given.json:
         print(json.dumps(report.content(advice), indent=1, ensure_ascii=False))
     else:

@@ -42,7 +42,14 @@ def pairs(panel: Panel) -> pd.DataFrame:
     rows = []
     for (i, a), (j, b) in combinations(enumerate(panel.labels), 2):
         distance = hidden_sim(states_of[a], states_of[b])
-        rows.append({"model_a": a, "model_b": b, "hidden_sim": distance, "cosine": cosines[i, j]})
+        rows.append(
+            {
+                "model_a": a,
+                "model_b": b,
+                "hidden_sim": distance,
+                "cosine": cosines[i, j],
+            }
+        )
     return pd.DataFrame(rows)
 
 

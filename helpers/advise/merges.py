@@ -31,5 +31,7 @@ def retention(frame: pd.DataFrame, level: float = LEVEL) -> pd.DataFrame:
     table = groups[["kept", "rise", "dose"]].mean().reset_index()
     table["prompts"] = groups.size().to_numpy()
     count = table["kept"] * table["prompts"]
-    table["low"], table["high"] = proportion_confint(count, table["prompts"], 1 - level, "wilson")
+    table["low"], table["high"] = proportion_confint(
+        count, table["prompts"], 1 - level, "wilson"
+    )
     return table

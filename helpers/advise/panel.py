@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from helpers.advise.prompts import FEWEST, LONGEST, Prompt, encode
-from helpers.merge import Row, check_device, objections, open_base, open_specialist, views
+from helpers.merge import (
+    Row,
+    check_device,
+    objections,
+    open_base,
+    open_specialist,
+    views,
+)
 from helpers.study.bench import Bench, head_of, load_base, specialist_key
 from helpers.study.models import model_folder
 from helpers.study.tasks import Task
@@ -45,7 +52,10 @@ class Panel:
     def of(self, labels: Sequence[str]) -> list[Row]:
         """The task vectors of some of the models."""
         places = [self.labels.index(label) for label in labels]
-        return [row._replace(taus=[row.taus[place] for place in places]) for row in self.rows]
+        return [
+            row._replace(taus=[row.taus[place] for place in places])
+            for row in self.rows
+        ]
 
 
 def labels_of(models: Sequence[str]) -> list[str]:
@@ -88,7 +98,9 @@ def open_panel(
     bench = Bench(*load_base(base, dtype, device), tasks={}, specialists=folders)
     sources = {label: open_specialist(path, label) for label, path in folders.items()}
     given = [(label, folders[label], source) for label, source in sources.items()]
-    for reason in objections(stored, folder, given, "base" if bench.encoder else "merge"):
+    for reason in objections(
+        stored, folder, given, "base" if bench.encoder else "merge"
+    ):
         raise ValueError(reason)
     if bench.encoder:
         rows = bench.rows(folders)
@@ -136,7 +148,9 @@ def _panel(
         tuple(folders),
         rows,
         contents={label: specialist_key(folder) for label, folder in folders.items()},
-        inputs={x: encode(prompts[x], x, bench.tokenizer, encoder, limit) for x in folders},
+        inputs={
+            x: encode(prompts[x], x, bench.tokenizer, encoder, limit) for x in folders
+        },
         heads=heads,
         tokens=tokens,
         batch_size=16 if model.device.type == "cpu" else 64,

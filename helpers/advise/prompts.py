@@ -39,7 +39,9 @@ def read_prompts(file: Path) -> list[Prompt]:
     """
     file = Path(file).expanduser()
     if not file.is_file():
-        raise ValueError(f"there is no file of prompts {file}: name a .txt or .jsonl file")
+        raise ValueError(
+            f"there is no file of prompts {file}: name a .txt or .jsonl file"
+        )
     if file.suffix == ".json":
         raise ValueError(f"{file} is one JSON value: write .jsonl, an object a line")
     prompts = []
@@ -85,7 +87,9 @@ def _prompt(line: str, where: str) -> Prompt:
         return text.strip()
     if isinstance(chat, list) and chat and all(map(_is_message, chat)):
         return chat
-    raise ValueError(f'{where}: an object needs "prompt", "text" or "messages" (of a chat)')
+    raise ValueError(
+        f'{where}: an object needs "prompt", "text" or "messages" (of a chat)'
+    )
 
 
 def _is_message(message: Any) -> bool:
@@ -101,7 +105,9 @@ def encode(
     """
     chats = any(not isinstance(prompt, str) for prompt in prompts)
     if chats and not tokenizer.chat_template:
-        raise ValueError(f"prompts of {label} are chats, but the base has no chat template")
+        raise ValueError(
+            f"prompts of {label} are chats, but the base has no chat template"
+        )
     read = (_token_ids(prompt, tokenizer, encoder) for prompt in prompts)
     encoded = [ids for ids in read if 0 < len(ids) <= limit]
     if len(encoded) < FEWEST:
@@ -116,5 +122,7 @@ def _token_ids(prompt: Prompt, tokenizer: Any, encoder: bool) -> list[int]:
     if isinstance(prompt, str):
         read = encode_input if encoder else encode_prompt
         return read(tokenizer, prompt)
-    chat = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    chat = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_dict=True
+    )
     return chat["input_ids"]

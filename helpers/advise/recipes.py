@@ -21,7 +21,9 @@ def command(merge: Merge, base: str, sources: Mapping[str, str], out: str) -> st
     return shlex.join([*words, "--out", out])
 
 
-def mergekit(merge: Merge, base: str, sources: Mapping[str, str], adapters: set[str]) -> str:
+def mergekit(
+    merge: Merge, base: str, sources: Mapping[str, str], adapters: set[str]
+) -> str:
     """The same merge as a mergekit configuration; adapters: the models that are no checkpoints.
 
     Averaging is stated as task arithmetic at weights of sum 1: the same model, and mergekit's

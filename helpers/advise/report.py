@@ -26,14 +26,18 @@ def sentence(advice: Advice) -> str:
         if merge["verdict"] == "safe":
             least = min(row["least"] for row in merge["kept"])
             how = f"by {how_of(merge)}"
-            parts.append(f"merge {_list(merge['models'])} {how}: each keeps at least {least:.0%}")
+            parts.append(
+                f"merge {_list(merge['models'])} {how}: each keeps at least {least:.0%}"
+            )
     by_decision = advice.models.groupby("decision")["model"].agg(list)
     if "leave out" in by_decision:
         parts.append(f"leave out {_list(by_decision['leave out'])}")
     if "keep apart" in by_decision:
         parts.append(f"do not merge {_list(by_decision['keep apart'])}")
     if "abstain" in by_decision:
-        parts.append(f"it cannot tell for {_list(by_decision['abstain'])}{_more(advice)}")
+        parts.append(
+            f"it cannot tell for {_list(by_decision['abstain'])}{_more(advice)}"
+        )
     if advice.spent:
         parts.append("the budget ended the search: the same command goes on")
     text = "; ".join(parts)
@@ -46,7 +50,8 @@ def _more(advice: Advice) -> str:
     wanted = max((merge["more_prompts"] for merge in undecided), default=0)
     if wanted > MANY:
         return (
-            f" (answers kept lie close to the {advice.keep:.0%} asked: another --keep settles it)"
+            f" (answers kept lie close to the {advice.keep:.0%} asked: "
+            "another --keep settles it)"
         )
     return f" ({wanted:.0f} more prompts of each would settle it)" if wanted else ""
 
@@ -57,7 +62,9 @@ def how_of(merge: dict) -> str:
     if merge["scale"] != 1:
         words += f" at scale {merge['scale']:g}"
     if merge["weights"]:
-        words += f" at weights {', '.join(f'{weight:g}' for weight in merge['weights'])}"
+        words += (
+            f" at weights {', '.join(f'{weight:g}' for weight in merge['weights'])}"
+        )
     return words
 
 
@@ -72,7 +79,9 @@ def _list(names: Sequence[str]) -> str:
 
 def matrix(advice: Advice) -> list[list[dict | None]]:
     """Rows of cells, victims by partners in the order of the models; None where nothing is."""
-    cells = {(row["victim"], row["partner"]): row for row in advice.cells.to_dict("records")}
+    cells = {
+        (row["victim"], row["partner"]): row for row in advice.cells.to_dict("records")
+    }
     models = list(advice.sources)
     return [[cells.get((victim, partner)) for partner in models] for victim in models]
 
@@ -82,7 +91,9 @@ def matrix_text(advice: Advice) -> str:
     width = max(map(len, advice.sources))
     head = "".join(f"{number:>5}" for number in range(1, len(advice.sources) + 1))
     lines = [f"{'':{width + 4}}{head}"]
-    for number, (victim, row) in enumerate(zip(advice.sources, matrix(advice), strict=True), 1):
+    for number, (victim, row) in enumerate(
+        zip(advice.sources, matrix(advice), strict=True), 1
+    ):
         cells = "".join(map(_cell_text, row))
         lines.append(f"{number:>3} {victim:<{width}}{cells}")
     return "\n".join(lines)
@@ -103,10 +114,23 @@ def text(advice: Advice) -> str:
     parts += ["Answers kept in pairs by LA (%), rows: whose, columns: beside whom"]
     parts += ["d: lost by its dose alone, p: lost to the partner", matrix_text(advice)]
     for merge in advice.merges:
-        kept = [f"{row['model']} {row['kept']:.0%} [{row['least']:.0%}, " for row in merge["kept"]]
-        parts += ["", f"{merge['verdict']}: {' + '.join(merge['models'])} by {how_of(merge)}"]
-        parts += ["  " + "; ".join(f"{word}100%]" for word in kept), "  " + merge["command"]]
-    parts += ["", f"{len(advice.trials)} cells tried in {advice.minutes:.1f} minutes", "Limits"]
+        kept = [
+            f"{row['model']} {row['kept']:.0%} [{row['least']:.0%}, "
+            for row in merge["kept"]
+        ]
+        parts += [
+            "",
+            f"{merge['verdict']}: {' + '.join(merge['models'])} by {how_of(merge)}",
+        ]
+        parts += [
+            "  " + "; ".join(f"{word}100%]" for word in kept),
+            "  " + merge["command"],
+        ]
+    parts += [
+        "",
+        f"{len(advice.trials)} cells tried in {advice.minutes:.1f} minutes",
+        "Limits",
+    ]
     return "\n".join(parts + [f"- {limit}" for limit in advice.limits])
 
 

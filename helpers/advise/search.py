@@ -14,13 +14,19 @@ import pandas as pd
 
 from helpers.advise.merges import Merge, alone, retention
 
-VARIANTS = (("linear", 1.0), ("task_arithmetic", 1.0), ("task_arithmetic", 0.7), ("ties", 1.0))
+VARIANTS = (
+    ("linear", 1.0),
+    ("task_arithmetic", 1.0),
+    ("task_arithmetic", 0.7),
+    ("ties", 1.0),
+)
 HEAVIER = 1.5  # factor on the weight of a model that fails by its dose
 TRIES = 2  # of other weights
 PATIENCE = 3  # newcomers in a row that may fail before a group stops growing
 SLACK = 1e-9  # of rounding
 
-Measure = Callable[[Merge], pd.DataFrame]  # a trial's rows: model, prompt, kept, rise, dose
+# a trial's rows: model, prompt, kept, rise, dose
+Measure = Callable[[Merge], pd.DataFrame]
 
 
 class Search:

@@ -30,7 +30,9 @@ def measured(study: Study, rules: list[str]) -> pd.DataFrame:
     """
     losses = study.in_arm("default", 2)
     losses = losses[losses["rule"].isin(rules) & losses["loss"].notna()]
-    sizes = study.examples.groupby(["merge", "task"]).size().rename("size").reset_index()
+    sizes = (
+        study.examples.groupby(["merge", "task"]).size().rename("size").reset_index()
+    )
     losses = losses.merge(sizes, on=["merge", "task"], validate="one_to_one")
     losses["tests"] = (losses["size"] * losses["specialist"]).round().astype(int)
     return losses[[*CELL, "loss", "nll_loss", "tests"]]
@@ -121,7 +123,9 @@ def assurance(cells: pd.DataFrame) -> pd.DataFrame:
 def partners(values: Pairs) -> pd.Series:
     """Whom to merge a task with: a case for each task, an option for each partner."""
     ordered = product(values.tasks, repeat=2)
-    return _series({((task,), (task, other)): values.of(task, other) for task, other in ordered})
+    return _series(
+        {((task,), (task, other)): values.of(task, other) for task, other in ordered}
+    )
 
 
 def pools(values: Pairs, size: int = 4, most: int = 500, seed: int = 0) -> pd.Series:
@@ -179,7 +183,9 @@ def choose(
     return pd.concat(frames, ignore_index=True)
 
 
-def over_tasks(chosen: pd.DataFrame, column: str, units: Mapping[str, str]) -> stats.Interval:
+def over_tasks(
+    chosen: pd.DataFrame, column: str, units: Mapping[str, str]
+) -> stats.Interval:
     """Mean of a column over cases, with a 95 % jackknife interval over tasks or families.
 
     units: what is left out together, by task. Without a task go all cases that name it: cases that
@@ -203,6 +209,10 @@ def summary(chosen: pd.DataFrame, units: Mapping[str, str]) -> pd.DataFrame:
         row = {"criterion": criterion}
         for column in ("gain", "regret"):
             mean = over_tasks(group, column, units)
-            row |= {column: mean.value, f"{column}_low": mean.low, f"{column}_high": mean.high}
+            row |= {
+                column: mean.value,
+                f"{column}_low": mean.low,
+                f"{column}_high": mean.high,
+            }
         rows.append(row | {"cases": len(group), "tasks": len(units)})
     return pd.DataFrame(rows)

@@ -90,7 +90,11 @@ def _merges(losses: pd.DataFrame, prompts: dict, answers: dict) -> list[dict[str
         for task in of_task.index:
             examples = prompts[task].index if task in prompts else []
             said[task] = [answers.get((model, task, x), UNKNOWN) for x in examples]
-        merge = {"tasks": list(first["tasks"]), "rule": first["rule"], "arm": first["arm"]}
+        merge = {
+            "tasks": list(first["tasks"]),
+            "rule": first["rule"],
+            "arm": first["arm"],
+        }
         merge["score"] = _numbers(of_task["score"], 4)
         merge["loss"] = _numbers(of_task["loss"], 2)
         merge["answers"] = said
@@ -126,7 +130,16 @@ def framed(piece: str) -> str:
 
 # --- cards ---------------------------------------------------------------------------------------
 
-CARD = ("task", "merged with", "rule", "prompt", "right answer", "base", "specialist", "merge")
+CARD = (
+    "task",
+    "merged with",
+    "rule",
+    "prompt",
+    "right answer",
+    "base",
+    "specialist",
+    "merge",
+)
 
 
 def cards(study: Any, count: int = 3) -> pd.DataFrame:
@@ -167,7 +180,8 @@ def cards_html(frame: pd.DataFrame) -> str:
     shown = frame.copy()
     for column in frame.select_dtypes(exclude="number"):
         texts = [html.escape(text).replace("\n", "<br>") for text in frame[column]]
-        shown[column] = [text.replace("_", "_<wbr>") for text in texts]  # long names may break
+        # long names may break
+        shown[column] = [text.replace("_", "_<wbr>") for text in texts]
     table = shown.to_html(index=False, escape=False, border=0, justify="left")
     # notebooks align cells to the right, as for numbers
     return table.replace("<td>", '<td style="text-align: left; vertical-align: top">')

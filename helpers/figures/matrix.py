@@ -57,10 +57,18 @@ def heat_map(
     n = max(table.shape)
     own = np.array(table.index)[:, None] == np.array(table.columns)
     shown = table.astype(float).mask(own)
-    style = {"vmin": limits[0], "vmax": limits[1], "cmap": cmap, "square": True, "cbar": False}
+    style = {
+        "vmin": limits[0],
+        "vmax": limits[1],
+        "cmap": cmap,
+        "square": True,
+        "cbar": False,
+    }
     names = {"xticklabels": 1, "yticklabels": 1}
     numbers = {"annot": _numbers(shown.to_numpy(), fmt, large), "fmt": ""}
-    seaborn.heatmap(shown, annot_kws={"fontsize": 8}, ax=ax, **style, **names, **numbers)
+    seaborn.heatmap(
+        shown, annot_kws={"fontsize": 8}, ax=ax, **style, **names, **numbers
+    )
     if colorbar:
         ax.figure.colorbar(ax.collections[0], ax=ax, label=label, shrink=0.8)
     ax.set_facecolor(PALE)
@@ -82,7 +90,9 @@ def _numbers(values: NDArray, fmt: str, large: float) -> NDArray:
 def _frame(ax: Axes, where: NDArray, width: float) -> None:
     for i, j in np.argwhere(where):
         corner = (j + 0.04, i + 0.04)
-        ax.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=BLACK, lw=width))
+        ax.add_patch(
+            Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=BLACK, lw=width)
+        )
 
 
 def harm_maps(cells: pd.DataFrame, tasks: list[str]) -> Figure:

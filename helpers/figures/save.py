@@ -22,10 +22,14 @@ def style(
 ) -> None:
     """Apply the project's style and name the folder, notebook and parameters of later `save`s."""
     plt.style.use(STYLE)
-    _active.update(folder=folder and Path(folder), notebook=notebook, parameters=parameters)
+    _active.update(
+        folder=folder and Path(folder), notebook=notebook, parameters=parameters
+    )
 
 
-def save(fig: Figure, name: str, caption: str, alt: str, data: Mapping | None = None) -> Path:
+def save(
+    fig: Figure, name: str, caption: str, alt: str, data: Mapping | None = None
+) -> Path:
     """Write `name`.png (200 dpi) and its sidecar `name`.json; return the PNG's path.
 
     `caption` names what intervals mean (what, level, n, resampling unit); `alt` says in words what

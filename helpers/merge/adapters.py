@@ -26,7 +26,8 @@ UNMERGEABLE = {
     "kasa_config": "its change is not B A",
     "monteclora_config": "its change is not B A",
 }
-PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # leave the base as it is
+# leave the base as it is
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 PREFIX = "base_model.model."
 WRAPPER = re.compile(r"\.(base_layer|modules_to_save)\.")
 KINDS = {  # of an adapter's tensors, by their names below a module's
@@ -59,7 +60,9 @@ def is_adapter(folder: Path) -> bool:
         return False
     for name in (INDEX, "model.safetensors"):
         if (folder / name).is_file():
-            raise ValueError(f"{folder} holds an adapter_config.json and a {name}: move one away")
+            raise ValueError(
+                f"{folder} holds an adapter_config.json and a {name}: move one away"
+            )
     return True
 
 
@@ -73,19 +76,32 @@ def read_adapter(folder: Path) -> Adapter:
     if alone := parts["A"].keys() ^ parts["B"].keys():
         raise ValueError(f"{file} is incomplete: one factor of {min(alone)} is missing")
     if alone := (parts["bias"].keys() | parts["magnitude"].keys()) - parts["A"].keys():
-        raise ValueError(f"{file} is incomplete: the factors of {min(alone)} are missing")
-    if parts["magnitude"].keys() != (parts["A"].keys() if config.get("use_dora") else set()):
-        raise ValueError(f"{file} must hold a magnitude for each matrix with use_dora, else none")
+        raise ValueError(
+            f"{file} is incomplete: the factors of {min(alone)} are missing"
+        )
+    if parts["magnitude"].keys() != (
+        parts["A"].keys() if config.get("use_dora") else set()
+    ):
+        raise ValueError(
+            f"{file} must hold a magnitude for each matrix with use_dora, else none"
+        )
     factors = {}
     for module, A in sorted(parts["A"].items()):
-        factors[f"{module}.weight"] = _factors(file, config, module, A, parts["B"][module])
+        factors[f"{module}.weight"] = _factors(
+            file, config, module, A, parts["B"][module]
+        )
     biases = {}
     for module, bias in parts["bias"].items():
         biases[f"{module}.bias"] = bias * factors[f"{module}.weight"].scaling
     tokens = {}
     for module, rows in parts["tokens"].items():
-        tokens[f"{module}.weight"] = (_token_numbers(folder, config, module, rows), rows)
-    magnitudes = {f"{module}.weight": x.flatten() for module, x in parts["magnitude"].items()}
+        tokens[f"{module}.weight"] = (
+            _token_numbers(folder, config, module, rows),
+            rows,
+        )
+    magnitudes = {
+        f"{module}.weight": x.flatten() for module, x in parts["magnitude"].items()
+    }
     modules = parts["A"] if config.get("fan_in_fan_out") else parts["embedding"]
     transposed = frozenset(f"{module}.weight" for module in modules)
     factors |= {name: turned(factors[name]) for name in transposed}
@@ -100,10 +116,14 @@ def _parts(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]
     tensors = read_file(file)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        kinds = {kind: re.fullmatch(rf"(.+)\.{end}", name) for kind, end in KINDS.items()}
+        kinds = {
+            kind: re.fullmatch(rf"(.+)\.{end}", name) for kind, end in KINDS.items()
+        }
         found = {kind: match[1] for kind, match in kinds.items() if match}
         if found and tensor.dtype not in FLOATS:
-            raise ValueError(f"{file} holds {key} as {tensor.dtype}: convert it to float32")
+            raise ValueError(
+                f"{file} holds {key} as {tensor.dtype}: convert it to float32"
+            )
         for kind, module in found.items():
             parts[kind][module] = tensor.float()
         if found:
@@ -111,7 +131,9 @@ def _parts(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]
         if "lora_" in name or name == key:
             raise ValueError(f"{file} holds {key}, which is no part of a LoRA adapter")
         plain = WRAPPER.sub(".", name)  # of a layer that PEFT has wrapped
-        if ".original_module." not in name and (plain == name or PREFIX + plain not in tensors):
+        if ".original_module." not in name and (
+            plain == name or PREFIX + plain not in tensors
+        ):
             saved[plain] = tensor
     return parts, saved
 
@@ -128,10 +150,14 @@ def _config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     start = config.get("init_lora_weights", True)
     if kind != "LORA":
-        raise ValueError(f"{folder} is a {kind} adapter: only LORA can be merged exactly")
+        raise ValueError(
+            f"{folder} is a {kind} adapter: only LORA can be merged exactly"
+        )
     for option, reason in UNMERGEABLE.items():
         if config.get(option) not in (None, False, "none", [], {}):
-            raise ValueError(f"{folder} uses {option}: {reason}; merge it into its base first")
+            raise ValueError(
+                f"{folder} uses {option}: {reason}; merge it into its base first"
+            )
     if start not in PLAIN_STARTS:
         raise ValueError(
             f"{folder} has init_lora_weights={start!r}, which changes the base: convert it to plain"
@@ -145,7 +171,9 @@ def _config(folder: Path) -> dict[str, Any]:
             _check_pattern(file, pattern)
     for key in ("r", "lora_alpha"):
         if not _is_size(config.get(key)):
-            raise ValueError(f"{file}: {key} must be a number above zero, not {config.get(key)!r}")
+            raise ValueError(
+                f"{file}: {key} must be a number above zero, not {config.get(key)!r}"
+            )
     return config
 
 
@@ -153,7 +181,9 @@ def _check_pattern(file: Path, pattern: str) -> None:
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{file}: {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(
+            f"{file}: {pattern!r} is no regular expression: {error}"
+        ) from error
 
 
 def _is_size(value: Any) -> bool:
@@ -170,7 +200,9 @@ def _factors(file: Path, config: dict, module: str, A: Tensor, B: Tensor) -> Fac
     rank = _pattern(config, "r", "rank_pattern", module)
     alpha = _pattern(config, "lora_alpha", "alpha_pattern", module)
     if not A.shape[0] == B.shape[1] == rank:
-        raise ValueError(f"{file}: {module} is not of rank {rank}, as adapter_config.json says")
+        raise ValueError(
+            f"{file}: {module} is not of rank {rank}, as adapter_config.json says"
+        )
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
     return Factors(alpha / divisor, B, A)
 
@@ -190,8 +222,14 @@ def _token_numbers(folder: Path, config: dict, module: str, rows: Tensor) -> Ten
     if isinstance(stated, dict):
         endings = [key for key in stated if f".{module}".endswith(f".{key}")]
         stated = stated[endings[0]] if endings else None
-    if not isinstance(stated, list) or not all(type(x) is int and 0 <= x < 2**31 for x in stated):
-        raise ValueError(f"{file}: trainable_token_indices does not list the tokens of {module}")
+    if not isinstance(stated, list) or not all(
+        type(x) is int and 0 <= x < 2**31 for x in stated
+    ):
+        raise ValueError(
+            f"{file}: trainable_token_indices does not list the tokens of {module}"
+        )
     if rows.ndim != 2 or len(stated) != len(rows):
-        raise ValueError(f"{file} lists {len(stated)} tokens of {module}, its weights hold others")
+        raise ValueError(
+            f"{file} lists {len(stated)} tokens of {module}, its weights hold others"
+        )
     return torch.tensor(stated, dtype=torch.long)

@@ -31,7 +31,8 @@ class Anatomy(NamedTuple):
     ties: Mapping[str, str]  # a copy's name -> the name of the tensor that it is
     recomputed: frozenset[str]  # buffers that no file needs to hold
     ignored: tuple[str, ...]  # patterns of names in files that are not loaded
-    transposed: Mapping[str, bool]  # a weight's name -> whether it is stored (in, out) for LoRA
+    # a weight's name -> whether it is stored (in, out) for LoRA
+    transposed: Mapping[str, bool]
     vocabulary: frozenset[str]  # tensors with a row for each token
     settings: Mapping[str, Any]  # the configuration, as the class reads it
     renamings: Sequence[Any]  # transformers' own, of names in older files
@@ -48,7 +49,11 @@ class Anatomy(NamedTuple):
         return self._known(renamed) or name
 
     def _known(self, name: str) -> str | None:
-        for candidate in (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")):
+        for candidate in (
+            name,
+            f"{self.prefix}.{name}",
+            name.removeprefix(f"{self.prefix}."),
+        ):
             if candidate in self.names or candidate in self.recomputed:
                 return candidate
         return None
@@ -68,14 +73,21 @@ def anatomy(folder: Path) -> Anatomy | None:
     """
     config = config_of(folder)
     architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures or "model_type" not in config:
+    if (
+        not isinstance(architectures, list)
+        or not architectures
+        or "model_type" not in config
+    ):
         return None
     file = folder / "config.json"
     text, architecture = read_text(file), str(architectures[0])
     try:
         return _anatomy(text, architecture)
-    except Exception as error:  # whatever a class makes of a configuration that it cannot take
-        raise ValueError(f"{file} describes no {architecture}: {one_line(error)}") from error
+    except Exception as error:
+        # whatever a class makes of a configuration that it cannot take
+        raise ValueError(
+            f"{file} describes no {architecture}: {one_line(error)}"
+        ) from error
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -86,7 +98,8 @@ def config_of(folder: Path) -> dict[str, Any]:
 @lru_cache
 def _anatomy(text: str, architecture: str) -> Anatomy | None:
     """The anatomy by a configuration's text, which many models share."""
-    import transformers  # seconds and 0.2 GB: not for folders that say nothing of a class
+    # seconds and 0.2 GB: not for folders that say nothing of a class
+    import transformers
 
     model_class = getattr(transformers, architecture, None)
     config_class = getattr(model_class, "config_class", None)
@@ -147,7 +160,9 @@ def _vocabulary(model: torch.nn.Module) -> list[str]:
     for layer in (model.get_input_embeddings, model.get_output_embeddings):
         with suppress(NotImplementedError):  # a model of no text
             ends.append(layer())
-    shared = {id(x) for end in ends if end is not None for x in end.parameters(recurse=False)}
+    shared = {
+        id(x) for end in ends if end is not None for x in end.parameters(recurse=False)
+    }
     parameters = model.named_parameters(remove_duplicate=False)
     return [name for name, parameter in parameters if id(parameter) in shared]
 
@@ -174,7 +189,9 @@ def as_loaded(
             filed[loaded] = name
     for copy, original in body.ties.items():
         tensor = tensors.get(copy)
-        if tensor is not None and torch.equal(tensors.setdefault(original, tensor), tensor):
+        if tensor is not None and torch.equal(
+            tensors.setdefault(original, tensor), tensor
+        ):
             del tensors[copy]
     return tensors, filed
 
@@ -199,5 +216,7 @@ def depths(names: Sequence[str], layers: int, after: float = 1.0) -> dict[str, f
         if match:
             deep[name] = min(int(match[1]) / (layers - 1), 1.0) if layers > 1 else 1.0
         else:
-            deep[name] = 0.0 if re.search(r"embed|(^|\.)wte\.|(^|\.)shared\.", name) else after
+            deep[name] = (
+                0.0 if re.search(r"embed|(^|\.)wte\.|(^|\.)shared\.", name) else after
+            )
     return deep

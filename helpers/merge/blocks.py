@@ -52,7 +52,9 @@ class Block(NamedTuple):
     offset: int
 
 
-def row_blocks(shape: torch.Size, device: str | torch.device = "cpu") -> Iterator[Block]:
+def row_blocks(
+    shape: torch.Size, device: str | torch.device = "cpu"
+) -> Iterator[Block]:
     """Blocks of rows that stay in cache.
 
     The split depends on the shape alone, and every block but the last has an even number of
@@ -72,7 +74,8 @@ def row_blocks(shape: torch.Size, device: str | torch.device = "cpu") -> Iterato
 
 # Rules that work block by block ------------------------------------------------------------------
 
-Kernel = Callable[[list[Tensor], Block], Tensor]  # blocks of the task vectors -> block of the delta
+# blocks of the task vectors -> block of the delta
+Kernel = Callable[[list[Tensor], Block], Tensor]
 
 
 def in_blocks(

@@ -43,7 +43,9 @@ def model_card(recipe: Recipe, report: Report, name: str) -> str:
     for model, weight, dose in zip(models, weights, report.own, strict=True):
         number = "by tensor" if isinstance(weight, list) else f"{weight:g}"
         table.append(f"| {model} | {number} | {dose_text(dose)} |")
-    rounded = f", measured in the file, which holds {report.left:.1%} of the merged change"
+    rounded = (
+        f", measured in the file, which holds {report.left:.1%} of the merged change"
+    )
     plain = f" {report.plain} tensors that are no matrices took the plain mean."
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
@@ -87,7 +89,11 @@ def provenance(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
         installed = version("merging-collapse")
     except PackageNotFoundError:  # a checkout that nobody installed
         installed = "unknown"
-    return {"merging_collapse": installed, "recipe": as_stated(recipe), "inputs": inputs}
+    return {
+        "merging_collapse": installed,
+        "recipe": as_stated(recipe),
+        "inputs": inputs,
+    }
 
 
 def dose_text(dose: float | None) -> str:

@@ -38,7 +38,9 @@ def main(argv: list[str], folder_of: Callable[[str], Path] = Path) -> None:
         return path if list(path.glob("*.safetensors*")) else folder_of(model)
 
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        report = merge_to_folder(recipe, arguments.out, arguments.device, found, arguments.force)
+        report = merge_to_folder(
+            recipe, arguments.out, arguments.device, found, arguments.force
+        )
         _print_report(recipe, report)
         print(f"written to {arguments.out}")
     if arguments.json:
@@ -46,12 +48,16 @@ def main(argv: list[str], folder_of: Callable[[str], Path] = Path) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    given = {
+        name: value for name, value in vars(arguments).items() if value is not None
+    }
     options = {name: given.pop(name) for name in _options() if name in given}
     stated = {name: given[name] for name in given if name in Recipe._fields}
     if arguments.mergekit or arguments.recipe:
         if options or STATED & stated.keys():
-            raise ValueError("the file states models, weights, scale and options: leave them out")
+            raise ValueError(
+                "the file states models, weights, scale and options: leave them out"
+            )
         read = read_mergekit if arguments.mergekit else read_recipe
         recipe = read(arguments.mergekit or arguments.recipe)._replace(**stated)
     elif not {"base", "models"} <= stated.keys():
@@ -66,7 +72,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 def _expanded(model: str) -> str:
-    return os.path.expanduser(model)  # unlike pathlib's it leaves an unknown user's name as it is
+    # unlike pathlib's it leaves an unknown user's name as it is
+    return os.path.expanduser(model)
 
 
 def _path(text: str) -> Path:
@@ -88,7 +95,9 @@ def _print_report(recipe: Recipe, report: Report) -> None:
     if report.plain:
         print(f"note: {report.plain} tensors that are no matrices took the plain mean")
     if RULES[recipe.rule].random:
-        print("note: the masks follow the order of the models: another order draws others")
+        print(
+            "note: the masks follow the order of the models: another order draws others"
+        )
     if report.is_rounded and report.left < KEPT:
         print(
             f"warning: rounding left {report.left:.1%} of the change in the file: --dtype float32 "
@@ -98,26 +107,51 @@ def _print_report(recipe: Recipe, report: Report) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     description = "Merge adapters or checkpoints of one base model into a folder."
-    parser = argparse.ArgumentParser(prog="python -m helpers merge", description=description)
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers merge", description=description
+    )
     # argparse takes -1e-3 for a flag before Python 3.14
     parser._negative_number_matcher = re.compile(r"-\.?\d.*")
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--rule", "--method", dest="rule", choices=list(RULES))
-    what.add_argument("--mergekit", type=_path, metavar="CONFIG", help="a mergekit configuration")
-    what.add_argument("--recipe", type=_path, metavar="FILE", help="the card of a merge, or YAML")
-    add("--base", help="the base model: a folder, or a name on the hub, org/name@revision")
+    what.add_argument(
+        "--mergekit", type=_path, metavar="CONFIG", help="a mergekit configuration"
+    )
+    what.add_argument(
+        "--recipe", type=_path, metavar="FILE", help="the card of a merge, or YAML"
+    )
+    add(
+        "--base",
+        help="the base model: a folder, or a name on the hub, org/name@revision",
+    )
     add("--models", nargs="+", action="extend", help="adapters or checkpoints of it")
     add("--weights", nargs="+", action="extend", type=float, help="one per model")
     add("--scale", type=float, help="factor on the merged change")
     add("--match", choices=MATCHES, help="find the scale that gives it")
-    add("--svc", type=float, nargs="?", const=1.0, metavar="ALPHA", help="calibrate the spectrum")
-    add("--lines", type=float, nargs=2, metavar=("ALPHA", "BETA"), help="scale by depth (LiNeS)")
+    add(
+        "--svc",
+        type=float,
+        nargs="?",
+        const=1.0,
+        metavar="ALPHA",
+        help="calibrate the spectrum",
+    )
+    add(
+        "--lines",
+        type=float,
+        nargs=2,
+        metavar=("ALPHA", "BETA"),
+        help="scale by depth (LiNeS)",
+    )
     add("--seed", type=int, help="of DARE's masks")
     add("--dtype", choices=list(DTYPES), help="of the output; default: the base's")
     add("--round", choices=MODES, help="how, where the dtype is coarse")
     add("--heads", choices=HEADS, help="base: leave them as the base has them")
-    add("--tokenizer", help="whose tokens, matched by token: base, union or one of the models")
+    add(
+        "--tokenizer",
+        help="whose tokens, matched by token: base, union or one of the models",
+    )
     add("--force", action="store_true", help="merge what seems to mean nothing")
     add("--json", action="store_true", help="print the whole report, and nothing else")
     add("--out", type=_path, required=True, help="a folder that does not exist yet")

@@ -14,7 +14,11 @@ from helpers.merge.shards import Layout, bytes_of
 
 
 def working_memory(
-    rule: str, shapes: Collection[torch.Size], models: int = 8, svc: bool = False, threads: int = 1
+    rule: str,
+    shapes: Collection[torch.Size],
+    models: int = 8,
+    svc: bool = False,
+    threads: int = 1,
 ) -> int:
     """Bytes that a merge holds at its peak beside Python, torch and memory-mapped files.
 
@@ -22,7 +26,8 @@ def working_memory(
     """
     blocks = 4 * (16 + models) * BLOCK["cpu"]
     for shape in shapes:
-        if len(shape) > 1 and 2 * shape[1:].numel() > BLOCK["cpu"]:  # a block is two whole rows
+        # a block is two whole rows
+        if len(shape) > 1 and 2 * shape[1:].numel() > BLOCK["cpu"]:
             rows = min(shape[0], 2) * shape[1:].numel()
             blocks = max(blocks, 4 * (8 + models) * rows)
     entry = max(RULES[rule].memory, 28 if svc else 0)
@@ -33,10 +38,13 @@ def working_memory(
 
 def print_cost(recipe: Recipe, like: Layout, place: Path, threads: int) -> None:
     process = psutil.Process().memory_info()
-    held = process.rss - getattr(process, "shared", 0)  # by Python and torch; not mapped files
+    # by Python and torch; not mapped files
+    held = process.rss - getattr(process, "shared", 0)
     shapes = [shape for _, shape in like.values()]
     svc = recipe.svc is not None
-    memory = held + working_memory(recipe.rule, shapes, len(recipe.models), svc, threads)
+    memory = held + working_memory(
+        recipe.rule, shapes, len(recipe.models), svc, threads
+    )
     disk = sum(map(bytes_of, like.values()))
     free = shutil.disk_usage(place).free
     print(
@@ -44,4 +52,6 @@ def print_cost(recipe: Recipe, like: Layout, place: Path, threads: int) -> None:
         f"({free / GB:.0f} GB free), {memory / GB:.2f} GB of memory ({held / GB:.2f} GB held now)"
     )
     if disk > free:
-        raise ValueError(f"{place} has {free / GB:.1f} GB free, the merge needs {disk / GB:.1f} GB")
+        raise ValueError(
+            f"{place} has {free / GB:.1f} GB free, the merge needs {disk / GB:.1f} GB"
+        )

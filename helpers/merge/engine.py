@@ -27,7 +27,8 @@ from helpers.merge.vectors import Row
 
 Rows = Sequence[Row] | Callable[[], Iterable[Row]]
 MATCHES = ("norm", "dose")
-CANCELLED = 1e-5  # of a task vector's length: a shorter merge is what rounding leaves of nothing
+# of a task vector's length: a shorter merge is what rounding leaves of nothing
+CANCELLED = 1e-5
 
 
 def merge(
@@ -86,7 +87,9 @@ def merge_tensors(
     if chosen.options.get("scope") == "model":
         n = len(chosen.labels)
         densities = rules.each(chosen.options["density"], n)
-        cuts = model_cuts(lambda: (row.taus for row in passes()), densities, chosen.entries)
+        cuts = model_cuts(
+            lambda: (row.taus for row in passes()), densities, chosen.entries
+        )
         chosen = chosen._replace(cuts=cuts)
     if chosen.lines is not None and chosen.depths is None:
         names = [row.name for row in passes()]
@@ -96,7 +99,8 @@ def merge_tensors(
         position, row = item
         return _merge_tensor(row, chosen, position, grid_of(row.name))
 
-    items = enumerate(passes())  # no name here or in `_in_order` holds on to what is given
+    # no name here or in `_in_order` holds on to what is given
+    items = enumerate(passes())
     yield from map(merged, items) if threads < 2 else _in_order(merged, items, threads)
 
 
@@ -106,7 +110,9 @@ def _in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
     A block of a tensor is too small to share, so each thread has a tensor of its own, and one more
     waits.
     """
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(
+        threads, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         begun: deque[Future] = deque()
         for item in items:
             begun.append(pool.submit(work, item))
@@ -118,7 +124,9 @@ def _in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
 
 def _passes(rows: Rows) -> Callable[[], Iterable[Row]]:
     if isinstance(rows, Iterator):
-        raise ValueError("rows must be a list or a function that gives them anew, not an iterator")
+        raise ValueError(
+            "rows must be a list or a function that gives them anew, not an iterator"
+        )
     return rows if callable(rows) else lambda: rows
 
 
@@ -126,7 +134,9 @@ def _merge_tensor(
     row: Row, chosen: MergePlan, position: int, grid: Grid | None
 ) -> tuple[Row, Tensor, dict[str, Any]]:
     if len(row.taus) != len(chosen.labels):
-        raise ValueError(f"{row.name}: {len(row.taus)} models for {len(chosen.labels)} labels")
+        raise ValueError(
+            f"{row.name}: {len(row.taus)} models for {len(chosen.labels)} labels"
+        )
     chosen = chosen.at(row.name)
     contract = RULES[chosen.rule]
     formula = contract.formula
@@ -151,13 +161,19 @@ def _merge_tensor(
 
     kernel = kernel_of(formula, row.taus, chosen.weights, **chosen.options | arguments)
     result = in_blocks(kernel, row.taus, finish)
-    _check_finite(row, [*chosen.labels, "the merge"], tally.products[: models + 1, : models + 1])
+    _check_finite(
+        row, [*chosen.labels, "the merge"], tally.products[: models + 1, : models + 1]
+    )
     if not np.isfinite(tally.products).all():
-        raise ValueError(f"{row.name}: the merge overflows {grid.dtype}: write it in bfloat16")
+        raise ValueError(
+            f"{row.name}: the merge overflows {grid.dtype}: write it in bfloat16"
+        )
     return row, result, tally.record(row.name, position) | notes
 
 
-def _calibrated(formula: Callable, alpha: float, taus: Taus, weights: Sequence[float], **options):
+def _calibrated(
+    formula: Callable, alpha: float, taus: Taus, weights: Sequence[float], **options
+):
     return svc_of(formula(taus, weights, **options), taus, alpha)
 
 
@@ -193,13 +209,17 @@ def match_factor(report: Report, match: str) -> float:
     now = report.effective_scale if match == "norm" else report.as_row()["own_mean"]
     asked = abs(scale) if match == "norm" else scale
     if report.effective_scale <= CANCELLED * abs(scale) or not now or asked / now <= 0:
-        raise ValueError(f"{report.plan.rule} cannot be matched by {match}: its {match} is {now}")
+        raise ValueError(
+            f"{report.plan.rule} cannot be matched by {match}: its {match} is {now}"
+        )
     return asked / now
 
 
 def dose(rows: Rows, i: int, a: float) -> dict[str, Tensor]:
     """The delta a * tau_i: model i alone at dose a."""
-    return {row.name: rules.task_arithmetic([row.taus[i]], [a]) for row in _passes(rows)()}
+    return {
+        row.name: rules.task_arithmetic([row.taus[i]], [a]) for row in _passes(rows)()
+    }
 
 
 # Another grid ------------------------------------------------------------------------------------
@@ -223,7 +243,8 @@ def rounded(
         if not tensor.is_floating_point():
             continue
         full = tensor.detach().float()
-        if name in delta:  # the model may live on a GPU and the merge have been streamed on the CPU
+        # the model may live on a GPU and the merge have been streamed on the CPU
+        if name in delta:
             full = full.to(delta[name].device)
         on_grid = Grid(dtype)(full).float()
         change = on_grid - full

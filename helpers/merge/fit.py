@@ -13,7 +13,9 @@ from helpers.merge.weights import FLOATS
 HEADS = ("merge", "base")
 
 
-def check(base: Source, specialists: Sequence[Source], heads: str = "merge") -> list[Source]:
+def check(
+    base: Source, specialists: Sequence[Source], heads: str = "merge"
+) -> list[Source]:
     """The specialists as they are merged: under the base's names, of its shapes.
 
     heads: "merge" compares and merges what lies outside the body like all else, "base" leaves it
@@ -56,7 +58,9 @@ def _is_apart(base: Source, specialist: Source, copy: str, original: str) -> boo
     return len(pair) == 2 and not equal(*reversed(pair))
 
 
-def named(base: Source, specialists: Sequence[Source], heads: str = "merge") -> list[Source]:
+def named(
+    base: Source, specialists: Sequence[Source], heads: str = "merge"
+) -> list[Source]:
     """The specialists with their tensors under the base's names (`check`), shapes as they are."""
     labels = [s.label for s in specialists]
     if len(set(labels)) != len(labels):
@@ -74,7 +78,9 @@ def named(base: Source, specialists: Sequence[Source], heads: str = "merge") -> 
         else:
             specialist = _checkpoint_names(base, specialist)
             if skipped is not None:
-                body = {name: x for name, x in specialist.tensors.items() if name in merged}
+                body = {
+                    name: x for name, x in specialist.tensors.items() if name in merged
+                }
                 specialist = specialist._replace(tensors=body)
             _check_names(who, base, merged, specialist)
         under_base_names.append(specialist)
@@ -99,7 +105,9 @@ def fitted(base: Source, specialists: Sequence[Source]) -> list[Source]:
 def _body(base: Source) -> set[str]:
     """The names of the base's body, below its head if it has one."""
     if base.anatomy is None:
-        raise ValueError("which tensors are heads is known of models that transformers knows only")
+        raise ValueError(
+            "which tensors are heads is known of models that transformers knows only"
+        )
     names = base.tensors.keys() - base.recomputed
     inside = {name for name in names if name.startswith(f"{base.anatomy.prefix}.")}
     return inside or set(names)
@@ -116,7 +124,9 @@ def _check_plain(who: str, source: Source) -> None:
                 "transformers, dequantize() and save it, or take the model that it was made of"
             )
         if tensor.is_floating_point():
-            raise ValueError(f"{who} stores {name} as {tensor.dtype}: convert it to bfloat16")
+            raise ValueError(
+                f"{who} stores {name} as {tensor.dtype}: convert it to bfloat16"
+            )
 
 
 def _check_bases(base: Source, specialists: Sequence[Source]) -> None:
@@ -181,11 +191,14 @@ def _remedy(base: Source, name: str) -> str:
     return " (is it made of this base?)"
 
 
-def _adapter_names(who: str, base: Source, specialist: Source, skipped: set[str] | None) -> Source:
+def _adapter_names(
+    who: str, base: Source, specialist: Source, skipped: set[str] | None
+) -> Source:
     """An adapter's parts under the base's names, turned as the base's layers store them."""
     adapter, body = specialist.adapter, base.anatomy
     loaded = body.loaded if body else str
-    turns = body.transposed if body else {}  # what the class says goes before an adapter's flag
+    # what the class says goes before an adapter's flag
+    turns = body.transposed if body else {}
     parts = {}
     for field in ("factors", "saved", "magnitudes", "tokens", "biases"):
         parts[field] = {}
@@ -193,7 +206,11 @@ def _adapter_names(who: str, base: Source, specialist: Source, skipped: set[str]
             base_name = loaded(name)
             if skipped is not None and _is_head(base, base_name, skipped):
                 continue
-            if field == "saved" and body and base_name in body.ties.keys() - base.tensors.keys():
+            if (
+                field == "saved"
+                and body
+                and base_name in body.ties.keys() - base.tensors.keys()
+            ):
                 continue  # equal to the original (`untied`)
             _check_known(who, base, base_name)
             parts[field][base_name] = value
@@ -202,7 +219,9 @@ def _adapter_names(who: str, base: Source, specialist: Source, skipped: set[str]
     for name in stored ^ (flipped & parts["factors"].keys()):
         parts["factors"][name] = turned(parts["factors"][name])
     adapter = adapter._replace(**parts, transposed=frozenset(stored))
-    return specialist._replace(tensors=adapter.saved, factors=adapter.factors, adapter=adapter)
+    return specialist._replace(
+        tensors=adapter.saved, factors=adapter.factors, adapter=adapter
+    )
 
 
 def _is_head(base: Source, name: str, skipped: set[str]) -> bool:
@@ -213,7 +232,9 @@ def _check_known(who: str, base: Source, name: str) -> None:
     if name in base.tensors:
         return
     if base.anatomy is not None and name in base.anatomy.ties:
-        raise ValueError(f"{who} adapts {name}, which the base ties to {base.anatomy.ties[name]}")
+        raise ValueError(
+            f"{who} adapts {name}, which the base ties to {base.anatomy.ties[name]}"
+        )
     raise ValueError(f"{who} adapts {name}: the base lacks it{_remedy(base, name)}")
 
 
@@ -225,20 +246,28 @@ def _check_tensors(who: str, base: Source, specialist: Source) -> None:
         original = base.tensors[name]
         _check_shape(who, base, name, tensor.shape)
         if original.is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{who}: {name} is {tensor.dtype}, in the base {original.dtype}")
+            raise ValueError(
+                f"{who}: {name} is {tensor.dtype}, in the base {original.dtype}"
+            )
         if not original.is_floating_point() and not equal(original, tensor):
-            raise ValueError(f"{who}: {name} is not floating-point and differs from the base's")
+            raise ValueError(
+                f"{who}: {name} is not floating-point and differs from the base's"
+            )
 
 
 def _check_shape(who: str, base: Source, name: str, shape: Sequence[int]) -> None:
     expected = tuple(base.tensors[name].shape)
     if tuple(shape) != expected:
         remedy = _remedy(base, name)
-        raise ValueError(f"{who}: {name} is {tuple(shape)}, in the base {expected}{remedy}")
+        raise ValueError(
+            f"{who}: {name} is {tuple(shape)}, in the base {expected}{remedy}"
+        )
 
 
 def _check_adapter(who: str, base: Source, adapter: Adapter) -> None:
-    shapes = {name: (B.shape[0], A.shape[1]) for name, (_, B, A) in adapter.factors.items()}
+    shapes = {
+        name: (B.shape[0], A.shape[1]) for name, (_, B, A) in adapter.factors.items()
+    }
     shapes |= {name: tensor.shape for name, tensor in adapter.biases.items()}
     for name, shape in shapes.items():
         _check_shape(who, base, name, shape)
@@ -250,8 +279,12 @@ def _check_adapter(who: str, base: Source, adapter: Adapter) -> None:
     for name, magnitude in adapter.magnitudes.items():
         outs = base.tensors[name].shape[int(name in adapter.transposed)]
         if magnitude.shape != (outs,):
-            raise ValueError(f"{who}: the magnitudes of {name} are {len(magnitude)}, not {outs}")
+            raise ValueError(
+                f"{who}: the magnitudes of {name} are {len(magnitude)}, not {outs}"
+            )
     for name, (numbers, values) in adapter.tokens.items():
         rows, width = base.tensors[name].shape
         if values.shape[1] != width or not bool((numbers < rows).all()):
-            raise ValueError(f"{who} trains tokens of {name} that the base does not have")
+            raise ValueError(
+                f"{who} trains tokens of {name} that the base does not have"
+            )

@@ -97,7 +97,9 @@ def _open(recipe: Recipe, folder_of: Callable[[str], Path], force: bool) -> Inpu
     models = fitted(whole, models)
     seen = list(zip(names, folders[1:], models, strict=True))
     by_token = recipe.tokenizer is not None
-    for reason in surroundings.objections(whole, folders[0], seen, recipe.heads, by_token):
+    for reason in surroundings.objections(
+        whole, folders[0], seen, recipe.heads, by_token
+    ):
         if not force:
             raise ValueError(f"{reason} (--force merges all the same)")
         print(f"forced: {reason}")
@@ -106,16 +108,22 @@ def _open(recipe: Recipe, folder_of: Callable[[str], Path], force: bool) -> Inpu
     return Inputs(whole, models, folders, names, rows, tokenizer)
 
 
-def _tokenizer(recipe: Recipe, names: list[str], folders: list[Path]) -> str | int | None:
+def _tokenizer(
+    recipe: Recipe, names: list[str], folders: list[Path]
+) -> str | int | None:
     """Whose tokenizer the merge takes: as the recipe says, or the number of a folder."""
     if recipe.tokenizer in (None, "base", "union"):
         return recipe.tokenizer
     for i, pair in enumerate(zip(recipe.models, names, strict=True), 1):
         if recipe.tokenizer in pair:
             if not surroundings.belonging(folders[i], surroundings.TOKENIZER):
-                raise ValueError(f"{pair[1]} has no tokenizer that the merge could take")
+                raise ValueError(
+                    f"{pair[1]} has no tokenizer that the merge could take"
+                )
             return i
-    raise ValueError(f"--tokenizer {recipe.tokenizer} is neither base, union nor one of the models")
+    raise ValueError(
+        f"--tokenizer {recipe.tokenizer} is neither base, union nor one of the models"
+    )
 
 
 def plan_of(recipe: Recipe) -> MergePlan:
@@ -129,7 +137,10 @@ def plan_of(recipe: Recipe) -> MergePlan:
 def _copy_surroundings(recipe: Recipe, inputs: Inputs, part: Path) -> None:
     base, tokenizer = inputs.folders[0], inputs.tokenizer
     surroundings.copy_surroundings(base, tokenizer, part, recipe.dtype, inputs.rows)
-    untied = inputs.base.anatomy and inputs.base.anatomy.ties.keys() & inputs.base.tensors.keys()
+    untied = (
+        inputs.base.anatomy
+        and inputs.base.anatomy.ties.keys() & inputs.base.tensors.keys()
+    )
     # of encoder-decoders transformers reads another formula in this setting
     if untied and not config_of(part).get("is_encoder_decoder"):
         surroundings.edit(part / "config.json", {"tie_word_embeddings": False})
@@ -149,19 +160,29 @@ def _write_report(
     (part / "README.md").write_text(card, encoding="utf-8")
 
 
-def _by_tensor(recipe: Recipe, chosen: MergePlan, base: Source, folder: Path) -> MergePlan:
+def _by_tensor(
+    recipe: Recipe, chosen: MergePlan, base: Source, folder: Path
+) -> MergePlan:
     """The plan with its numbers by tensor, where the recipe has them."""
     layers = config_of(folder).get("num_hidden_layers")
     if recipe.layers is not None and recipe.layers != layers:
-        raise ValueError(f"a slice has {recipe.layers} layers, the base {layers}: only all of them")
+        raise ValueError(
+            f"a slice has {recipe.layers} layers, the base {layers}: only all of them"
+        )
     names = list(base.tensors)
     count = layers if isinstance(layers, int) else layers_of(names)
-    entries = sum(x.shape.numel() for x in base.tensors.values() if x.is_floating_point())
+    entries = sum(
+        x.shape.numel() for x in base.tensors.values() if x.is_floating_point()
+    )
     chosen = chosen._replace(entries=entries, depths=depths(names, count))
     if not is_layered(recipe):
         return chosen
-    if recipe.options.get("scope") == "model" and is_layered(recipe._replace(weights=None)):
-        raise ValueError("density must be one number a model where scope is model, not by tensor")
+    if recipe.options.get("scope") == "model" and is_layered(
+        recipe._replace(weights=None)
+    ):
+        raise ValueError(
+            "density must be one number a model where scope is model, not by tensor"
+        )
     # mergekit 0.1.5 reads settings along the depth at 0 for all that lies outside the layers
     return chosen._replace(at_tensor=numbers(recipe, depths(names, count, after=0.0)))
 
@@ -201,9 +222,13 @@ def _print_notes(inputs: Inputs) -> None:
     for copy in base.anatomy.ties.keys() & base.tensors.keys() if base.anatomy else ():
         print(f"note: {copy} is not tied to {base.anatomy.ties[copy]}: each is written")
     if base.recomputed:
-        print(f"note: {len(base.recomputed)} buffers that loading computes anew stay as they are")
+        print(
+            f"note: {len(base.recomputed)} buffers that loading computes anew stay as they are"
+        )
     if inputs.rows is not None:
-        print(f"note: embeddings have {inputs.rows} rows; models without one have the base's there")
+        print(
+            f"note: embeddings have {inputs.rows} rows; models without one have the base's there"
+        )
     for note in surroundings.losses(base, inputs.folders[0], inputs.tokenizer, models):
         print(f"note: {note}")
 
@@ -225,7 +250,9 @@ def _write_merge(
     records = []
     stream = engine.merge_tensors(rows, chosen, grid_of, threads)
     entries = sum(shape.numel() for _, shape in like.values())
-    with tqdm(total=entries, desc=chosen.rule, unit="", unit_scale=True, disable=None) as bar:
+    with tqdm(
+        total=entries, desc=chosen.rule, unit="", unit_scale=True, disable=None
+    ) as bar:
 
         def merged_of(name: str) -> Tensor | None:
             bar.update(like[name][1].numel())

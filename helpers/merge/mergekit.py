@@ -7,7 +7,14 @@ import yaml
 from pydantic import BaseModel, Field, StrictBool, ValidationError
 
 from helpers.merge.plans import options_of
-from helpers.merge.recipe import DTYPES, Recipe, Setting, first_fault, is_layered, normalized
+from helpers.merge.recipe import (
+    DTYPES,
+    Recipe,
+    Setting,
+    first_fault,
+    is_layered,
+    normalized,
+)
 from helpers.merge.weights import one_line, read_text
 
 # Its methods that are also ours: our name, its default of `normalize`, options that it implies.
@@ -70,7 +77,9 @@ def read_mergekit(file: Path) -> Recipe:
     try:
         config = yaml.load(text, _Loader)
         if not isinstance(config, dict):
-            raise ValueError("a configuration is a mapping with merge_method and models")
+            raise ValueError(
+                "a configuration is a mapping with merge_method and models"
+            )
         _check_method(config.get("merge_method"))
         return _recipe(Configuration.model_validate(config))
     except ValidationError as error:
@@ -92,9 +101,13 @@ class _Loader(yaml.SafeLoader):
 
 def _check_method(name: Any) -> None:
     if name == "passthrough":
-        raise ValueError("passthrough stacks layers: the result has no common base to merge into")
+        raise ValueError(
+            "passthrough stacks layers: the result has no common base to merge into"
+        )
     if not isinstance(name, str) or name not in MERGEKIT:
-        raise ValueError(f"merge_method {name} is not supported: {', '.join(MERGEKIT)} are")
+        raise ValueError(
+            f"merge_method {name} is not supported: {', '.join(MERGEKIT)} are"
+        )
 
 
 def _recipe(config: Configuration) -> Recipe:
@@ -114,7 +127,10 @@ def _recipe(config: Configuration) -> Recipe:
         t = _stated("t", shared.get("t", dict(models)[base].get("t")))
         weights = [_rest(t) if model == base else t for model, _ in models]
     else:
-        weights = [_stated(f"the weight of {model}", own.get("weight")) for model, own in models]
+        weights = [
+            _stated(f"the weight of {model}", own.get("weight"))
+            for model, own in models
+        ]
     recipe = Recipe(
         rule,
         base,
@@ -125,9 +141,12 @@ def _recipe(config: Configuration) -> Recipe:
         dtype=_dtype(config),
         tokenizer=_tokenizer(config),
         layers=layers,
-        normalize=normalize and name not in ("linear", "ties", "dare_ties", "slerp", "nuslerp"),
+        normalize=normalize
+        and name not in ("linear", "ties", "dare_ties", "slerp", "nuslerp"),
     )
-    return recipe if is_layered(recipe) else normalized(recipe)._replace(normalize=False)
+    return (
+        recipe if is_layered(recipe) else normalized(recipe)._replace(normalize=False)
+    )
 
 
 # The parts ---------------------------------------------------------------------------------------
@@ -144,8 +163,12 @@ def _tokenizer(config: Configuration) -> str | None:
     """Whose tokens the merge has, from either way to state it."""
     source = config.tokenizer_source
     if source is None and config.tokenizer is not None:
-        if not isinstance(config.tokenizer, dict) or config.tokenizer.keys() != {"source"}:
-            raise ValueError("tokenizer is supported as {source: base, union or a model}")
+        if not isinstance(config.tokenizer, dict) or config.tokenizer.keys() != {
+            "source"
+        }:
+            raise ValueError(
+                "tokenizer is supported as {source: base, union or a model}"
+            )
         source = config.tokenizer["source"]
     if source is None or source in ("base", "union"):
         return source
@@ -159,7 +182,9 @@ def _entries(config: Configuration) -> tuple[list[Entry], int | None]:
             raise ValueError("no models are listed: models is a list of {model: …}")
         return config.models, None
     if len(config.slices) != 1:
-        raise ValueError("several slices stack layers to another depth: only one, of the whole")
+        raise ValueError(
+            "several slices stack layers to another depth: only one, of the whole"
+        )
     sources = config.slices[0].sources
     whole = sources[0].layer_range
     if any(x.layer_range != whole for x in sources) or not isinstance(whole, list):
@@ -185,11 +210,15 @@ def _with_base(
     listed = [model for model, _ in models]
     if name in ("linear", "slerp"):
         if base not in listed:
-            models.append((base, dict(shared)))  # mergekit takes the base as one more model
+            # mergekit takes the base as one more model
+            models.append((base, dict(shared)))
         return base, models
-    changed = [pair for pair in models if pair[0] != base]  # the base has no task vector
+    # the base has no task vector
+    changed = [pair for pair in models if pair[0] != base]
     if not changed:
-        raise ValueError(f"no model is listed but the base: {name} adds up what others changed")
+        raise ValueError(
+            f"no model is listed but the base: {name} adds up what others changed"
+        )
     return base, changed
 
 
@@ -214,7 +243,9 @@ def _model_name(stated: Any, base: str | None) -> str:
 
 def _stated(name: str, setting: Setting | None) -> Setting:
     if setting is None:
-        raise ValueError(f"{name} is missing (linear counts its base_model as one more model)")
+        raise ValueError(
+            f"{name} is missing (linear counts its base_model as one more model)"
+        )
     return _simple(setting)
 
 
@@ -253,6 +284,8 @@ def _options(name: str, rule: str, normalize: bool, models: Models) -> dict[str,
     if name == "breadcrumbs":
         gammas = {_constant("gamma", own.get("gamma", 0.01)) for _, own in models}
         if len(gammas) != 1:
-            raise ValueError(f"gamma must be the same for all models, not {sorted(gammas)}")
+            raise ValueError(
+                f"gamma must be the same for all models, not {sorted(gammas)}"
+            )
         options["outliers"] = gammas.pop() if options["density"] != 1 else 0.0
     return options

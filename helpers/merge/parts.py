@@ -37,7 +37,8 @@ def complete_or_absent(out: Path) -> Iterator[Path]:
         _rename(part, out)
     except BaseException as error:
         shutil.rmtree(part)
-        if "No space left" in str(error):  # safetensors has an exception of its own for it
+        # safetensors has an exception of its own for it
+        if "No space left" in str(error):
             sentence = f"{out.parent} is full: free space there or name another --out"
             raise OSError(errno.ENOSPC, sentence) from error
         raise
@@ -47,12 +48,18 @@ def _rename(part: Path, out: Path) -> None:
     try:
         part.rename(out)
     except OSError as error:
-        raise ValueError(f"{out} was made by another process meanwhile: {error}") from error
+        raise ValueError(
+            f"{out} was made by another process meanwhile: {error}"
+        ) from error
 
 
 def _owner(pid: int) -> dict[str, Any]:
     """What tells a process from any other, on this machine and others."""
-    return {"host": platform.node(), "pid": pid, "started": psutil.Process(pid).create_time()}
+    return {
+        "host": platform.node(),
+        "pid": pid,
+        "started": psutil.Process(pid).create_time(),
+    }
 
 
 def _is_dead(part: Path) -> bool:
@@ -62,5 +69,6 @@ def _is_dead(part: Path) -> bool:
         return owner["host"] == platform.node() and owner != _owner(owner["pid"])
     except psutil.NoSuchProcess:
         return True
-    except (OSError, ValueError, KeyError, TypeError):  # not a merge's, or another host's
+    except (OSError, ValueError, KeyError, TypeError):
+        # not a merge's, or another host's
         return False

@@ -23,8 +23,10 @@ class MergePlan(NamedTuple):
     seed: int
     scale: float
     options: dict[str, Any]
-    svc: float | None = None  # calibrate the singular values of the merge: alpha (`spectral.svc`)
-    lines: tuple[float, float] | None = None  # scale by depth: alpha + beta * depth (LiNeS)
+    # calibrate the singular values of the merge: alpha (`spectral.svc`)
+    svc: float | None = None
+    # scale by depth: alpha + beta * depth (LiNeS)
+    lines: tuple[float, float] | None = None
     cuts: list[Cut] | None = None  # of the whole model, for ties with scope="model"
     entries: int | None = None  # of the whole model, changed or not, for these cuts
     at_tensor: Callable[[str], tuple[list[float], dict[str, Any]]] | None = None
@@ -68,9 +70,12 @@ class Contract(NamedTuple):
     signed: bool = True  # whether a weight may be negative
     divides: bool = False  # whether the rule divides by the sum of the weights
     random: bool = False  # whether the rule drops entries at random, by the seed
-    coefficients: Callable[[Sequence[float]], list[float]] | None = None  # of a plain weighted sum
-    state: State = lambda row, plan: ({}, {})  # (arguments of the rule, notes) for one tensor
-    memory: int = 4  # bytes held at the peak per entry of a tensor: the fp32 delta and scratch
+    # of a plain weighted sum
+    coefficients: Callable[[Sequence[float]], list[float]] | None = None
+    # (arguments of the rule, notes) for one tensor
+    state: State = lambda row, plan: ({}, {})
+    # bytes held at the peak per entry of a tensor: the fp32 delta and scratch
+    memory: int = 4
 
 
 # What a rule is given for one tensor, and what the report notes of it ----------------------------
@@ -88,7 +93,9 @@ def _ties_state(row: Row, plan: MergePlan):
 
 
 def _dare_state(row: Row, plan: MergePlan):
-    seeds = [stream_seed(plan.seed, plan.rule, row.name, label) for label in plan.labels]
+    seeds = [
+        stream_seed(plan.seed, plan.rule, row.name, label) for label in plan.labels
+    ]
     return {"seeds": seeds}, {}
 
 
@@ -117,7 +124,9 @@ RULES = {
     "slerp": _averaging(spherical.slerp, fewest=2, state=_slerp_state),
     "task_slerp": _averaging(spherical.task_slerp, fewest=2, state=_task_slerp_state),
     "ties": Contract(rules.ties, state=_ties_state),
-    "dare": Contract(rules.dare, weight=lambda n: 1 / n, random=True, state=_dare_state),
+    "dare": Contract(
+        rules.dare, weight=lambda n: 1 / n, random=True, state=_dare_state
+    ),
     "dare_ties": Contract(rules.dare_ties, random=True, state=_dare_state),
     "breadcrumbs": Contract(rules.breadcrumbs),
     "iso_c": _on_spectra(spectral.iso_c, memory=20),
@@ -158,18 +167,25 @@ def plan(
         raise ValueError(f"lines takes two numbers, alpha and beta, not {len(lines)}")
     weights, options = check_rule(rule, len(labels), weights, options)
     by_depth = None if lines is None else (float(lines[0]), float(lines[1]))
-    return MergePlan(rule, list(labels), weights, seed, float(scale), options, svc, by_depth)
+    return MergePlan(
+        rule, list(labels), weights, seed, float(scale), options, svc, by_depth
+    )
 
 
 def check_rule(
-    rule: str, n_models: int, weights: Sequence[float] | None, options: Mapping[str, Any]
+    rule: str,
+    n_models: int,
+    weights: Sequence[float] | None,
+    options: Mapping[str, Any],
 ) -> tuple[list[float], dict[str, Any]]:
     """Weights and options, defaults filled in; ValueError for a wrong one, before any reading."""
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: choose one of {', '.join(RULES)}")
     contract = RULES[rule]
     if n_models < contract.fewest:
-        raise ValueError(f"{rule} needs at least {contract.fewest} models, not {n_models}")
+        raise ValueError(
+            f"{rule} needs at least {contract.fewest} models, not {n_models}"
+        )
     available = options_of(rule)
     for name, value in options.items():
         if name not in available:

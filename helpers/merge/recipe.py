@@ -13,7 +13,11 @@ from helpers.merge.fit import HEADS
 from helpers.merge.rounding import MODES
 from helpers.merge.weights import one_line, read_text
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 GB = 10**9
 
 
@@ -43,7 +47,10 @@ def setting(value: Any) -> Any:
 
 
 def _condition(stated: Any) -> dict[str, Any]:
-    if not isinstance(stated, dict) or not {"value"} <= stated.keys() <= {"value", "filter"}:
+    if not isinstance(stated, dict) or not {"value"} <= stated.keys() <= {
+        "value",
+        "filter",
+    }:
         raise ValueError(f"has a filter that is no {{filter: …, value: …}}: {stated!r}")
     part = stated.get("filter")
     if not (part is None or isinstance(part, str)):
@@ -140,7 +147,9 @@ def at_tensor(setting: Setting, name: str, depth: float) -> float:
             part = condition.get("filter")
             if part in (None, "*") or part in name:
                 return at_tensor(condition["value"], name, depth)
-        raise ValueError(f"no filter of a mergekit parameter matches {name}, and none is without")
+        raise ValueError(
+            f"no filter of a mergekit parameter matches {name}, and none is without"
+        )
     place = depth * (len(setting) - 1)
     before = int(place)
     after = min(before + 1, len(setting) - 1)
@@ -152,7 +161,9 @@ def is_layered(recipe: Recipe) -> bool:
     """Whether some number of the recipe differs from tensor to tensor."""
     density = recipe.options.get("density")
     each = density if isinstance(density, list) else []
-    return any(isinstance(setting, list) for setting in [*(recipe.weights or []), *each])
+    return any(
+        isinstance(setting, list) for setting in [*(recipe.weights or []), *each]
+    )
 
 
 def flat(recipe: Recipe) -> Recipe:
@@ -166,7 +177,9 @@ def numbers(
     """A function that gives weights and options of one tensor by its name."""
 
     def of(name: str) -> tuple[list[float], dict[str, Any]]:
-        local = _with_numbers(recipe, lambda setting: at_tensor(setting, name, depths[name]))
+        local = _with_numbers(
+            recipe, lambda setting: at_tensor(setting, name, depths[name])
+        )
         return local.weights, local.options
 
     return of

@@ -138,7 +138,9 @@ class Report:
         tensors = []
         for record in self.per_tensor:
             dots = [factor * x for x in record["dots"]]
-            tensors.append(record | {"dots": dots, "norm2": factor**2 * record["norm2"]})
+            tensors.append(
+                record | {"dots": dots, "norm2": factor**2 * record["norm2"]}
+            )
         plan = self.plan._replace(scale=self.plan.scale * factor)
         return Report(plan, tensors, [factor * x for x in self.sketch])
 

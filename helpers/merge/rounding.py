@@ -52,4 +52,5 @@ def _stochastic(values: Tensor, dtype: torch.dtype, bits: np.random.PCG64) -> Te
     chance = torch.from_numpy(draws / 2.0**32).to(values).view(values.shape)
     up = (values - low) / step > chance
     rounded = torch.where(up, upper, lower).view(dtype)
-    return torch.where(nearest.isfinite(), rounded, nearest)  # what overflows is to be seen
+    # what overflows is to be seen
+    return torch.where(nearest.isfinite(), rounded, nearest)

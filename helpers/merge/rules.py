@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from helpers.merge.blocks import Block, Kernel, Taus, blockwise
-from helpers.merge.selection import Cut, cut_at, drop, drop_factor, magnitude_cut, share, trim
+from helpers.merge.selection import (
+    Cut,
+    cut_at,
+    drop,
+    drop_factor,
+    magnitude_cut,
+    share,
+    trim,
+)
 
 # Options and their ranges: part of a rule's contract.
 Fraction = Annotated[float, (0.0, 1.0)]
@@ -73,7 +81,9 @@ def shares(weights: Weights) -> list[float]:
 # Keep a few entries, then elect or add -----------------------------------------------------------
 
 
-def disjoint_merge(kept: Sequence[Tensor], weights: Weights, combine: str = "mean") -> Tensor:
+def disjoint_merge(
+    kept: Sequence[Tensor], weights: Weights, combine: str = "mean"
+) -> Tensor:
     """Elect a sign per entry, then merge the members that agree with it (TIES, steps 2 and 3).
 
     Elected is the sign of sum_i w_i t_i (zero counts as +). Members are the i whose w_i t_i is not
@@ -148,7 +158,9 @@ def breadcrumbs(
     def kernel(blocks: list[Tensor], at: Block) -> Tensor:
         middles = []
         for block, lower, upper in zip(blocks, wide, narrow, strict=True):
-            middles.append(trim(block, lower, at.offset) - trim(block, upper, at.offset))
+            middles.append(
+                trim(block, lower, at.offset) - trim(block, upper, at.offset)
+            )
         return add_up(middles, weights)
 
     return kernel
@@ -168,7 +180,10 @@ def _dropping(
 
     def dropped(blocks: list[Tensor]) -> list[Tensor]:
         pairs = zip(blocks, streams, strict=True)
-        return [drop(block, bits, kept).mul_(factor) for block, (bits, kept, factor) in pairs]
+        return [
+            drop(block, bits, kept).mul_(factor)
+            for block, (bits, kept, factor) in pairs
+        ]
 
     return dropped
 

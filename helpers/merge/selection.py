@@ -99,7 +99,8 @@ def _cut_inside(tau: Tensor | Lazy, k: int, parts: list[np.ndarray]) -> Cut:
 def dense_cut(tau: Tensor, k: int) -> Cut:
     """The cut that keeps exactly k of a dense tensor's entries, 0 < k < numel: the definition."""
     values = tau.abs().flatten()
-    kth = values.topk(k, sorted=False).values.min()  # on a GPU much faster than kthvalue
+    # on a GPU much faster than kthvalue
+    kth = values.topk(k, sorted=False).values.min()
     counts = [(values > kth).sum(), (values == kth).sum()]
     transfer = torch.stack([x.double() for x in (kth, *counts)])  # once
     threshold, above, tied = transfer.tolist()
@@ -112,7 +113,9 @@ def dense_cut(tau: Tensor, k: int) -> Cut:
     return Cut(threshold, last, int(tied))
 
 
-def _place(tau: Tensor | Lazy, threshold: np.float32, quota: int, tied: np.ndarray) -> int:
+def _place(
+    tau: Tensor | Lazy, threshold: np.float32, quota: int, tied: np.ndarray
+) -> int:
     """Flat index of the quota-th entry at the threshold; `tied` of them end with each block."""
     i = int(np.searchsorted(tied, quota))
     before = tied[i - 1] if i else 0
@@ -129,19 +132,9 @@ def _brackets(tau: Tensor | Lazy, k: int) -> Iterator[tuple[np.float32, np.float
     if tau.shape.numel() > BLOCK["cpu"]:
         step = max(1, tau.shape[0] // 128)
         rows = tau[::step].abs().cpu().numpy()
-        bits = rows.view(np.uint32)
-        uppers = (bits >> 16).astype(np.uint16)
-        sample = np.sort(uppers, axis=None, kind="stable")  # by radix: ten times as fast
-        n = len(sample)
+        n = rows.size
+        magnitude = _order(rows)
         rank = 1 - k / tau.shape.numel()
-
-        def magnitude(place: int) -> np.float32:
-            """The sampled magnitude of this rank: found by its upper bits, then by its lower."""
-            upper = sample[place]
-            lowers = np.sort(bits[uppers == upper].astype(np.uint16), kind="stable")
-            lower = lowers[place - np.searchsorted(sample, upper)]
-            return np.uint32(int(upper) << 16 | int(lower)).view(np.float32)
-
         guess = magnitude(min(int(rank * n), n - 1))
         above = rows.reshape(len(rows), -1) > guess
         error = above.mean(axis=1).std() / math.sqrt(len(rows))
@@ -156,7 +149,27 @@ def _brackets(tau: Tensor | Lazy, k: int) -> Iterator[tuple[np.float32, np.float
     yield SMALLEST, INFINITE
 
 
-def _between(tau: Tensor | Lazy, low: np.float32, high: np.float32) -> tuple[int, list[np.ndarray]]:
+def _order(magnitudes: np.ndarray) -> Callable[[int], np.float32]:
+    """A function that gives the magnitude at a place of the ascending order.
+
+    It is found by its upper 16 bits, then by its lower: by radix, ten times as fast.
+    """
+    bits = magnitudes.view(np.uint32)
+    uppers = (bits >> 16).astype(np.uint16)
+    ordered = np.sort(uppers, axis=None, kind="stable")
+
+    def magnitude(place: int) -> np.float32:
+        upper = ordered[place]
+        lowers = np.sort(bits[uppers == upper].astype(np.uint16), kind="stable")
+        lower = lowers[place - np.searchsorted(ordered, upper)]
+        return np.uint32(int(upper) << 16 | int(lower)).view(np.float32)
+
+    return magnitude
+
+
+def _between(
+    tau: Tensor | Lazy, low: np.float32, high: np.float32
+) -> tuple[int, list[np.ndarray]]:
     """How many magnitudes exceed `high`; those in [low, high], by block."""
     above = 0
     parts = []
@@ -177,7 +190,9 @@ def _between(tau: Tensor | Lazy, low: np.float32, high: np.float32) -> tuple[int
 
 
 def model_cuts(
-    rows: Callable[[], Iterable[Taus]], densities: Sequence[float], entries: int | None = None
+    rows: Callable[[], Iterable[Taus]],
+    densities: Sequence[float],
+    entries: int | None = None,
 ) -> list[Cut]:
     """One cut for each of n models over all its tensors together, by the rule of the TIES authors:
     everything from the (d - int(density * d))-th smallest of the d magnitudes upwards, ties
@@ -194,7 +209,8 @@ def model_cuts(
         counts[i] += np.bincount(bits >> 16, minlength=1 << 15)
     d = max(int(counts[0].sum()), entries or 0)
     left_out = d - counts.sum(axis=1)
-    ranks = [d - int(density * d) for density in densities] - left_out  # among those in the rows
+    # among the entries that the rows have
+    ranks = [d - int(density * d) for density in densities] - left_out
     bins = [-1] * n
     for i, rank in enumerate(ranks):
         if rank > 0:

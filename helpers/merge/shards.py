@@ -56,7 +56,9 @@ def write_tensors(
         with (out / place).open("wb") as file:
             file.write(_header({filed[name]: like[name] for name in names}, metadata))
             for name in names:
-                _write_tensor(file, name, base.tensors[name], merged_of(name), grid_of(name))
+                _write_tensor(
+                    file, name, base.tensors[name], merged_of(name), grid_of(name)
+                )
     if len(parts) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         text = json.dumps(index, indent=2)

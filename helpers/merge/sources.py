@@ -21,10 +21,12 @@ class Source(NamedTuple):
     label: str
     tensors: Mapping[str, Tensor]
     factors: Mapping[str, Factors]
-    base_digest: str | None = None  # parameter digest of the base it belongs to, if it is recorded
+    # parameter digest of the base it belongs to, if it is recorded
+    base_digest: str | None = None
     adapter: Adapter | None = None
     anatomy: Anatomy | None = None
-    recomputed: frozenset[str] = frozenset()  # tensors in the file that loading leaves aside
+    # tensors in the file that loading leaves aside
+    recomputed: frozenset[str] = frozenset()
     filed: Mapping[str, str] = {}  # noqa: RUF012 (a tensor's name -> another in the file)
     quantised: str | None = None  # how
 
@@ -39,11 +41,16 @@ def open_base(source: Path | str | Mapping[str, Tensor], label: str = "base") ->
         return Source(label, without_aliases(source), {})
     folder = Path(source)
     if is_adapter(folder):
-        raise ValueError(f"{folder} is an adapter: give the model that it was trained on")
-    sealed = (folder / "seals.json").is_file()  # elsewhere base.json tells of another model
+        raise ValueError(
+            f"{folder} is an adapter: give the model that it was trained on"
+        )
+    # elsewhere base.json tells of another model
+    sealed = (folder / "seals.json").is_file()
     body = anatomy(folder)
     tensors, filed = as_loaded(folder, read_folder(folder), body)
-    recomputed = frozenset(name for name in tensors if body and body.is_recomputed(name))
+    recomputed = frozenset(
+        name for name in tensors if body and body.is_recomputed(name)
+    )
     quantised = config_of(folder).get("quantization_config")
     return Source(
         label,
@@ -53,11 +60,15 @@ def open_base(source: Path | str | Mapping[str, Tensor], label: str = "base") ->
         anatomy=body,
         recomputed=recomputed,
         filed=filed,
-        quantised=str(quantised.get("quant_method")) if isinstance(quantised, dict) else None,
+        quantised=str(quantised.get("quant_method"))
+        if isinstance(quantised, dict)
+        else None,
     )
 
 
-def open_specialist(source: Path | str | Mapping[str, Tensor], label: str | None = None) -> Source:
+def open_specialist(
+    source: Path | str | Mapping[str, Tensor], label: str | None = None
+) -> Source:
     """A specialist from a PEFT LoRA folder, a safetensors folder, or a state dict.
 
     `label` names it in reports and seeds its random masks; a folder's own name by default. Raises

@@ -55,7 +55,9 @@ def on_matrices(rest: Rule) -> Callable[[Rule], Rule]:
 
     def decorate(rule: Rule) -> Rule:
         @wraps(rule)
-        def whole(taus: Taus, weights: Weights, *, stacked: bool = False, **options) -> Tensor:
+        def whole(
+            taus: Taus, weights: Weights, *, stacked: bool = False, **options
+        ) -> Tensor:
             if len(taus[0].shape) == 2:
                 return rule(taus, weights, **options)
             if not stacked:
@@ -87,12 +89,13 @@ def iso_cts(taus: Taus, weights: Weights, *, common: Fraction = 0.8) -> Tensor:
     left, values, right = singular_triplets(taus, weights)
     n, rank = len(taus), len(values)
     own = min(round((rank - int(rank * common)) / n), rank // n)
-    shared = left[:, : rank - own * n]
-    kept = [(shared, values[: rank - own * n], right[:, : rank - own * n])]
+    leading = _first((left, values, right), rank - own * n)
+    shared = leading[0]
+    kept = [leading]
     for tau, weight in zip(taus, weights, strict=True):
         triplets = singular_triplets([_outside(tau, shared)], [weight])
-        kept.append([part[..., :own] for part in triplets])
-    lefts, values, rights = (torch.cat(parts, dim=-1) for parts in zip(*kept, strict=True))
+        kept.append(_first(triplets, own))
+    lefts, values, rights = _side_by_side(kept)
     level = values.mean() if len(values) else 0.0
     directions = _product(_decorrelated(lefts), _decorrelated(rights), taus[0].device)
     return directions.mul_(level).float()
@@ -119,9 +122,9 @@ def tsv(taus: Taus, weights: Weights) -> Tensor:
     kept = []
     for tau, weight in zip(taus, weights, strict=True):
         triplets = singular_triplets([tau], [weight])
-        rank = max(1, len(triplets[1]) // len(taus))
-        kept.append([part[..., :rank] for part in triplets])
-    lefts, values, rights = (torch.cat(parts, dim=-1) for parts in zip(*kept, strict=True))
+        rank = len(triplets[1])
+        kept.append(_first(triplets, max(1, rank // len(taus))))
+    lefts, values, rights = _side_by_side(kept)
     outer = _decorrelated(lefts) * values
     return _product(outer, _decorrelated(rights), taus[0].device).float()
 
@@ -157,6 +160,15 @@ def svc(delta: Tensor, taus: Taus, alpha: float = 1.0) -> Tensor:
         along = (values[:, None] * right * own).sum(1) / square.clamp(min=1e-30)
         factors += torch.where(square > 0, along, 0).clamp(min=alpha)
     return (left * (values * len(taus) / factors)) @ right
+
+
+def _first(triplets: Sequence[Tensor], rank: int) -> list[Tensor]:
+    return [part[..., :rank] for part in triplets]
+
+
+def _side_by_side(sets: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Left vectors, values and right vectors of several sets of triplets."""
+    return [torch.cat(parts, dim=-1) for parts in zip(*sets, strict=True)]
 
 
 def _product(left: Tensor, right: Tensor, device: str | torch.device) -> Tensor:

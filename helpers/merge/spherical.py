@@ -35,7 +35,8 @@ def spherical(gram: np.ndarray, weights: Weights) -> tuple[np.ndarray, int]:
     for i in range(1, len(weights)):
         total += weights[i]
         t = weights[i] / total if total else 0.0
-        square = max(coefficients @ gram @ coefficients, 0.0)  # of opposite points: 0 or below
+        # of opposite points: 0 or below
+        square = max(coefficients @ gram @ coefficients, 0.0)
         lengths = math.sqrt(square), math.sqrt(gram[i, i])
         cosine = 0.0
         if min(lengths) > 1e-8:
@@ -72,7 +73,9 @@ def model_arc(taus: Taus, weights: Weights, base: Tensor | Lazy) -> Arc:
 def task_arc(taus: Taus, weights: Weights) -> Arc:
     """The arc between the task vectors."""
     coefficients, lerp = spherical(gram_matrix(taus), weights)
-    return Arc(0.0, coefficients.tolist(), {"lerp": lerp, "slerp": len(taus) - 1 - lerp})
+    return Arc(
+        0.0, coefficients.tolist(), {"lerp": lerp, "slerp": len(taus) - 1 - lerp}
+    )
 
 
 @blockwise

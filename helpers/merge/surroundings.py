@@ -59,7 +59,8 @@ HARMLESS = re.compile(
     r"|\w*dropout\w*|\w*layerdrop|\w*pdrop|drop_path\w*|gradient_checkpointing|pretraining_tp"
     r"|router_\w*coef|task_specific_params|unsloth\w*"
 )
-RELATED = 0.5  # cosine to the base's weights below which a model was not fine-tuned from it
+# cosine to the base's weights below which a model was not fine-tuned from it
+RELATED = 0.5
 SAMPLED = 16  # rows of a tensor, by which that is told
 QUANTISED = re.compile(r"(4|8)-?bit|bnb|gptq|awq|int[48]|fp8", re.IGNORECASE)
 
@@ -69,11 +70,14 @@ QUANTISED = re.compile(r"(4|8)-?bit|bnb|gptq|awq|int[48]|fp8", re.IGNORECASE)
 
 def belonging(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """A folder's files that match, relative to it, sorted; of folders in it one level."""
-    files = [file.relative_to(folder) for file in (*folder.glob("*"), *folder.glob("*/*"))]
+    files = [
+        file.relative_to(folder) for file in (*folder.glob("*"), *folder.glob("*/*"))
+    ]
     return sorted(
         file
         for file in files
-        if (folder / file).is_file() and any(fnmatch(file.as_posix(), x) for x in patterns)
+        if (folder / file).is_file()
+        and any(fnmatch(file.as_posix(), x) for x in patterns)
     )
 
 
@@ -83,13 +87,18 @@ def copy_surroundings(
     """Config, licence and the like of the base, and a model's tokenizer with the ids that it ends
     answers with: only what belongs. vocabulary: how many rows the merge's embedding has.
     """
-    for folder, patterns in ((base, BELONGS), (tokenizer, (*TOKENIZER, "generation_config.json"))):
+    for folder, patterns in (
+        (base, BELONGS),
+        (tokenizer, (*TOKENIZER, "generation_config.json")),
+    ):
         for file in belonging(folder, patterns):
             (out / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / file, out / file)
     config = config_of(out)
     stale = ["auto_map", "quantization_config", "transformers_weights"]
-    changes = {key: x for key, x in config_of(tokenizer).items() if key.endswith("_token_id")}
+    changes = {
+        key: x for key, x in config_of(tokenizer).items() if key.endswith("_token_id")
+    }
     if dtype is not None:
         changes["dtype"] = dtype
         stale.append("torch_dtype")
@@ -104,7 +113,9 @@ def copy_surroundings(
 def edit(file: Path, changes: dict[str, Any], without: Sequence[str] = ()) -> None:
     """Change a configuration; where there is nothing to change, its bytes stay."""
     config = config_of(file.parent)
-    changed = {key: value for key, value in config.items() if key not in without} | changes
+    changed = {
+        key: value for key, value in config.items() if key not in without
+    } | changes
     if file.is_file() and changed != config:
         file.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
@@ -126,10 +137,15 @@ def objections(
         if not by_token:
             yield from _other_vocabulary(name, base_folder, folder)
         if source.adapter is None:
-            read = base.anatomy and source.anatomy  # as classes read them, with their defaults
+            # as classes read them, with their defaults
+            read = base.anatomy and source.anatomy
             pairs = ((base, base_folder), (source, folder))
-            configs = [x.anatomy.settings if read else config_of(place) for x, place in pairs]
-            yield from _other_function(name, *(dict(_flat(config)) for config in configs))
+            configs = [
+                x.anatomy.settings if read else config_of(place) for x, place in pairs
+            ]
+            yield from _other_function(
+                name, *(dict(_flat(config)) for config in configs)
+            )
             yield from _unrelated(name, base, source)
     if heads == "merge":
         yield from _other_labels(models)
@@ -137,7 +153,9 @@ def objections(
 
 def _other_vocabulary(name: str, base: Path, folder: Path) -> Iterator[str]:
     vocabularies = [words_of(place) for place in (base, folder)]
-    tokens, others = ({number: token for token, number in x.items()} for x in vocabularies)
+    tokens, others = (
+        {number: token for token, number in x.items()} for x in vocabularies
+    )
     for number in sorted(tokens.keys() & others.keys()):
         if tokens[number] != others[number]:
             yield (
@@ -148,7 +166,9 @@ def _other_vocabulary(name: str, base: Path, folder: Path) -> Iterator[str]:
             return
 
 
-def _other_function(name: str, base: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
+def _other_function(
+    name: str, base: dict[str, Any], other: dict[str, Any]
+) -> Iterator[str]:
     for key in sorted(base.keys() & other.keys()):
         if base[key] != other[key]:
             yield (
@@ -174,7 +194,9 @@ def _other_labels(models: Models) -> Iterator[str]:
     first = None
     for name, folder, source in models:
         config = config_of(folder)
-        if source.adapter is not None or "Classification" not in str(config.get("architectures")):
+        if source.adapter is not None or "Classification" not in str(
+            config.get("architectures")
+        ):
             continue
         labels = config.get("id2label")
         if first is None:
@@ -191,7 +213,11 @@ def _unrelated(name: str, base: Source, source: Source) -> Iterator[str]:
     total = np.zeros((2, 2))
     for key in sorted(base.tensors.keys() & source.tensors.keys()):
         origin, tuned = base.tensors[key], source.tensors[key]
-        if origin.ndim != 2 or origin.shape != tuned.shape or not origin.is_floating_point():
+        if (
+            origin.ndim != 2
+            or origin.shape != tuned.shape
+            or not origin.is_floating_point()
+        ):
             continue
         step = max(1, origin.shape[0] // SAMPLED)
         total += products([origin[::step], tuned[::step]])
@@ -204,7 +230,9 @@ def _unrelated(name: str, base: Source, source: Source) -> Iterator[str]:
         )
 
 
-def losses(weights: Source, base: Path, tokenizer: Path, models: Models) -> Iterator[str]:
+def losses(
+    weights: Source, base: Path, tokenizer: Path, models: Models
+) -> Iterator[str]:
     """What a merge leaves behind, or what is odd about its models: one sentence each."""
     template = _template(tokenizer)
     for name, folder, source in models:
@@ -229,7 +257,10 @@ def losses(weights: Source, base: Path, tokenizer: Path, models: Models) -> Iter
 
 def _is_coarser(source: Source, base: Source) -> bool:
     shared = source.tensors.keys() & base.tensors.keys()
-    return any(source.tensors[x].dtype.itemsize < base.tensors[x].dtype.itemsize for x in shared)
+    return any(
+        source.tensors[x].dtype.itemsize < base.tensors[x].dtype.itemsize
+        for x in shared
+    )
 
 
 def _template(folder: Path) -> str | None:

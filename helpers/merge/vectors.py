@@ -33,7 +33,10 @@ class Row(NamedTuple):
 
 
 def views(
-    base: Source, specialists: Sequence[Source], device: str = "cpu", heads: str = "merge"
+    base: Source,
+    specialists: Sequence[Source],
+    device: str = "cpu",
+    heads: str = "merge",
 ) -> list[Row]:
     """The changed tensors as rows that hold no data yet, sorted by name: pass over them at will.
 
@@ -50,7 +53,10 @@ def rows_of(base: Source, fitted: Sequence[Source], device: str = "cpu") -> list
     for name in changed_names(base, fitted):
         tensor = base.tensors[name]
         origin = Lazy(tensor.shape, device, partial(read, name))
-        taus = [_task_vector(name, origin, specialist, tensor.dtype) for specialist in fitted]
+        taus = [
+            _task_vector(name, origin, specialist, tensor.dtype)
+            for specialist in fitted
+        ]
         rows.append(Row(name, origin, taus))
     return rows
 
@@ -67,21 +73,29 @@ def _changes(name: str, base: Source, specialist: Source) -> bool:
         return True
     if adapter and _has_extras(name, adapter):
         return True
-    return name in specialist.tensors and not equal(base.tensors[name], specialist.tensors[name])
+    return name in specialist.tensors and not equal(
+        base.tensors[name], specialist.tensors[name]
+    )
 
 
 def _has_extras(name: str, adapter: Adapter) -> bool:
     """Whether a tensor has a magnitude, trained token rows or an added bias."""
-    return any(name in part for part in (adapter.magnitudes, adapter.tokens, adapter.biases))
+    return any(
+        name in part for part in (adapter.magnitudes, adapter.tokens, adapter.biases)
+    )
 
 
-def stream(base: Source, specialists: Sequence[Source], device: str = "cpu") -> Iterator[Row]:
+def stream(
+    base: Source, specialists: Sequence[Source], device: str = "cpu"
+) -> Iterator[Row]:
     """The same rows one at a time with dense fp32 tensors, in the same order."""
     for row in views(base, specialists, device):
         yield Row(row.name, row.base[...], [tau[...] for tau in row.taus])
 
 
-def _task_vector(name: str, origin: Lazy, specialist: Source, stored: torch.dtype) -> Lazy:
+def _task_vector(
+    name: str, origin: Lazy, specialist: Source, stored: torch.dtype
+) -> Lazy:
     """What a specialist changed in one tensor of the base, which is stored in that type."""
     shape, device = origin.shape, origin.device
     factors = specialist.factors.get(name)
@@ -115,7 +129,9 @@ def _saved_change(
         if coarse:
             tuned = torch.where(base.to(block.dtype) == block, base, tuned)
         if factors is not None:
-            tuned = tuned + (factors.B[rows] @ factors.A).mul_(factors.scaling).to(device)
+            tuned = tuned + (factors.B[rows] @ factors.A).mul_(factors.scaling).to(
+                device
+            )
         return tuned - base
 
     return Lazy(origin.shape, device, difference)
@@ -134,7 +150,9 @@ def _whole_change(name: str, origin: Lazy, change: Lazy, adapter: Adapter) -> La
     @cache
     def column_norms() -> Tensor:
         blocks = row_blocks(shape, device)
-        return sum((origin[x] + change[x]).double().square().sum(0) for x, _ in blocks).sqrt()
+        return sum(
+            (origin[x] + change[x]).double().square().sum(0) for x, _ in blocks
+        ).sqrt()
 
     def read(rows) -> Tensor:
         tuned = origin[rows] + change[rows]

@@ -26,7 +26,9 @@ class Vocabulary(NamedTuple):
 class Gathered:
     """A tensor with its rows in another order, and others where it has none; read by block."""
 
-    def __init__(self, tensor: Tensor, numbers: Tensor, others: Callable[[Any], Tensor]):
+    def __init__(
+        self, tensor: Tensor, numbers: Tensor, others: Callable[[Any], Tensor]
+    ):
         self.tensor = tensor
         self.numbers = numbers  # of its own row for each row, -1 for none
         self.others = others
@@ -74,13 +76,17 @@ def united(base: Path, models: Sequence[Path]) -> Tokenizer:
     """The base's tokenizer with the tokens that were added to those of the models, in order."""
     union = tokenizer_of(base)
     if union is None:
-        raise ValueError(f"{base} has no tokenizer.json that --tokenizer union could add tokens to")
+        raise ValueError(
+            f"{base} has no tokenizer.json that --tokenizer union could add tokens to"
+        )
     for folder in models:
         tokenizer = tokenizer_of(folder)
         if tokenizer is None:
             continue
         added = tokenizer.get_added_tokens_decoder()
-        for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        for token, number in sorted(
+            tokenizer.get_vocab().items(), key=lambda pair: pair[1]
+        ):
             if union.token_to_id(token) is not None:
                 continue
             if number not in added:
@@ -107,13 +113,17 @@ def chosen(
         return Vocabulary({}, size), [{} for _ in sources]
     own = [tokenizer_of(folder) for folder in folders]
     if own[0] is None:
-        raise ValueError(f"{folders[0]} has no tokenizer.json to match rows by token with")
+        raise ValueError(
+            f"{folders[0]} has no tokenizer.json to match rows by token with"
+        )
     tokens = [(words or own[0]).get_vocab() for words in own]
     if tokenizer == "base":
         return Vocabulary(tokens[0], size), tokens
     if tokenizer == "union":
         union = united(folders[0], folders[1:]).get_vocab()
-        return Vocabulary(union, max(size, *(row + 1 for row in union.values()))), tokens
+        return Vocabulary(
+            union, max(size, *(row + 1 for row in union.values()))
+        ), tokens
     return Vocabulary(tokens[tokenizer], rows[tokenizer] or size), tokens
 
 
@@ -136,7 +146,9 @@ def by_token(
     for name in base.anatomy.vocabulary & base.tensors.keys():
         stored = base.tensors[name]
         owned = [model.tensors.get(name) for model in models]
-        numbers = [_numbers(target, *pair) for pair in zip(tokens[1:], owned, strict=True)]
+        numbers = [
+            _numbers(target, *pair) for pair in zip(tokens[1:], owned, strict=True)
+        ]
         own = _numbers(target, tokens[0], stored)
         nobody = (own < 0) & torch.stack([x < 0 for x in numbers]).all(0)
         if nobody.any():
@@ -144,7 +156,9 @@ def by_token(
         aligned[name] = Gathered(stored, own, _mean(owned, numbers))
         for i, tensor in enumerate(owned):
             if tensor is not None:
-                replaced[i][name] = Gathered(tensor, numbers[i], aligned[name].__getitem__)
+                replaced[i][name] = Gathered(
+                    tensor, numbers[i], aligned[name].__getitem__
+                )
     whole = base._replace(tensors=dict(base.tensors) | aligned)
     moved = []
     for model, tensors, words in zip(models, replaced, tokens[1:], strict=True):
@@ -153,11 +167,15 @@ def by_token(
     return whole, moved
 
 
-def _numbers(target: Vocabulary, tokens: Mapping[str, int], tensor: Tensor | None) -> Tensor:
+def _numbers(
+    target: Vocabulary, tokens: Mapping[str, int], tensor: Tensor | None
+) -> Tensor:
     """A tensor's row for each row of the target, -1 where it has none."""
     rows = 0 if tensor is None else len(tensor)
     numbers = torch.arange(target.rows)
-    named = torch.tensor([row for row in tokens.values() if row < target.rows], dtype=torch.long)
+    named = torch.tensor(
+        [row for row in tokens.values() if row < target.rows], dtype=torch.long
+    )
     numbers[named] = -1
     for token, row in target.tokens.items():
         if row < target.rows:
@@ -165,7 +183,9 @@ def _numbers(target: Vocabulary, tokens: Mapping[str, int], tensor: Tensor | Non
     return numbers.where(numbers < rows, -1)
 
 
-def _mean(owned: Sequence[Tensor | None], numbers: Sequence[Tensor]) -> Callable[[Any], Tensor]:
+def _mean(
+    owned: Sequence[Tensor | None], numbers: Sequence[Tensor]
+) -> Callable[[Any], Tensor]:
     """The mean over the models that have a row."""
 
     def rows(which: Any) -> Tensor:

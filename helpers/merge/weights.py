@@ -29,10 +29,14 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     tensors = {}
     for shard in sorted(set(places.values())):
         if not (folder / shard).is_file():
-            raise ValueError(f"{folder} lists {shard} in its index, but it is not there")
+            raise ValueError(
+                f"{folder} lists {shard} in its index, but it is not there"
+            )
         for name, tensor in read_file(folder / shard).items():
             if places.get(name) != shard:
-                raise ValueError(f"{folder}: the index and {shard} disagree about {name}")
+                raise ValueError(
+                    f"{folder}: the index and {shard} disagree about {name}"
+                )
             tensors[name] = tensor
     for name in places.keys() - tensors.keys():
         raise ValueError(f"{folder}: the index and the files disagree about {name}")
@@ -60,7 +64,9 @@ def _places(index: Path) -> dict[str, str]:
     """The shard of each tensor, from an index."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index} has no weight_map of tensors and files: copy it again")
+        raise ValueError(
+            f"{index} has no weight_map of tensors and files: copy it again"
+        )
     for place in places.values():
         _inside(index, place)
     return places
@@ -79,7 +85,9 @@ def read_file(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged or cut short: copy it again ({error})") from error
+        raise ValueError(
+            f"{file} is damaged or cut short: copy it again ({error})"
+        ) from error
 
 
 def no_weights(folder: Path) -> str:
@@ -128,7 +136,9 @@ def one_line(error: Exception) -> str:
 
 def weights_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights, sorted; of an adapter its settings, too."""
-    adapter = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    adapter = [
+        folder / name for name in ("adapter_config.json", "adapter_model.safetensors")
+    ]
     if adapter[0].is_file():
         return adapter
     file = _weights_file(folder)

@@ -1,21 +1,25 @@
 """How does the study run headless? One notebook after the other, each until it is finished.
 
 A notebook runs into a part file, which gets its name only when the notebook has come to its end:
-what can be seen is finished. Each run is a line in RESULTS/manifest.jsonl; as long as its key holds
-(`keys`), the notebook is not run again.
+what can be seen is finished. As long as its key holds (`keys`, `record`) it is not run again.
 """
 
 import contextlib
 import fcntl
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from helpers.run import forecast
-from helpers.run.execute import NotebookFailed, execute, machine, package_versions, peak_memory
-from helpers.run.keys import key, tables_digest
+from helpers.run.execute import (
+    NotebookFailed,
+    execute,
+    machine,
+    package_versions,
+    peak_memory,
+)
 from helpers.run.overview import costs
 from helpers.run.page import figures_of, write_page
 from helpers.run.profiles import (
@@ -28,10 +32,21 @@ from helpers.run.profiles import (
     notebooks,
     steps,
 )
-from helpers.store import ROOT, append_jsonl, canonical, digest, read_jsonl, revision
+from helpers.run.record import (
+    digests,
+    executed,
+    finished,
+    is_finished,
+    read_by,
+    reads_committed,
+    step_key,
+)
+from helpers.store import ROOT, append_jsonl, canonical, revision
 
 
-def run(profile: str, only: list[str] | None = None, parameters: Mapping[str, Any] = {}) -> Path:
+def run(
+    profile: str, only: list[str] | None = None, parameters: Mapping[str, Any] = {}
+) -> Path:
     """Run the chain, or the notebooks named in `only`, and return the folder of the results.
 
     What is finished and unchanged is not run again. Raises ValueError for a bad request, before
@@ -43,65 +58,27 @@ def run(profile: str, only: list[str] | None = None, parameters: Mapping[str, An
     _check_needs(plan, results)
     with _alone(results):
         _say_plan(profile, plan)
-        if not all(_is_finished(step, results) for step in plan):
+        if not all(is_finished(step, results) for step in plan):
             _check_inputs(plan)
-        titles = [f"[{i}/{len(plan)}] {step.notebook.name}" for i, step in enumerate(plan, 1)]
-        ran = [_advance(step, results, title) for step, title in zip(plan, titles, strict=True)]
+        titles = [
+            f"[{i}/{len(plan)}] {step.notebook.name}" for i, step in enumerate(plan, 1)
+        ]
+        ran = [
+            _advance(step, results, title)
+            for step, title in zip(plan, titles, strict=True)
+        ]
         page = results / "index.html"
         if any(ran) or not page.exists():
             write_page(results, finished(results), notebooks())
     if not any(ran):
-        print("Nothing to do: everything was finished with this code, data and parameters.")
+        print(
+            "Nothing to do: everything was finished with this code, data and parameters."
+        )
     print(f"The result on one page: {page}")
-    print(f"Executed notebooks: {results / 'notebooks'}; figures: {results / 'figures'}")
+    print(
+        f"Executed notebooks: {results / 'notebooks'}; figures: {results / 'figures'}"
+    )
     return results
-
-
-# --- what is finished ---------------------------------------------------------------------------
-
-
-def finished(results: Path) -> dict[str, dict]:
-    """The last manifest row of every notebook that finished and whose files are as it left them."""
-    rows = {row["notebook"]: row for row in read_jsonl(results / "manifest.jsonl")}
-    return {
-        name: row
-        for name, row in rows.items()
-        if row["status"] == "finished"
-        and executed(results, name).exists()
-        and row["outputs"] == _digests(results, row["outputs"])
-    }
-
-
-def executed(results: Path, name: str) -> Path:
-    """Where the executed notebook lies."""
-    return results / "notebooks" / f"{name}.ipynb"
-
-
-def _digests(results: Path, files: Iterable[str]) -> dict[str, str | None]:
-    """sha256 of each file; None where there is none."""
-    paths = {name: results / name for name in files}
-    return {name: digest(path) if path.exists() else None for name, path in paths.items()}
-
-
-def _key(step: Step, results: Path) -> str:
-    """The step's key, with what it reads: files of this run, or the committed tables."""
-    if _reads_committed(step):
-        tables = ROOT / step.parameters["RESULTS"]
-        return key(step, {"committed": tables_digest(tables)})
-    done = finished(results)
-    return key(step, {name: done[name]["outputs"] for name in _read_by(step, done)})
-
-
-def _read_by(step: Step, made: Iterable[str]) -> list[str]:
-    """The notebooks whose files the step reads: all that it needs, and of its `uses` those made."""
-    return [*step.needs, *(name for name in step.notebook.uses if name in made)]
-
-
-def _is_finished(step: Step, results: Path) -> bool:
-    """Whether the notebook, and each that it needs, finished with this code and parameters."""
-    done = finished(results)
-    name = step.notebook.name
-    return name in done and done[name]["key"] == _key(step, results)
 
 
 # --- checks before the first notebook runs -----------------------------------------------------
@@ -121,16 +98,13 @@ def _from_committed(step: Step, profile: str, plan: list[Step], results: Path) -
     return step._replace(parameters=step.parameters | {"RESULTS": tables})
 
 
-def _reads_committed(step: Step) -> bool:
-    return step.parameters.get("RESULTS", "").startswith("data/results/")
-
-
 def _check_needs(plan: list[Step], results: Path) -> None:
     """Raise ValueError unless what a notebook reads is there, made with the same parameters."""
     made = {name: row["parameters"] for name, row in finished(results).items()}
-    made |= {step.notebook.name: {} for step in plan}  # made anew: nothing to compare with
+    # made anew: nothing to compare with
+    made |= {step.notebook.name: {} for step in plan}
     for step in plan:
-        if _reads_committed(step):
+        if reads_committed(step):
             continue
         name = step.notebook.name
         for need in step.needs:
@@ -139,11 +113,13 @@ def _check_needs(plan: list[Step], results: Path) -> None:
                     f"{name} reads what {need} writes, and {need} is not finished in {results}: "
                     "run it as well"
                 )
-        for source in _read_by(step, made):
+        for source in read_by(step, made):
             _check_same(name, step.parameters, source, made[source])
 
 
-def _check_same(name: str, asked: dict[str, Any], need: str, made: dict[str, Any]) -> None:
+def _check_same(
+    name: str, asked: dict[str, Any], need: str, made: dict[str, Any]
+) -> None:
     for parameter in sorted(made.keys() & asked.keys() - {*SET_BY_RUNNER, *HOW}):
         before, now = made[parameter], asked[parameter]
         if canonical(before) != canonical(now):
@@ -158,12 +134,13 @@ def _check_inputs(plan: list[Step]) -> None:
 
     Raises ValueError for what cannot be had.
     """
-    asked = [step.parameters for step in plan if not _reads_committed(step)]
+    asked = [step.parameters for step in plan if not reads_committed(step)]
     bases = dict.fromkeys(given["MODEL"] for given in asked if "MODEL" in given)
     with_tasks = [given for given in asked if "TASKS" in given]
     if not bases and not with_tasks:
         return
-    from helpers.study import models, tasks  # seconds: not paid by a run that has nothing to do
+    # seconds: not paid by a run that has nothing to do
+    from helpers.study import models, tasks
 
     for base in bases:
         models.model_folder(base)
@@ -185,7 +162,9 @@ def _alone(results: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another run is writing to {results}; wait for its end") from None
+            raise ValueError(
+                f"another run is writing to {results}; wait for its end"
+            ) from None
         yield
 
 
@@ -215,7 +194,7 @@ def _say_plan(profile: str, plan: list[Step]) -> None:
 
 def _advance(step: Step, results: Path, title: str) -> bool:
     """Run one notebook unless it is finished under the same key; tell whether it ran."""
-    if _is_finished(step, results):
+    if is_finished(step, results):
         print(f"{title}: finished before")
         return False
     row = _begin(step, results)
@@ -232,10 +211,13 @@ def _advance(step: Step, results: Path, title: str) -> bool:
     row["seconds"] = round(time.monotonic() - start, 1)
     row["peak_gb"] = round(peak[0] / 1e9, 2)
     if failure:
-        append_jsonl(results / "manifest.jsonl", row | {"status": "failed", "error": str(failure)})
+        append_jsonl(
+            results / "manifest.jsonl",
+            row | {"status": "failed", "error": str(failure)},
+        )
         raise failure
     files = step.notebook.files + figures_of(results, name)
-    row |= {"status": "finished", "outputs": _digests(results, files)}
+    row |= {"status": "finished", "outputs": digests(results, files)}
     part.rename(executed(results, name))
     append_jsonl(results / "manifest.jsonl", row)
     minutes, seconds = divmod(round(row["seconds"]), 60)
@@ -247,7 +229,7 @@ def _begin(step: Step, results: Path) -> dict[str, Any]:
     """Clear what an earlier run left; the manifest row of this one, as far as it is known."""
     row = {
         "notebook": step.notebook.name,
-        "key": _key(step, results),
+        "key": step_key(step, results),
         "parameters": step.parameters,
         "threads": step.threads,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

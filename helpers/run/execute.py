@@ -17,9 +17,19 @@ import psutil
 from helpers.run.profiles import Step
 from helpers.store import ROOT
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "scipy", "pandas", "statsmodels")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "numpy",
+    "scipy",
+    "pandas",
+    "statsmodels",
+)
 COLOURS = re.compile(r"\x1b\[[\d;]*m")
-FAILING_LINE = re.compile(r"-+> \d+ +(.*)")  # the first arrow of a traceback: the cell's own line
+# the first arrow of a traceback: the cell's own line
+FAILING_LINE = re.compile(r"-+> \d+ +(.*)")
 
 
 class NotebookFailed(Exception):
@@ -34,7 +44,10 @@ def execute(step: Step, part: Path) -> None:
 
     name = step.notebook.name
     part.parent.mkdir(parents=True, exist_ok=True)
-    with environment(**kernel_variables(step.threads)), tempfile.TemporaryDirectory() as folder:
+    with (
+        environment(**kernel_variables(step.threads)),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         try:
             book = papermill.execute_notebook(
                 step.notebook.path,
@@ -43,7 +56,8 @@ def execute(step: Step, part: Path) -> None:
                 kernel_name="python3",
                 cwd=ROOT,
                 progress_bar={"desc": name, "leave": False, "disable": None},
-                stderr_file=sys.stderr if sys.stderr.isatty() else None,  # bars of long steps
+                # bars of long steps
+                stderr_file=sys.stderr if sys.stderr.isatty() else None,
                 **_private_kernel(folder),
             )
         except papermill.PapermillExecutionError as error:
@@ -66,7 +80,8 @@ def kernel_variables(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
         "OPENBLAS_NUM_THREADS": count,
-        "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, whatever else is registered
+        # this environment's kernel, whatever else is registered
+        "JUPYTER_PREFER_ENV_PATH": "1",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
 
@@ -78,7 +93,8 @@ def _private_kernel(folder: str) -> dict[str, Any]:
     manager = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
     return {
         "config": Config({"KernelManager": manager}),
-        "extra_arguments": ["--IPKernelApp.log_level=50"],  # it logs that it is told to stop
+        # it logs that it is told to stop
+        "extra_arguments": ["--IPKernelApp.log_level=50"],
     }
 
 
@@ -137,7 +153,10 @@ def machine() -> str:
     """This machine in words."""
     memory = psutil.virtual_memory().total / 1e9
     parts = [f"{os.cpu_count()} cores", f"{memory:.0f} GB", *_gpus()]
-    parts += [f"{platform.system()} {platform.machine()}", f"Python {platform.python_version()}"]
+    parts += [
+        f"{platform.system()} {platform.machine()}",
+        f"Python {platform.python_version()}",
+    ]
     return ", ".join(parts)
 
 
@@ -159,5 +178,7 @@ def package_versions() -> dict[str, str]:
 
 def versions() -> str:
     """The packages that results depend on, in one line."""
-    packages = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    packages = ", ".join(
+        f"{name} {version}" for name, version in package_versions().items()
+    )
     return f"Python {platform.python_version()}, {packages}"

@@ -11,7 +11,8 @@ from typing import Any
 from helpers.run.profiles import all_profiles, ancestry, profile_tables
 from helpers.store import ROOT
 
-GPU = 500  # CPU minutes in a minute of a GPU: a guess, 50 TFLOP/s against the demo's 0.1
+# CPU minutes in a minute of a GPU: a guess, 50 TFLOP/s against the demo's 0.1
+GPU = 500
 
 
 def lines(profile: str, asked: Mapping[str, Any]) -> list[str]:
@@ -19,14 +20,17 @@ def lines(profile: str, asked: Mapping[str, Any]) -> list[str]:
 
     Nothing in a project that has recorded no study that the profile is like.
     """
-    recorded = [name for name in ancestry(profile) if (_tables(name) / "costs.csv").is_file()]
+    recorded = [
+        name for name in ancestry(profile) if (_tables(name) / "costs.csv").is_file()
+    ]
     if not recorded:
         return []
     from helpers.study import costs, design
 
     study, demo = recorded[0], recorded[-1]
     units = costs.unit_costs(_tables(study), all_profiles()[study])
-    kept = costs.unit_costs(_tables(demo), all_profiles()[demo])  # older studies: no megabytes
+    # older studies: no megabytes
+    kept = costs.unit_costs(_tables(demo), all_profiles()[demo])
     if units is None or kept is None:
         return []
     units["megabytes"] = kept["megabytes"]
@@ -36,10 +40,14 @@ def lines(profile: str, asked: Mapping[str, Any]) -> list[str]:
     larger = size / known if size else 1.0
     gpu = asked["DEVICE"] != "cpu"
     units = costs.scaled(units, larger, GPU if gpu else 1.0)
-    sizes = {part: asked[f"{part.upper()}_EXAMPLES"] for part in ("dev", "probe", "test")}
+    sizes = {
+        part: asked[f"{part.upper()}_EXAMPLES"] for part in ("dev", "probe", "test")
+    }
     cost = design.whole(asked).cost(units, sizes)
     sentences = [f"Expected: {costs.sentence(cost, 'GPU' if gpu else 'CPU')}"]
-    sentences.append(f"  if {'; '.join(_assumptions(study, size, larger, longer, gpu))}")
+    sentences.append(
+        f"  if {'; '.join(_assumptions(study, size, larger, longer, gpu))}"
+    )
     return [*sentences, _memory(_tables(demo), asked, size)]
 
 
@@ -53,7 +61,11 @@ def _assumptions(
         yield f"the model is no larger than that of {study}"
     elif larger != 1:
         yield f"work grows with the parameters ({larger:.3g} times), files with their root"
-    yield f"a GPU does the work of {GPU} cores, a guess" if gpu else f"the machine is as {study}'s"
+    yield (
+        f"a GPU does the work of {GPU} cores, a guess"
+        if gpu
+        else f"the machine is as {study}'s"
+    )
 
 
 def _memory(measured: Path, asked: Mapping[str, Any], size: float | None) -> str:

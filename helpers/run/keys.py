@@ -75,7 +75,9 @@ def named_data(sources: Iterable[str]) -> list[Path]:
     """Files in data/ whose names stand in these texts, and the pins."""
     text = "\n".join(sources)
     about_runs = ("profiles.toml", "notebooks.toml")  # these arrive as parameters
-    files = [path for path in (ROOT / "data").glob("*.*") if path.name not in about_runs]
+    files = [
+        path for path in (ROOT / "data").glob("*.*") if path.name not in about_runs
+    ]
     named = [path for path in files if path.is_file() and path.name in text]
     return sorted([*named, ROOT / "requirements.txt"])
 
@@ -84,7 +86,9 @@ def code_key(notebook: Notebook) -> str:
     """Digest of the code and data that a notebook reaches."""
     source = code_of(notebook.path)
     files = reached_files(source)
-    sources = [path.read_text(encoding="utf-8") for path in files if path.suffix == ".py"]
+    sources = [
+        path.read_text(encoding="utf-8") for path in files if path.suffix == ".py"
+    ]
     files += named_data([source, *sources])
     return digest([[path.name, digest(path)] for path in files])
 
@@ -92,11 +96,21 @@ def code_key(notebook: Notebook) -> str:
 def key(step: Step, needed: dict[str, Any]) -> str:
     """Name (16 hex digits) of a run of a notebook; `needed` is the digest of each file it reads."""
     cells = nbformat.read(step.notebook.path, as_version=4).cells
-    text = [[cell.cell_type, cell.metadata.get("tags", []), cell.source] for cell in cells]
+    text = [
+        [cell.cell_type, cell.metadata.get("tags", []), cell.source] for cell in cells
+    ]
     values = {name: value for name, value in step.parameters.items() if name not in HOW}
     committed = [tables_digest(ROOT / folder) for folder in shown(step.parameters)]
     local = _local_files(values)
-    parts = [text, values, step.threads, code_key(step.notebook), needed, committed, local]
+    parts = [
+        text,
+        values,
+        step.threads,
+        code_key(step.notebook),
+        needed,
+        committed,
+        local,
+    ]
     return digest(parts)[:16]
 
 
@@ -109,14 +123,18 @@ def tables_digest(folder: Path) -> str:
 def _local_files(values: dict[str, Any]) -> list[list]:
     """Path, size and time of the files that parameters name, such as a model's folder: one that
     was edited in place is another model."""
-    given = {name: value for name, value in values.items() if name not in WRITTEN_BY_RUNS}
+    given = {
+        name: value for name, value in values.items() if name not in WRITTEN_BY_RUNS
+    }
     stamps = []
     for text in texts(given):
         path = ROOT / text
         if text and os.path.exists(path):
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
             stats = [(file, file.stat()) for file in files if file.is_file()]
-            stamps += [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+            stamps += [
+                [str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats
+            ]
     return stamps
 
 

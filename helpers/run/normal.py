@@ -25,7 +25,9 @@ def normalised(book: Any) -> Any:
     for cell in book.cells:
         if "injected-parameters" in cell.metadata.get("tags", []):
             continue
-        cell.metadata = {name: cell.metadata[name] for name in KEPT if cell.metadata.get(name)}
+        cell.metadata = {
+            name: cell.metadata[name] for name in KEPT if cell.metadata.get(name)
+        }
         if cell.cell_type == "code":
             count += bool(cell.source.strip())
             _normalise_code(cell, count)

@@ -4,7 +4,13 @@ import json
 
 import pandas as pd
 
-from helpers.run.profiles import HOW, SET_BY_RUNNER, notebooks, parameters, profile_tables
+from helpers.run.profiles import (
+    HOW,
+    SET_BY_RUNNER,
+    notebooks,
+    parameters,
+    profile_tables,
+)
 from helpers.store import ROOT
 
 COST_COLUMNS = ["profile", "minutes", "GB", "threads", "machine", "date"]
@@ -32,7 +38,9 @@ def cost_table(notebook: str) -> pd.DataFrame | None:
     for profile, about in costs().items():
         spent = measured(notebook, profile)
         if spent:
-            rows.append([profile, *spent, about["threads"], about["machine"], about["date"]])
+            rows.append(
+                [profile, *spent, about["threads"], about["machine"], about["date"]]
+            )
     return pd.DataFrame(rows, columns=COST_COLUMNS) if rows else None
 
 
@@ -44,7 +52,9 @@ def overview() -> str:
     lines += ["", "Notebooks (--only NUMBER)       minutes    GB"]
     for notebook in notebooks():
         minutes, memory = measured(notebook.name) or ("", "")
-        lines.append(f"  {notebook.name:28} {minutes:>8} {memory:>5}  {notebook.question}")
+        lines.append(
+            f"  {notebook.name:28} {minutes:>8} {memory:>5}  {notebook.question}"
+        )
     lines += ["", "Parameters (-p NAME VALUE)", *_parameter_lines()]
     return "\n".join(lines)
 
@@ -61,5 +71,7 @@ def _parameter_lines() -> list[str]:
     for name in sorted(defaults.keys() - {*SET_BY_RUNNER, *HOW}):
         default = repr(defaults[name])
         shortened = default if len(default) <= 24 else default[:23] + "…"
-        lines.append(f"  {name:18} {shortened:24}  {meanings[name]}  [{' '.join(declaring[name])}]")
+        lines.append(
+            f"  {name:18} {shortened:24}  {meanings[name]}  [{' '.join(declaring[name])}]"
+        )
     return lines

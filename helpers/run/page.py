@@ -27,19 +27,27 @@ def pictures(results: Path, notebook: str) -> list[dict]:
 
 def figures_of(results: Path, notebook: str) -> list[str]:
     """Files of the figures that this notebook saved, relative to the results folder."""
-    stems = [about["picture"].removesuffix(".png") for about in pictures(results, notebook)]
+    stems = [
+        about["picture"].removesuffix(".png") for about in pictures(results, notebook)
+    ]
     return [stem + end for stem in stems for end in (".json", ".png")]
 
 
-def write_page(results: Path, finished: dict[str, dict], notebooks: list[Notebook]) -> Path:
+def write_page(
+    results: Path, finished: dict[str, dict], notebooks: list[Notebook]
+) -> Path:
     """Write results/index.html and return it.
 
     `finished` holds the manifest row of each finished notebook; `notebooks` the order and question.
     """
     done = [notebook for notebook in notebooks if notebook.name in finished]
     rows = [finished[notebook.name] for notebook in done]
-    names = dict.fromkeys(row["parameters"].get("PROFILE", results.name) for row in rows)
-    sections = [about._asdict() | {"figures": pictures(results, about.name)} for about in done]
+    names = dict.fromkeys(
+        row["parameters"].get("PROFILE", results.name) for row in rows
+    )
+    sections = [
+        about._asdict() | {"figures": pictures(results, about.name)} for about in done
+    ]
     shown = [about for section in sections for about in section["figures"]]
     answered = (results / "answers.csv").exists()
     loader = jinja2.FileSystemLoader(TEMPLATES)

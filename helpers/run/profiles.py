@@ -130,7 +130,8 @@ def parameters(path: Path) -> dict[str, Parameter]:
             raise ValueError(
                 f"{path.name}: line {statement.lineno} of the parameters cell is not NAME = literal"
             ) from None
-        meaning = comments.get(statement.lineno) or comments.get(statement.end_lineno, "")
+        lines = (statement.lineno, statement.end_lineno)
+        meaning = next((comments[line] for line in lines if line in comments), "")
         declared[name] = Parameter(value, meaning)
     return declared
 
@@ -146,7 +147,9 @@ def _parameters_cell(path: Path) -> str:
     cells = nbformat.read(path, as_version=4).cells
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
-        raise ValueError(f"{path.name} has {len(tagged)} cells tagged 'parameters'; one is needed")
+        raise ValueError(
+            f"{path.name} has {len(tagged)} cells tagged 'parameters'; one is needed"
+        )
     return tagged[0].source
 
 
@@ -200,7 +203,9 @@ def parse(text: str, default: Any) -> Any:
     """The value that a person typed: a Python or JSON literal, or plain text for a text default."""
     value: Any = text
     with contextlib.suppress(ValueError, SyntaxError, TypeError):
-        value = json.loads(text) if text in ("true", "false") else ast.literal_eval(text)
+        value = (
+            json.loads(text) if text in ("true", "false") else ast.literal_eval(text)
+        )
     if isinstance(default, str) and not isinstance(value, str):
         return text
     return value
@@ -227,7 +232,8 @@ def _defaults(books: Iterable[Notebook]) -> dict[str, Any]:
 def skipped(profile: str) -> list[str]:
     """The notebooks that a profile, or the one that it is `like`, leaves out of its chain."""
     tables = profile_tables()
-    return next((tables[x]["skip"] for x in ancestry(profile) if "skip" in tables[x]), [])
+    stated = (tables[name].get("skip") for name in ancestry(profile))
+    return next(filter(None, stated), [])
 
 
 def chosen(only: list[str] | None, profile: str = "demo") -> list[Notebook]:
@@ -265,14 +271,16 @@ def steps(profile: str, only: list[str] | None, given: Mapping[str, Any]) -> lis
     given = _checked(given, _defaults(books))
     results = folder(profile, given)
     if ROOT / "data" / "results" in (ROOT / results / "x").resolve().parents:
-        raise ValueError("RESULTS may not lie in data/results: only `refresh` writes there")
+        raise ValueError("RESULTS may not lie in data/results: `refresh` writes there")
     values = settings | given | {"PROFILE": profile, "RESULTS": results, "OUT": results}
     return [_step(notebook, values) for notebook in books]
 
 
 def _checked(given: Mapping[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     for name in {"PROFILE", "OUT"} & given.keys():
-        raise ValueError(f"{name} is set by the runner: name a profile, and -p RESULTS FOLDER")
+        raise ValueError(
+            f"{name} is set by the runner: name a profile, and -p RESULTS FOLDER"
+        )
     canonical(given)  # refuses what JSON cannot hold: it would arrive as text
     return {
         name: conform(name, value, defaults[pick(name, defaults, "parameter")])

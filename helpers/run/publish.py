@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from helpers.run.chain import executed, finished, run
+from helpers.run.chain import run
 from helpers.run.execute import environment, execute
 from helpers.run.keys import shown
 from helpers.run.normal import normalised
@@ -29,10 +29,20 @@ from helpers.run.profiles import (
     pick,
 )
 from helpers.run.readme import write_readme
+from helpers.run.record import executed, finished
 from helpers.store import REVISION, ROOT, atomic_write, revision, store
 
-LARGEST = 8_000_000  # bytes of a committed file; the distances of 48 tasks on all probes take more
-RUN_FIELDS = ("revision", "started", "seconds", "peak_gb", "threads", "machine", "versions")
+# bytes of a committed file; the distances of 48 tasks on all probes take more
+LARGEST = 8_000_000
+RUN_FIELDS = (
+    "revision",
+    "started",
+    "seconds",
+    "peak_gb",
+    "threads",
+    "machine",
+    "versions",
+)
 
 
 def refresh(profile: str = "demo", reuse: bool = False) -> None:
@@ -74,7 +84,9 @@ def publish(profile: str) -> None:
     results = ROOT / "data" / "runs" / profile
     done = finished(results)
     if not done:
-        raise ValueError(f"no notebook is finished in data/runs/{profile}: run the profile first")
+        raise ValueError(
+            f"no notebook is finished in data/runs/{profile}: run the profile first"
+        )
     _publish_tables(profile, results)
     _write_manifest(profile, done)
     for notebook in notebooks():
@@ -113,7 +125,9 @@ def recompute(profile: str, write: bool = False) -> Path:
     tables = ROOT / "data" / "results" / profile
     out = ROOT / "data" / "runs" / "recomputed" / profile
     if not tables.is_dir():
-        raise ValueError(f"there are no tables in data/results/{profile}: publish it first")
+        raise ValueError(
+            f"there are no tables in data/results/{profile}: publish it first"
+        )
     own = [book for book in chosen(None, profile) if _belongs(book, profile)]
     books = [book for book in own if _recomputable(book, tables)]
     for book in books:
@@ -136,7 +150,9 @@ def recompute(profile: str, write: bool = False) -> Path:
             f"now in {out.relative_to(ROOT)}; refresh the profile"
         )
     else:
-        print(f"Equal to data/results/{profile}: {', '.join(files)}. Figures: {out / 'figures'}")
+        print(
+            f"Equal to data/results/{profile}: {', '.join(files)}. Figures: {out / 'figures'}"
+        )
     return out
 
 
@@ -145,7 +161,9 @@ def _recomputable(notebook: Notebook, tables: Path) -> bool:
     names = declared(notebook.path)
     if "OUT" not in names:
         return False
-    return "MODEL" not in names or any((tables / file).exists() for file in notebook.produces)
+    return "MODEL" not in names or any(
+        (tables / file).exists() for file in notebook.produces
+    )
 
 
 def _rerun(notebook: Notebook, profile: str, tables: Path, out: Path) -> None:
@@ -183,7 +201,9 @@ def _publish_tables(profile: str, results: Path) -> None:
         if notebook.name in done and _belongs(notebook, profile):
             for file in notebook.produces:
                 if (results / file).stat().st_size > LARGEST:
-                    print(f"not committed, larger than {LARGEST / 1e6:.0f} MB: {results / file}")
+                    print(
+                        f"not committed, larger than {LARGEST / 1e6:.0f} MB: {results / file}"
+                    )
                 else:
                     shutil.copyfile(results / file, tables / file)
 
@@ -222,7 +242,9 @@ def _write_minutes(profile: str, results: Path) -> None:
         "date": first["started"][:10],
     }
     measured |= {field: first[field] for field in ("machine", "threads", "revision")}
-    _write_json(ROOT / "data" / "results" / "minutes.json", costs() | {profile: measured})
+    _write_json(
+        ROOT / "data" / "results" / "minutes.json", costs() | {profile: measured}
+    )
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -232,7 +254,9 @@ def _write_json(path: Path, value: dict) -> None:
 
 def _check_clean() -> None:
     command = ["git", "status", "--porcelain"]
-    changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    changed = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     if changed:
         first = changed.split()[1]
         raise ValueError(

@@ -17,7 +17,11 @@ MARK = re.compile(r"<!-- ((?:table: )?[\w.]+) -->.*?<!-- / -->", re.DOTALL)
 
 def markdown(frame: pd.DataFrame) -> str:
     """A frame of texts as a Markdown table."""
-    rows = [list(frame.columns), ["---"] * frame.shape[1], *frame.astype(str).to_numpy().tolist()]
+    rows = [
+        list(frame.columns),
+        ["---"] * frame.shape[1],
+        *frame.astype(str).to_numpy().tolist(),
+    ]
     lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -34,9 +38,13 @@ def notebook_table() -> pd.DataFrame:
 
 def found(table: str) -> pd.DataFrame | None:
     """A table of notebook 08, as text, of the study that its committed copy shows."""
-    pages = [notebook for notebook in notebooks() if f"{table}.csv" in notebook.produces]
+    pages = [
+        notebook for notebook in notebooks() if f"{table}.csv" in notebook.produces
+    ]
     for page in pages:
-        path = ROOT / "data" / "results" / declared(page.path)["PROFILE"] / f"{table}.csv"
+        path = (
+            ROOT / "data" / "results" / declared(page.path)["PROFILE"] / f"{table}.csv"
+        )
         if path.exists():
             return pd.read_csv(path, dtype=str, keep_default_na=False)
     return None
@@ -45,7 +53,11 @@ def found(table: str) -> pd.DataFrame | None:
 def contents() -> dict[str, str]:
     """What may stand between marks: numbers as text by their name, tables by "table: name"."""
     findings = found("findings")
-    held = {} if findings is None else dict(zip(findings["name"], findings["text"], strict=True))
+    held = (
+        {}
+        if findings is None
+        else dict(zip(findings["name"], findings["text"], strict=True))
+    )
     tables = {"notebooks": notebook_table(), "findings": found("findings_table")}
     for name, table in tables.items():
         if table is not None:

@@ -67,7 +67,9 @@ def length_buckets(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def encode_examples(tokenizer, rows: Iterable[dict]) -> list[tuple[list[int], list[int]]]:
+def encode_examples(
+    tokenizer, rows: Iterable[dict]
+) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, answer ids) of examples with a prompt and answers, of which the first counts."""
     examples = []
     for row in rows:

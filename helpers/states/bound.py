@@ -62,7 +62,9 @@ def minimax(d2: ArrayLike) -> Ball:
     gaps = [_gap(unit, a) for a in candidates]
     best = next(k for k, gap in enumerate(gaps) if gap <= max(min(gaps), 1e-12))
     weights = candidates[best]
-    return Ball(float(scale * dispersion(unit, weights)), weights, float(scale * gaps[best]))
+    return Ball(
+        float(scale * dispersion(unit, weights)), weights, float(scale * gaps[best])
+    )
 
 
 def _gap(d2: Array, a: Array) -> float:
@@ -130,7 +132,9 @@ def radius_se(d2_x: ArrayLike, probe_task: ArrayLike) -> float:
     d2_x = np.asarray(d2_x, dtype=np.float64)
     a = minimax(d2_x.mean(-1)).weights
     value = np.einsum("i,ijx,j->x", a, d2_x, a) / 2
-    variance = sum(len(probes) * value[probes].var(ddof=1) for probes in _strata(probe_task))
+    variance = sum(
+        len(probes) * value[probes].var(ddof=1) for probes in _strata(probe_task)
+    )
     return float(np.sqrt(variance) / len(value))
 
 
@@ -148,7 +152,9 @@ def offset2(d2: ArrayLike, weights: ArrayLike, delta: ArrayLike) -> float:
     a = np.asarray(weights)
     delta = np.asarray(delta, dtype=np.float64)
     if abs(a.sum() - 1) > 1e-6:
-        raise ValueError(f"weights must sum to 1 (the base is a point too), not {a.sum():.6g}")
+        raise ValueError(
+            f"weights must sum to 1 (the base is a point too), not {a.sum():.6g}"
+        )
     offset = float(a @ delta) - dispersion(d2, a)
     if offset < -1e-6 * np.abs(a).sum() ** 2 * max(d2.max(), delta.max()):
         raise ValueError(
@@ -198,7 +204,9 @@ def readings(
         for k, model in enumerate(models):
             row = {"model": model, "probe_task": task, "weight": float(a[k])}
             for layer, delta in enumerate(x[k, own].mean(axis=0).tolist()):
-                rows.append(row | {"layer": layer, "delta": delta, "gap2": float(gap2[layer])})
+                rows.append(
+                    row | {"layer": layer, "delta": delta, "gap2": float(gap2[layer])}
+                )
             if model == task and flipped is not None and rho is not None:
                 near = np.sqrt(x[k, own, -1]) < np.asarray(rho)[own]
                 rows[-1]["flips"] = float(np.mean(np.asarray(flipped)[own]))
@@ -219,14 +227,18 @@ def _margins(states: ArrayLike, readout: ArrayLike, bias: ArrayLike | None):
     return top, z.max(1)[:, None] - z, np.sqrt(np.maximum(length2, 0.0))
 
 
-def margin_radius(states: ArrayLike, readout: ArrayLike, bias: ArrayLike | None = None) -> Array:
+def margin_radius(
+    states: ArrayLike, readout: ArrayLike, bias: ArrayLike | None = None
+) -> Array:
     """rho(x) = min_k m_k / ||w_a - w_k||: exact distance from H(x) to where its top class changes.
 
     `states` (P, d) feed logits z = W h + b with `readout` W (C, d), `bias` b (C,). Any merge with
     ||h(x) - H(x)|| < rho(x) and the same readout predicts the same class.
     """
     top, margin, length = _margins(states, readout, bias)
-    ratio = np.divide(margin, length, out=np.where(margin > 0, np.inf, 0.0), where=length > 0)
+    ratio = np.divide(
+        margin, length, out=np.where(margin > 0, np.inf, 0.0), where=length > 0
+    )
     np.put_along_axis(ratio, top[:, None], np.inf, axis=1)
     return ratio.min(1)
 
@@ -249,9 +261,15 @@ def kept(
     h = np.asarray(merged, dtype=np.float64)
     shift = np.zeros_like(margin)
     if merged_readout is not None:
-        shift = h @ (np.asarray(merged_readout, dtype=np.float64) - np.asarray(readout)).T
+        shift = (
+            h @ (np.asarray(merged_readout, dtype=np.float64) - np.asarray(readout)).T
+        )
     if merged_bias is not None:
-        shift = shift + np.asarray(merged_bias) - (0.0 if bias is None else np.asarray(bias))
+        shift = (
+            shift
+            + np.asarray(merged_bias)
+            - (0.0 if bias is None else np.asarray(bias))
+        )
     shift = np.take_along_axis(shift, top[:, None], 1) - shift
     distance = np.linalg.norm(h - np.asarray(states, dtype=np.float64), axis=1)
     safe = margin + shift > length * distance[:, None]

@@ -60,13 +60,17 @@ def _check(states, labels, probe_task, measures, others) -> None:
         raise ValueError(f"{len(labels)} labels for the states of {len(states)} models")
     unknown = set(measures) - set(MEASURES)
     if unknown:
-        raise ValueError(f"unknown measures {sorted(unknown)}: choose from {list(MEASURES)}")
+        raise ValueError(
+            f"unknown measures {sorted(unknown)}: choose from {list(MEASURES)}"
+        )
     if probe_task is not None:
         without = set(labels) - set(probe_task)
         if without:
             raise ValueError(f"no probe belongs to {sorted(without)}")
     if others and (probe_task is None or len(set(probe_task)) < 3):
-        raise ValueError("probes of other tasks need `probe_task` and three tasks or more")
+        raise ValueError(
+            "probes of other tasks need `probe_task` and three tasks or more"
+        )
 
 
 def half_samples(
@@ -108,8 +112,10 @@ def half_samples(
 MDS_READINGS = {
     "mean": np.mean,
     "max": np.max,  # the diameter
-    "rms": lambda d: np.sqrt(np.mean(np.square(d))),  # the bound's mean squared distance
-    "reciprocal": lambda d: 1 / np.mean(1 / (1 + d)),  # of the mean similarity 1 / (1 + d)
+    # the bound's mean squared distance
+    "rms": lambda d: np.sqrt(np.mean(np.square(d))),
+    # of the mean similarity 1 / (1 + d)
+    "reciprocal": lambda d: 1 / np.mean(1 / (1 + d)),
     "harmonic": lambda d: 1 / np.mean(1 / d),  # ruled by the closest pair
 }
 
@@ -124,5 +130,7 @@ def mds(distances: ArrayLike, reading: str = "mean") -> float:
     if distances.ndim == 2:
         distances = distances[np.triu_indices(len(distances), 1)]
     if not len(distances) or np.isnan(distances).any():
-        raise ValueError("a Merging Difficulty Score needs the distance of every pair of the group")
+        raise ValueError(
+            "a Merging Difficulty Score needs the distance of every pair of the group"
+        )
     return float(MDS_READINGS[reading](distances))

@@ -22,7 +22,8 @@ class Metric(NamedTuple):
 
     meaning: str
     formula: Callable[[pd.DataFrame], pd.Series]
-    harmful: bool | None = None  # True: larger is more conflict; False: agreement; None: neither
+    # True: larger is more conflict; False: agreement; None: neither
+    harmful: bool | None = None
 
 
 def _distance2(s: pd.DataFrame) -> pd.Series:
@@ -32,9 +33,12 @@ def _distance2(s: pd.DataFrame) -> pd.Series:
 def _subspaces(side: str, meaning: str) -> dict[str, Metric]:
     """How much of their leading singular directions two task vectors share, and by chance."""
     return {
-        f"{side}_overlap": Metric(meaning, lambda s: s[f"{side}_shared"] / s.directions),
+        f"{side}_overlap": Metric(
+            meaning, lambda s: s[f"{side}_shared"] / s.directions
+        ),
         f"{side}_chance": Metric(
-            "the same for random subspaces", lambda s: s[f"{side}_expected"] / s.directions
+            "the same for random subspaces",
+            lambda s: s[f"{side}_expected"] / s.directions,
         ),
     }
 
@@ -46,7 +50,9 @@ METRICS = {
         "share of coordinates with a b < 0", lambda s: s.opposite / s.coordinates, True
     ),
     "magnitude_change": Metric(
-        "sum |a - b| / sum (|a| + |b|)", lambda s: s.l1_difference / (s.l1_a + s.l1_b), True
+        "sum |a - b| / sum (|a| + |b|)",
+        lambda s: s.l1_difference / (s.l1_a + s.l1_b),
+        True,
     ),
     "conflict_magnitude": Metric(
         "share of sum (|a| + |b|) on coordinates with a b < 0",
@@ -54,7 +60,9 @@ METRICS = {
         True,
     ),
     "cosine": Metric(
-        "<a, b> / (||a|| ||b||)", lambda s: s.inner / np.sqrt(s.square_a * s.square_b), False
+        "<a, b> / (||a|| ||b||)",
+        lambda s: s.inner / np.sqrt(s.square_a * s.square_b),
+        False,
     ),
     "cosine_tensors": Metric(
         "mean of the cosines of single tensors", lambda s: s.cosines / s.tensors, False
@@ -83,10 +91,15 @@ METRICS = {
         lambda s: 2 * s.top_shared / (s.top_a + s.top_b),
     ),
     "top_chance": Metric(
-        "the same for sets drawn independently", lambda s: 2 * s.top_expected / (s.top_a + s.top_b)
+        "the same for sets drawn independently",
+        lambda s: 2 * s.top_expected / (s.top_a + s.top_b),
     ),
-    **_subspaces("left", "||U_a' U_b||_F^2 / r, leading left singular vectors (output space)"),
-    **_subspaces("right", "||V_a' V_b||_F^2 / r, leading right singular vectors (input space)"),
+    **_subspaces(
+        "left", "||U_a' U_b||_F^2 / r, leading left singular vectors (output space)"
+    ),
+    **_subspaces(
+        "right", "||V_a' V_b||_F^2 / r, leading right singular vectors (input space)"
+    ),
     "variance": Metric(
         "variance of (a, b), mean over coordinates: PRISM (arXiv:2610.03199), raw",
         lambda s: _distance2(s) / (4 * s.coordinates),
@@ -119,7 +132,9 @@ def metrics(sums: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     return pd.DataFrame(values).reset_index()
 
 
-def group_variance(pairs: pd.DataFrame, members: Sequence[str], relative: bool = False) -> float:
+def group_variance(
+    pairs: pd.DataFrame, members: Sequence[str], relative: bool = False
+) -> float:
     """PRISM's interference score of n task vectors, from the table of their pairs.
 
     Variance across the models, mean over coordinates: sum_i ||tau_i - mean||^2 / (n d), which is

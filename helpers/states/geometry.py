@@ -26,7 +26,9 @@ def squared_distances(states: ArrayLike) -> Array:
     """
     states = np.asarray(states)
     if states.ndim < 3:
-        raise ValueError(f"states must be (models, probes, .., width), not {states.shape}")
+        raise ValueError(
+            f"states must be (models, probes, .., width), not {states.shape}"
+        )
     d2_x = np.zeros((len(states), *states.shape[:-1]))
     for i in range(len(states)):
         for j in range(i):
@@ -86,11 +88,19 @@ def checked(d2: ArrayLike) -> Array:
     """
     d2 = np.asarray(d2, dtype=np.float64)
     if d2.ndim != 2 or d2.shape[0] != d2.shape[1] or not d2.size:
-        raise ValueError(f"squared distances must be a square matrix, not of shape {d2.shape}")
+        raise ValueError(
+            f"squared distances must be a square matrix, not of shape {d2.shape}"
+        )
     largest = np.abs(d2).max()
     slack = 1e-6 * largest
-    if not np.isfinite(d2).all() or np.abs(np.diag(d2)).max() > slack or d2.min() < -slack:
-        raise ValueError("squared distances must be finite and >= 0, with a zero diagonal")
+    if (
+        not np.isfinite(d2).all()
+        or np.abs(np.diag(d2)).max() > slack
+        or d2.min() < -slack
+    ):
+        raise ValueError(
+            "squared distances must be finite and >= 0, with a zero diagonal"
+        )
     if np.abs(d2 - d2.T).max() > slack:
         raise ValueError("squared distances must be symmetric")
     values, vectors = np.linalg.eigh(gram(d2))
@@ -143,5 +153,7 @@ def halves(
     strata = _strata(probe_task)
     for _ in range(draws):
         order = [rng.permutation(probes) for probes in strata]
-        first, second = (np.concatenate([probes[k::2] for probes in order]) for k in (0, 1))
+        first, second = (
+            np.concatenate([probes[k::2] for probes in order]) for k in (0, 1)
+        )
         yield d2_x[..., first].mean(-1), d2_x[..., second].mean(-1)

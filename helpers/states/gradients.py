@@ -25,7 +25,8 @@ from helpers.states.read import blocks_of
 class Kept(NamedTuple):
     """What the backward pass needs of one batch: how each block was called, and dL/d(output)."""
 
-    calls: list[tuple[Tensor, tuple, dict]]  # its input; its other arguments: masks, positions
+    # its input; its other arguments: masks, positions
+    calls: list[tuple[Tensor, tuple, dict]]
     towards: Tensor
 
 
@@ -59,8 +60,12 @@ def grams(
     blocks, wanted = _parameters(model, names)
     for label, examples in tasks.items():
         if not any(answer for _, answer in examples):
-            raise ValueError(f"task {label} has no answer tokens to take the gradient of")
-    kept = [_forward(model, blocks, examples, batch_size) for examples in tasks.values()]
+            raise ValueError(
+                f"task {label} has no answer tokens to take the gradient of"
+            )
+    kept = [
+        _forward(model, blocks, examples, batch_size) for examples in tasks.values()
+    ]
     products = np.zeros((len(blocks), len(tasks), len(tasks)))
     lowest = min(at for at, parameters in enumerate(wanted) if parameters)
     for at in reversed(range(lowest, len(blocks))):
@@ -84,7 +89,9 @@ def _parameters(
     for name in names:
         parameter = model.get_parameter(name)
         if parameter not in owner:
-            raise ValueError(f"{name} is in no block of the model: its gradient is not streamed")
+            raise ValueError(
+                f"{name} is in no block of the model: its gradient is not streamed"
+            )
         wanted[owner[parameter]].append(parameter)
     return blocks, wanted
 
@@ -94,7 +101,10 @@ def _first(output) -> Tensor:
 
 
 def _forward(
-    model: nn.Module, blocks: nn.ModuleList, examples: Sequence[Example], batch_size: int
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    examples: Sequence[Example],
+    batch_size: int,
 ) -> list[Kept]:
     """One forward pass over a task, differentiated from the output of the last block on."""
     tokens = sum(len(answer) for _, answer in examples)
@@ -113,7 +123,9 @@ def _forward(
     kept = []
     with ExitStack() as hooks:
         for block in blocks:
-            hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(
+                block.register_forward_pre_hook(before, with_kwargs=True)
+            )
         hooks.enter_context(blocks[-1].register_forward_hook(after))
         for batch in length_buckets(lengths, batch_size):
             with torch.no_grad():  # until the hook behind the last block

@@ -10,7 +10,9 @@ from helpers.states.batch import IGNORED, pad, read_shared, shared_length
 Example = tuple[list[int], list[int]]  # token ids of a prompt and of its answer
 
 
-def answer_loss(model: nn.Module, examples: Sequence[Example], share: bool = False) -> Tensor:
+def answer_loss(
+    model: nn.Module, examples: Sequence[Example], share: bool = False
+) -> Tensor:
     """Sum over all answer tokens of their negative log-likelihood, in nats.
 
     `model` is a decoder or an encoder-decoder, which reads prompts with its encoder. `share`: what
@@ -20,7 +22,9 @@ def answer_loss(model: nn.Module, examples: Sequence[Example], share: bool = Fal
         logits, labels = _translated(model, examples)
     else:
         prompts = [prompt for prompt, _ in examples]
-        logits, labels = _continued(model, examples, shared_length(prompts) if share else 0)
+        logits, labels = _continued(
+            model, examples, shared_length(prompts) if share else 0
+        )
     return cross_entropy(
         logits.float().flatten(0, 1),
         labels.flatten().to(logits.device),
@@ -29,7 +33,9 @@ def answer_loss(model: nn.Module, examples: Sequence[Example], share: bool = Fal
     )
 
 
-def _continued(model: nn.Module, examples: Sequence[Example], shared: int) -> tuple[Tensor, Tensor]:
+def _continued(
+    model: nn.Module, examples: Sequence[Example], shared: int
+) -> tuple[Tensor, Tensor]:
     """Logits and labels (batch, positions) where some example has an answer token to predict."""
     ids, mask = pad([prompt + answer for prompt, answer in examples], 0)
     # labels by position, never by id: the padding id may be that of the end token

@@ -18,7 +18,9 @@ from scipy import linalg, special, stats
 from scipy.spatial.distance import pdist
 
 
-def _pair(a: ArrayLike, b: ArrayLike, same_width: bool = True) -> tuple[NDArray, NDArray]:
+def _pair(
+    a: ArrayLike, b: ArrayLike, same_width: bool = True
+) -> tuple[NDArray, NDArray]:
     a = np.asarray(a, dtype=np.float64)
     b = np.asarray(b, dtype=np.float64)
     if a.ndim != 2 or b.ndim != 2 or len(a) != len(b) or len(a) == 0:
@@ -55,7 +57,9 @@ def probe_distances(a: ArrayLike, b: ArrayLike, normalise: str = "unit") -> NDAr
         return distance / np.sqrt(a.shape[1])
     if normalise == "raw":
         return distance
-    raise ValueError(f"unknown normalisation {normalise!r}: choose unit, norms, sqrt_d or raw")
+    raise ValueError(
+        f"unknown normalisation {normalise!r}: choose unit, norms, sqrt_d or raw"
+    )
 
 
 def hidden_sim(a: ArrayLike, b: ArrayLike, normalise: str = "unit") -> float:
@@ -126,7 +130,8 @@ def procrustes(a: ArrayLike, b: ArrayLike) -> float:
         a = linalg.qr(a.T, mode="r")[0][: len(a)].T
         b = linalg.qr(b.T, mode="r")[0][: len(b)].T
     nuclear = linalg.svdvals(a.T @ b).sum()
-    return float(np.sqrt(max(0.0, 2 - 2 * nuclear)))  # at A = B rounding leaves 1 + 1e-16
+    # at A = B rounding leaves 1 + 1e-16
+    return float(np.sqrt(max(0.0, 2 - 2 * nuclear)))
 
 
 def rsa(a: ArrayLike, b: ArrayLike) -> float:
@@ -151,7 +156,9 @@ def mutual_knn(a: ArrayLike, b: ArrayLike, k: int | None = None) -> float:
     n = len(a)
     k = min(10, n // 2) if k is None else k
     if not 1 <= k < n:
-        raise ValueError(f"mutual k-NN needs 1 <= k < n_probes, got k = {k} and {n} probes")
+        raise ValueError(
+            f"mutual k-NN needs 1 <= k < n_probes, got k = {k} and {n} probes"
+        )
     shared = _nearest(a, k) & _nearest(b, k)
     return float(shared.sum() / (n * k))
 
@@ -198,7 +205,8 @@ def logit_kls(
         some = states[:, part]
         read = np.float64(logits(some.reshape(-1, some.shape[-1])))
         read = read.reshape(*some.shape[:2], -1)
-        log_p = special.log_softmax(read, axis=-1).swapaxes(0, 1)  # (probes, models, vocabulary)
+        # (probes, models, vocabulary)
+        log_p = special.log_softmax(read, axis=-1).swapaxes(0, 1)
         products = np.exp(log_p) @ log_p.swapaxes(1, 2)
         own = np.diagonal(products, axis1=1, axis2=2)
         both = own[:, :, None] + own[:, None]
@@ -229,12 +237,16 @@ MEASURES = {
     "hidden_sim_sqrt_d": Measure(
         "mean |a - b| / sqrt(d)", partial(hidden_sim, normalise="sqrt_d"), True
     ),
-    "hidden_sim_raw": Measure("mean |a - b|", partial(hidden_sim, normalise="raw"), True),
+    "hidden_sim_raw": Measure(
+        "mean |a - b|", partial(hidden_sim, normalise="raw"), True
+    ),
     "cka": Measure("linear CKA, debiased", debiased_cka, False),
     "procrustes": Measure("distance after the best rotation", procrustes, True),
     "rsa": Measure("rank correlation of probe distances", rsa, False),
     "state_cosine": Measure("mean cosine of a and b", cosine, False),
-    "change_cosine": Measure("mean cosine of a - base and b - base", change_cosine, False, "base"),
+    "change_cosine": Measure(
+        "mean cosine of a - base and b - base", change_cosine, False, "base"
+    ),
     "mutual_knn": Measure("share of nearest probes in common", mutual_knn, False),
     "logit_kl": Measure("symmetric KL of next tokens (nats)", logit_kl, True, "logits"),
 }

@@ -219,7 +219,9 @@ def heuristic_steps(d2: ArrayLike) -> list[Step]:
         labels = fcluster(tree, models, "maxclust")
         groups = [np.flatnonzero(labels == k).tolist() for k in np.unique(labels)]
         groups, value = _local_search(d2, groups)
-        lower = value if models == 1 else float(spread[models]) / 4 if models < n else 0.0
+        lower = (
+            value if models == 1 else float(spread[models]) / 4 if models < n else 0.0
+        )
         steps.append(Step(models, value, lower, groups))
     return steps
 

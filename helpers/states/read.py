@@ -7,7 +7,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from helpers.states.batch import decoder_start, length_buckets, pad, read_shared, shared_length
+from helpers.states.batch import (
+    decoder_start,
+    length_buckets,
+    pad,
+    read_shared,
+    shared_length,
+)
 
 HOW = ("last", "mean", "first_decoder")
 
@@ -66,10 +72,13 @@ def _prompt(model: nn.Module, prompts: Sequence[list[int]], how: str) -> Tensor:
     # below the head: logits are not wanted
     stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     cached, shared = {}, 0
-    if how == "last" and model.can_generate():  # a decoder: what all begin with is read once
+    # a decoder: what all begin with is read once
+    if how == "last" and model.can_generate():
         shared = shared_length(prompts)
         cached = {"past_key_values": read_shared(model, ids[:, :shared])}
-    output = stack(ids[:, shared:], attention_mask=mask, output_hidden_states=True, **cached)
+    output = stack(
+        ids[:, shared:], attention_mask=mask, output_hidden_states=True, **cached
+    )
     own = mask[:, shared:]
     return pool(output.hidden_states, own, own.sum(1) - 1, how)
 
@@ -106,13 +115,17 @@ def pool(
         raise ValueError(f"unknown pooling {how!r}: choose one of {', '.join(HOW)}")
     mask = mask.bool()
     if not mask.any(dim=1).all():
-        raise ValueError("an example has no counted position: give each at least one prompt token")
+        raise ValueError(
+            "an example has no counted position: give each at least one prompt token"
+        )
     if how == "mean":
         return _mean(hidden_states, mask)
     rows = torch.arange(len(mask), device=mask.device)
     position = last if how == "last" else mask.int().argmax(dim=1)
     if not mask[rows, position].all():
-        raise ValueError("`last` points at an uncounted position: pass the last prompt token")
+        raise ValueError(
+            "`last` points at an uncounted position: pass the last prompt token"
+        )
     return torch.stack([h[rows, position].float() for h in hidden_states], dim=1)
 
 

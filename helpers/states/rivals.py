@@ -22,15 +22,23 @@ class Rival(NamedTuple):
     merge: bool = False
 
 
-def _labels(meaning: str, harmful: bool, passes: str = "examples", **needs: bool) -> Rival:
+def _labels(
+    meaning: str, harmful: bool, passes: str = "examples", **needs: bool
+) -> Rival:
     return Rival(meaning, harmful, "labels", passes, **needs)
 
 
 RIVALS = {
-    "dose_loss": _labels("loss (%) at half of the own vector", False, "examples x doses"),
-    "dose_nll": _labels("rise of NLL at half of the own vector", True, "examples x doses"),
+    "dose_loss": _labels(
+        "loss (%) at half of the own vector", False, "examples x doses"
+    ),
+    "dose_nll": _labels(
+        "rise of NLL at half of the own vector", True, "examples x doses"
+    ),
     "own_dose_loss_linear": _labels(
-        "loss (%) at the own-direction dose of plain averaging", False, "examples x doses"
+        "loss (%) at the own-direction dose of plain averaging",
+        False,
+        "examples x doses",
     ),
     "own_dose_loss_task_arithmetic": _labels(
         "loss (%) at the own-direction dose of the sum", False, "examples x doses"
@@ -41,16 +49,24 @@ RIVALS = {
     "nll_gain": _labels("what training took off the NLL", True),
     "steps": Rival("steps of training", True, "none", "none"),
     "norm": Rival("norm of the task vector", True, "none", "none"),
-    "base_distance": Rival("hidden distance of base and specialist", True, "prompts", "probes"),
+    "base_distance": Rival(
+        "hidden distance of base and specialist", True, "prompts", "probes"
+    ),
     "first_token_overlap": _labels("shared mass of first answer tokens", False, "none"),
     "answer_overlap": _labels("Jaccard index of the sets of answers", False, "none"),
     "length_ratio": _labels("shorter over longer mean answer", False, "none"),
     "same_format": _labels("both with options, or both without", False, "none"),
     "gradient_l2": _labels(
-        "distance of the loss gradients at the base", True, "3 x examples", gradients=True
+        "distance of the loss gradients at the base",
+        True,
+        "3 x examples",
+        gradients=True,
     ),
     "gradient_cosine": _labels(
-        "cosine of the loss gradients at the base", False, "3 x examples", gradients=True
+        "cosine of the loss gradients at the base",
+        False,
+        "3 x examples",
+        gradients=True,
     ),
     "gradient_norm": _labels(
         "norm of the loss gradient at the base", True, "3 x examples", gradients=True
@@ -92,7 +108,9 @@ def barrier(segment: pd.DataFrame) -> float:
     """
     loss = segment.pivot(index="alpha", columns="task", values="nll")
     if not {0.0, 1.0} <= set(loss.index) or loss.isna().any(axis=None):
-        raise ValueError("a barrier needs both ends, alpha 0 and 1, and every task at every alpha")
+        raise ValueError(
+            "a barrier needs both ends, alpha 0 and 1, and every task at every alpha"
+        )
     mean = loss.mean(axis=1)
     line = np.interp(mean.index, [0, 1], [mean[0.0], mean[1.0]])
     return float((mean - line).max())

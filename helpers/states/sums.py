@@ -19,10 +19,13 @@ from torch.nn.functional import pdist
 from helpers.merge import Lazy, Row, singular_triplets
 
 BLOCK = 1 << 15  # coordinates at a time: a few MB for a dozen models
-DENSITY = 0.2  # share of each tensor's coordinates that counts as its largest; ties all count
+# share of each tensor's coordinates that counts as its largest; ties all count
+DENSITY = 0.2
 
 
-def pair_sums(rows: Iterable[Row], labels: Sequence[str], directions: int = 8) -> pd.DataFrame:
+def pair_sums(
+    rows: Iterable[Row], labels: Sequence[str], directions: int = 8
+) -> pd.DataFrame:
     """The sums that METRICS are made of: one row per tensor and pair of models.
 
     Args:
@@ -38,17 +41,23 @@ def pair_sums(rows: Iterable[Row], labels: Sequence[str], directions: int = 8) -
         ValueError: fewer than two labels, or one twice; another number of task vectors; no tensor.
     """
     if len(labels) < 2 or len(set(labels)) != len(labels):
-        raise ValueError(f"two or more models with different labels are needed, got {list(labels)}")
+        raise ValueError(
+            f"two or more models with different labels are needed, got {list(labels)}"
+        )
     pairs = pd.DataFrame(combinations(labels, 2), columns=["task_a", "task_b"])
     tables = []
     for name, _, taus in rows:
         if len(taus) != len(labels):
-            raise ValueError(f"{name} has {len(taus)} task vectors for {len(labels)} labels")
+            raise ValueError(
+                f"{name} has {len(taus)} task vectors for {len(labels)} labels"
+            )
         sums = _coordinate_sums([tau[...].flatten() for tau in taus])
         sums |= _subspace_sums([_principal(tau, directions) for tau in taus])
         tables.append(pairs.assign(tensor=name, **_place(name), **sums))
     if not tables:
-        raise ValueError("there is no tensor to compare: the models do not differ from the base")
+        raise ValueError(
+            "there is no tensor to compare: the models do not differ from the base"
+        )
     return pd.concat(tables, ignore_index=True)
 
 
@@ -80,10 +89,12 @@ class _Totals:
     def __init__(self, n: int, device: torch.device):
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.inner = zeros(n, n)
-        self.signs = zeros(n, n)  # coordinates of one sign, less those of opposite signs
+        # coordinates of one sign, less those of opposite signs
+        self.signs = zeros(n, n)
         self.nonzero = zeros(n, n)  # coordinates where both are nonzero
         self.mass = zeros(n, n)  # |i| where j is not zero
-        self.signed_mass = zeros(n, n)  # |i| where j has its sign, less where it has the other
+        # |i| where j has its sign, less where it has the other
+        self.signed_mass = zeros(n, n)
         self.largest = zeros(n, n)
         self.relative_gaps = zeros(n, n)
         self.difference = zeros(n * (n - 1) // 2)
@@ -156,11 +167,14 @@ def _principal(tau: Tensor | Lazy, directions: int) -> tuple[Tensor, Tensor] | N
     """Leading left and right singular vectors, (out, r) and (in, r); None without factors."""
     if getattr(tau, "factors", None) is None:
         return None
-    left, _, right = singular_triplets([tau], [1.0])  # on the numerical rank: 0 for a zero vector
+    # on the numerical rank: 0 for a zero vector
+    left, _, right = singular_triplets([tau], [1.0])
     return left[:, :directions], right[:, :directions]
 
 
-def _subspace_sums(bases: Sequence[tuple[Tensor, Tensor] | None]) -> dict[str, np.ndarray]:
+def _subspace_sums(
+    bases: Sequence[tuple[Tensor, Tensor] | None],
+) -> dict[str, np.ndarray]:
     rank = np.array([0 if basis is None else basis[0].shape[1] for basis in bases])
     i, j = np.triu_indices(len(bases), 1)
     sums = {"directions": np.minimum(rank[i], rank[j])}
@@ -177,6 +191,8 @@ def _subspace_sums(bases: Sequence[tuple[Tensor, Tensor] | None]) -> dict[str, n
 
 def _shared(stacked: Tensor, rank: np.ndarray) -> np.ndarray:
     """||U_i' U_j||_F^2 of every pair, from all bases side by side."""
-    owner = torch.eye(len(rank)).repeat_interleave(torch.tensor(rank), dim=0).to(stacked)
+    owner = (
+        torch.eye(len(rank)).repeat_interleave(torch.tensor(rank), dim=0).to(stacked)
+    )
     squares = (stacked.T @ stacked).square()
     return _pairs(owner.T @ squares @ owner)

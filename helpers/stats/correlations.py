@@ -17,7 +17,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from helpers.stats.dyads import Places, decompose, design, pair_effects, part, places, symmetric
+from helpers.stats.dyads import (
+    Places,
+    decompose,
+    design,
+    pair_effects,
+    part,
+    places,
+    symmetric,
+)
 from helpers.stats.effects import Interval, interval, jackknife
 
 MARGIN = 0.3  # a correlation within ± this is none that matters

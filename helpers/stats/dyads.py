@@ -56,7 +56,9 @@ def as_square(matrix: ArrayLike) -> NDArray:
     """A float copy, (n, n), with NaN on the diagonal. Raises ValueError for another shape."""
     out = np.array(matrix, float)
     if out.ndim != 2 or out.shape[0] != out.shape[1]:
-        raise ValueError(f"a matrix of tasks by tasks is square, this one has shape {out.shape}")
+        raise ValueError(
+            f"a matrix of tasks by tasks is square, this one has shape {out.shape}"
+        )
     np.fill_diagonal(out, np.nan)
     return out
 

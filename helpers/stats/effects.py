@@ -89,7 +89,10 @@ def mean(matrix: ArrayLike, units: Sequence) -> Interval:
 
 
 def share(
-    of: Callable[[NDArray], Mapping[str, float]], matrix: NDArray, name: str, units: Sequence
+    of: Callable[[NDArray], Mapping[str, float]],
+    matrix: NDArray,
+    name: str,
+    units: Sequence,
 ) -> Interval:
     """One entry of `dyads.shares` (of a matrix) or of `rule_shares` (of a stack), cut at 0 and 1;
     the correlation victim_partner on Fisher's z.

@@ -21,7 +21,8 @@ from helpers.states.batch import (
     shared_length,
 )
 
-MOST = 64  # candidate answers that are read at once: each takes a copy of its prompt's cache
+# candidate answers that are read at once: each takes a copy of its prompt's cache
+MOST = 64
 MORE = 4  # tokens that a generated answer may have beyond the longest candidate
 Ids = list[int]  # tokens
 
@@ -64,9 +65,11 @@ class Cached(NamedTuple):
     """B prompts that a model has read, and what it has read behind them."""
 
     mask: Tensor  # (B, T): which positions are real
-    logits: Tensor  # (B, vocabulary) of the next token, or (B, t, vocabulary) after `follow`
+    # (B, vocabulary) of the next token, or (B, t, vocabulary) after `follow`
+    logits: Tensor
     cache: Any  # keys and values
-    encoded: Tensor | None = None  # (B, T, d): what an encoder-decoder's encoder made of them
+    # (B, T, d): what an encoder-decoder's encoder made of them
+    encoded: Tensor | None = None
 
 
 @torch.no_grad()
@@ -84,7 +87,9 @@ def read_prompts(model, prompts: Sequence[Ids], fill: int) -> Cached:
             decoder_input_ids=decoder_start(model, ids),
             use_cache=True,
         )
-        return Cached(mask, out.logits[:, 0], out.past_key_values, out.encoder_last_hidden_state)
+        return Cached(
+            mask, out.logits[:, 0], out.past_key_values, out.encoder_last_hidden_state
+        )
     shared = shared_length(prompts)
     last = mask.sum(1) - 1 - shared
     ends, place = last.unique(return_inverse=True)
@@ -131,7 +136,9 @@ def narrowed(cached: Cached, rows: Tensor) -> Cached:
     """These rows of read prompts; the others leave the cache."""
     mask, logits, cache, encoded = cached
     cache.batch_select_indices(rows)
-    return Cached(mask[rows], logits[rows], cache, None if encoded is None else encoded[rows])
+    return Cached(
+        mask[rows], logits[rows], cache, None if encoded is None else encoded[rows]
+    )
 
 
 class Reading(NamedTuple):
@@ -153,7 +160,9 @@ def readings(
     for start in range(0, len(asked), MOST):
         owners, tokens = zip(*asked[start : start + MOST], strict=True)
         each = some_of(cached, torch.tensor(owners))
-        for i, reading in zip(owners, _read_together(model, each, tokens, fill, stop), strict=True):
+        for i, reading in zip(
+            owners, _read_together(model, each, tokens, fill, stop), strict=True
+        ):
             out[i].append(reading)
     return out
 
@@ -164,7 +173,8 @@ def _read_together(
     """One candidate behind each read prompt."""
     target, real = (x.to(model.device) for x in pad(tokens, fill))
     rest = follow(model, cached, target[:, :-1], real[:, :-1])
-    logits = torch.cat([cached.logits[:, None], rest.logits], 1).float()  # (B, T, vocabulary)
+    # (B, T, vocabulary)
+    logits = torch.cat([cached.logits[:, None], rest.logits], 1).float()
     chosen = logits.gather(2, target[..., None])[..., 0]
     logprob = chosen - logits.logsumexp(2)
     likely = logits.argmax(2)
@@ -264,7 +274,9 @@ def generate(
     for batch in batches(model, lengths, batch_size):
         some = [encoded[i] for i in batch]
         cached = read_prompts(model, some, tokenizer.pad_token_id)
-        out = decode(model, cached, [max_new_tokens] * len(some), {tokenizer.eos_token_id})
+        out = decode(
+            model, cached, [max_new_tokens] * len(some), {tokenizer.eos_token_id}
+        )
         for i, ids in zip(batch, out, strict=True):
             texts[i] = tokenizer.decode(before(ids, tokenizer.eos_token_id)).strip()
     return texts

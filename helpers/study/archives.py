@@ -29,7 +29,9 @@ from helpers.store import ROOT, digest
 
 CATALOGUE = tomllib.loads((ROOT / "data" / "assets.toml").read_text(encoding="utf-8"))
 MEMBER_LIMIT = 2 * 1024**3  # bytes that one archive member may unpack to
-TASK_PATTERN = re.compile(r"[^/]+/bigbench/benchmark_tasks/((?:[\w-]+/)*[\w-]+)/task\.json")
+TASK_PATTERN = re.compile(
+    r"[^/]+/bigbench/benchmark_tasks/((?:[\w-]+/)*[\w-]+)/task\.json"
+)
 
 
 class AssetError(ValueError):
@@ -39,7 +41,11 @@ class AssetError(ValueError):
 def cache() -> Path:
     """Folder of everything fetched: $MERGING_COLLAPSE_CACHE, else the platform's user cache."""
     named = os.environ.get("MERGING_COLLAPSE_CACHE")
-    return Path(named).expanduser() if named else platformdirs.user_cache_path("merging-collapse")
+    return (
+        Path(named).expanduser()
+        if named
+        else platformdirs.user_cache_path("merging-collapse")
+    )
 
 
 # ---------------------------------------------------------------- fetching
@@ -52,7 +58,9 @@ def fetch(package: str) -> Path:
     of another digest, which is deleted so that the next call fetches it anew.
     """
     pin = CATALOGUE["packages"][package]
-    file = made(cache() / "downloads" / pin["file"], lambda part: _download(package, pin, part))
+    file = made(
+        cache() / "downloads" / pin["file"], lambda part: _download(package, pin, part)
+    )
     if digest(file) != pin["sha256"]:
         file.unlink(missing_ok=True)
         raise AssetError(
@@ -78,7 +86,9 @@ def _download(package: str, pin: dict, part: Path) -> None:
     except (requests.RequestException, NoSuchProjectError, KeyError) as error:
         # Only the kind of error is told: the address of a private index may hold a password.
         network = isinstance(error, requests.RequestException)
-        reason = type(error).__name__ if network else "the package index does not have it"
+        reason = (
+            type(error).__name__ if network else "the package index does not have it"
+        )
         raise AssetError(
             f"cannot fetch {what} ({reason}): connect to the network and run again, put that file "
             f"into {part.parent}, or let MERGING_COLLAPSE_CACHE name a cache that has it."
@@ -148,7 +158,9 @@ def unpack(stream: IO[bytes], size: int, root: Path, relative: str) -> None:
     """Write an archive member to root/relative, which must lie inside root and be of sane size."""
     target = (root / relative).resolve()
     if not target.is_relative_to(root.resolve()):
-        raise AssetError(f"archive member {relative!r} would be written outside {root}.")
+        raise AssetError(
+            f"archive member {relative!r} would be written outside {root}."
+        )
     if size > MEMBER_LIMIT:
         raise AssetError(f"archive member {relative!r} would unpack to {size:,} bytes.")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +204,9 @@ def bigbench_files(tasks: Iterable[str]) -> list[Path]:
 
     def wanted() -> set[str]:
         return {
-            task for task, file in files.items() if not file.exists() or digest(file) != index[task]
+            task
+            for task, file in files.items()
+            if not file.exists() or digest(file) != index[task]
         }
 
     if wanted():
@@ -219,18 +233,23 @@ def _archive_tasks() -> Iterator[tuple[str, IO[bytes], int]]:
 def _bigbench_index() -> dict[str, str]:
     """{task name: sha256 of its task.json}, made in one pass over the archive and kept."""
     pinned = CATALOGUE["packages"]["bigbench"]["sha256"]
-    file = made(cache() / "bigbench" / f"index-{pinned[:16]}.json", _write_bigbench_index)
+    file = made(
+        cache() / "bigbench" / f"index-{pinned[:16]}.json", _write_bigbench_index
+    )
     try:
         return json.loads(file.read_text())
     except ValueError as error:
         file.unlink(missing_ok=True)
-        raise AssetError(f"{file} was damaged and has been deleted: run again.") from error
+        raise AssetError(
+            f"{file} was damaged and has been deleted: run again."
+        ) from error
 
 
 def _write_bigbench_index(file: Path) -> None:
     index = {}
     for name, stream, _ in _archive_tasks():
         content = stream.read()
-        if b'"examples"' in content:  # the others only announce the tasks in their subfolders
+        # the others only announce the tasks in their subfolders
+        if b'"examples"' in content:
             index[name] = digest(content)
     write_json(file, index)

@@ -30,7 +30,14 @@ from helpers.study import identity, memory, models, specialists
 from helpers.study.tasks import SPLITS, Task, load_tasks
 
 # The settings of an adapter that its task vector depends on.
-SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
+SCALING = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "fan_in_fan_out",
+)
 
 
 @dataclass(frozen=True)
@@ -58,12 +65,18 @@ class Bench:
     def identity(self) -> identity.Identity:
         """What the keys of this bench's visits are made of."""
         tasks = {
-            label: identity.Task(task.name, **{split: task.digest(split) for split in SPLITS})
+            label: identity.Task(
+                task.name, **{split: task.digest(split) for split in SPLITS}
+            )
             for label, task in self.tasks.items()
         }
-        trained = {label: specialist_key(folder) for label, folder in self.specialists.items()}
+        trained = {
+            label: specialist_key(folder) for label, folder in self.specialists.items()
+        }
         dtype = str(self.model.dtype)
-        return identity.Identity(self.base["digest"], dtype, self.encoder, tasks, trained)
+        return identity.Identity(
+            self.base["digest"], dtype, self.encoder, tasks, trained
+        )
 
     def sources(self, labels: Iterable[str]) -> tuple[merge.Source, list[merge.Source]]:
         """The base and these specialists, open for streaming; of encoders without their heads."""
@@ -138,7 +151,8 @@ def check_lengths(
     places = _learned_positions(model)
     if places is None or model.get_output_embeddings() is None:
         return
-    read = max if model.config.is_encoder_decoder else sum  # apart, or one behind the other
+    # apart, or one behind the other
+    read = max if model.config.is_encoder_decoder else sum
     for label, task in tasks.items():
         for split in SPLITS:
             examples = encode_examples(tokenizer, task.splits[split])
@@ -155,7 +169,8 @@ def _learned_positions(model: torch.nn.Module) -> int | None:
     tables = [
         module.num_embeddings - getattr(module, "offset", 0)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and name.endswith(("wpe", "embed_positions"))
+        if isinstance(module, torch.nn.Embedding)
+        and name.endswith(("wpe", "embed_positions"))
     ]
     return min(tables, default=None)
 
@@ -166,7 +181,9 @@ def _learned_positions(model: torch.nn.Module) -> int | None:
 def head_of(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of a sequence classifier's tensors that lie outside its body."""
     prefix = f"{model.base_model_prefix}."
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    return {
+        name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)
+    }
 
 
 def body(model: torch.nn.Module, source: merge.Source) -> merge.Source:
@@ -221,7 +238,9 @@ def twins(bench: Bench, label: str) -> Bench:
     recipe = specialists.recipe_of(first)
     second = train(bench, label, replace(recipe, seed=recipe.seed + 1))
     both = {"once": first, "twice": second}
-    return replace(bench, tasks=dict.fromkeys(both, bench.tasks[label]), specialists=both)
+    return replace(
+        bench, tasks=dict.fromkeys(both, bench.tasks[label]), specialists=both
+    )
 
 
 # --- from one notebook to the next -----------------------------------------------------------
@@ -238,7 +257,9 @@ def save_bench(
         "base": bench.base,
         "settings": dict(settings),
         "tasks": {label: task.name for label, task in bench.tasks.items()},
-        "specialists": {x: folder.relative_to(store.store()).as_posix() for x, folder in folders},
+        "specialists": {
+            x: folder.relative_to(store.store()).as_posix() for x, folder in folders
+        },
     }
     with store.atomic_write(file) as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -256,7 +277,9 @@ def open_bench(
     longer in the store.
     """
     if not file.is_file():
-        raise ValueError(f"{file.name} is not in {file.parent}: run notebook 01 with this profile")
+        raise ValueError(
+            f"{file.name} is not in {file.parent}: run notebook 01 with this profile"
+        )
     content = json.loads(file.read_text(encoding="utf-8"))
     if content["base"] != base:
         raise ValueError(

@@ -14,7 +14,8 @@ def work(row: Any, sizes: Mapping[str, int]) -> dict[str, float]:
     if row.kind == "specialist":
         steps = row.options["examples"] * row.options["epochs"]
         return {"train": steps, "specialist": 1}
-    shown = 1 + row.options.get("shots", 0)  # a prompt behind solved examples is as much longer
+    # a prompt behind solved examples is as much longer
+    shown = 1 + row.options.get("shots", 0)
     examples = len(row.scored) * sizes[row.split]
     members = row.options.get("n", len(row.tasks))  # a merge passes over every one
     return {
@@ -35,13 +36,17 @@ def unit_costs(folder: Path, parameters: Mapping[str, Any]) -> pd.DataFrame | No
     if not all(file.exists() for file in files):
         return None
     trained, log, spent = (pd.read_csv(file) for file in files)
-    spent = spent.reindex(columns=["step", "models", *UNITS])  # of an older study: no megabytes
+    # of an older study: no megabytes
+    spent = spent.reindex(columns=["step", "models", *UNITS])
     each = spent.set_index(["step", "models"])[UNITS]
     steps = log.groupby("task").size()
     examples = steps * parameters["BATCH_SIZE"]
     seconds = trained.set_index("task")["cpu_seconds"] / examples
     parameters_mb = trained["trained_parameters"].mean() * 4 / 2**20  # fp32
-    one = {"scores": parameters["TEST_EXAMPLES"], "states": parameters["PROBE_EXAMPLES"]}
+    one = {
+        "scores": parameters["TEST_EXAMPLES"],
+        "states": parameters["PROBE_EXAMPLES"],
+    }
     one |= {"merge": 2, "solo": 2, "dose": 1}
     units = {"train": [seconds.mean(), 0.0], "specialist": [0.0, parameters_mb]}
     for step, models in each.index[each.index.get_level_values("models") < 3]:
@@ -60,7 +65,10 @@ def scaled(units: pd.DataFrame, larger: float, faster: float = 1.0) -> pd.DataFr
 
 def sentence(cost: pd.DataFrame, processor: str = "CPU") -> str:
     """A `Plan.cost` in words."""
-    each = [f"{kind.visits} {kind.Index} {kind.minutes:.0f} min" for kind in cost.itertuples()]
+    each = [
+        f"{kind.visits} {kind.Index} {kind.minutes:.0f} min"
+        for kind in cost.itertuples()
+    ]
     total = cost.sum()
     return (
         f"{total.minutes:.0f} {processor} minutes and {total.gigabytes:.1f} GB in the store "

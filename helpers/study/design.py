@@ -37,7 +37,9 @@ class Groups(NamedTuple):
     swaps: pd.DataFrame
 
 
-def drawn(tasks: Sequence[str], families: Mapping[str, str], given: Mapping[str, Any]) -> Groups:
+def drawn(
+    tasks: Sequence[str], families: Mapping[str, str], given: Mapping[str, Any]
+) -> Groups:
     """The groups that the parameters `given` draw from these tasks.
 
     PARTNERS: each task with as many drawn partners of other families, with RELATIVES all pairs of
@@ -55,7 +57,9 @@ def drawn(tasks: Sequence[str], families: Mapping[str, str], given: Mapping[str,
     if given["RELATIVES"]:
         pairs = list(dict.fromkeys([*pairs, *groups.relatives(tasks, families)]))
     if not pairs:
-        raise ValueError("there is no pair to merge: name two tasks or more, and PAIRS or PARTNERS")
+        raise ValueError(
+            "there is no pair to merge: name two tasks or more, and PAIRS or PARTNERS"
+        )
     sizes = [size for size in given["GROUP_SIZES"] if 2 < size <= len(tasks)]
     larger = []
     for size in sizes:
@@ -74,7 +78,9 @@ def visits(tasks: Iterable[str], chosen: Groups, given: Mapping[str, Any]) -> Pl
     tasks = list(tasks)
     rules, arms, seed = given["RULES"], given["ARMS"], given["SEED"]
     if "linear" not in rules or not {0.0, 1.0} <= set(given["DOSES"]):
-        raise ValueError("name linear among RULES, and 0 and 1 among DOSES: losses need these")
+        raise ValueError(
+            "name linear among RULES, and 0 and 1 among DOSES: losses need these"
+        )
     grouped = [*rules, *given["GROUP_RULES"]]
     if not {rule for rule, _ in arms} <= set(grouped):
         raise ValueError(f"ARMS names a rule that is not merged: {arms}")

@@ -103,7 +103,11 @@ def _client(cluster: str) -> Iterator[Any]:
         ):
             yield client
     else:
-        address = {"scheduler_file": cluster} if Path(cluster).is_file() else {"address": cluster}
+        address = (
+            {"scheduler_file": cluster}
+            if Path(cluster).is_file()
+            else {"address": cluster}
+        )
         with Client(**address) as client:
             yield client
 
@@ -171,21 +175,31 @@ def _as_data(bench: Bench) -> dict[str, Any]:
         "device": bench.model.device.type,
         "threads": torch.get_num_threads(),
         "batch_size": bench.batch_size,
-        "tasks": {label: [task.name, task.digest()] for label, task in bench.tasks.items()},
-        "specialists": {label: _relative(folder) for label, folder in bench.specialists.items()},
+        "tasks": {
+            label: [task.name, task.digest()] for label, task in bench.tasks.items()
+        },
+        "specialists": {
+            label: _relative(folder) for label, folder in bench.specialists.items()
+        },
     }
 
 
 def _relative(folder: Path) -> str:
     """A folder as workers with another store path find it; a user's own as it is."""
     root = store.store()
-    return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
+    return (
+        folder.relative_to(root).as_posix()
+        if folder.is_relative_to(root)
+        else str(folder)
+    )
 
 
 def _rows(task: Task) -> dict[str, Any]:
     """A task as JSON."""
     about = {field.name: getattr(task, field.name) for field in fields(task)}
-    return about | {"splits": {split: rows.to_list() for split, rows in task.splits.items()}}
+    return about | {
+        "splits": {split: rows.to_list() for split, rows in task.splits.items()}
+    }
 
 
 _alone = Lock()  # threads of one worker share its model, which a visit changes in place
@@ -200,7 +214,8 @@ def _call(root: str, key: str, function: Callable, *arguments: Any) -> Any:
         return function(bench, *arguments)
 
 
-@lru_cache(maxsize=4)  # a bench for training, for screening, for visits; twins come and go
+# a bench for training, for screening, for visits; twins come and go
+@lru_cache(maxsize=4)
 def _opened(key: str) -> tuple[Bench, int]:
     file = store.store() / "bench" / key / "bench.json"
     opened = json.loads(file.read_text(encoding="utf-8"))
@@ -214,5 +229,7 @@ _base = cache(load_base)
 
 
 def _task(about: dict[str, Any]) -> Task:
-    splits = {split: Dataset.from_list(rows) for split, rows in about.pop("splits").items()}
+    splits = {
+        split: Dataset.from_list(rows) for split, rows in about.pop("splits").items()
+    }
     return Task(splits=DatasetDict(splits), **about)

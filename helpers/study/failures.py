@@ -22,7 +22,12 @@ from helpers.study.losses import (
 )
 
 PARTS = ("stops", "format", "content")
-FORMAT_KINDS = ("partner's answer", "partner's format", "base's answer", "copies prompt")
+FORMAT_KINDS = (
+    "partner's answer",
+    "partner's format",
+    "base's answer",
+    "copies prompt",
+)
 
 
 def failures(examples: pd.DataFrame) -> NDArray:
@@ -53,7 +58,9 @@ def split(
     specialist's score is 0. Raises ValueError unless both are of the same examples.
     """
     if list(merged["example"]) != list(specialist["example"]):
-        raise ValueError("merged and specialist need the same examples in the same order")
+        raise ValueError(
+            "merged and specialist need the same examples in the same order"
+        )
     own = specialist["correct"].to_numpy(float)
     change = failures(specialist) - failures(merged)
     (counts,) = resamples((len(own),), draws, seed)
@@ -61,7 +68,10 @@ def split(
     drawn = percent(counts @ change, (counts @ own)[:, None])
     low, high = limits(drawn) if own.any() else (value, value)
     ends = zip(value.tolist(), low.tolist(), high.tolist(), strict=True)
-    return {part: Interval(*numbers, len(own)) for part, numbers in zip(PARTS, ends, strict=True)}
+    return {
+        part: Interval(*numbers, len(own))
+        for part, numbers in zip(PARTS, ends, strict=True)
+    }
 
 
 def with_parts(losses: pd.DataFrame, cells: Cells, seed: int = 0) -> pd.DataFrame:

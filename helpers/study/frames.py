@@ -23,7 +23,8 @@ REPORTED = [
     "lerp_steps",
     "slerp_steps",
 ]
-AMBIGUOUS = 0.05  # share of contradictory prompts above which a pair's loss is no incompatibility
+# share of contradictory prompts above which a pair's loss is no incompatibility
+AMBIGUOUS = 0.05
 KEPT_ANSWERS = 3  # of each task under each model
 READ = ["correct", "nll", "invalid"]
 
@@ -38,7 +39,12 @@ def merges(visits: Visits) -> pd.DataFrame:
     rows = []
     for visit in of_kind(visits, "merge"):
         row = visit.row
-        about = {"merge": visit.key, "tasks": row.tasks, "n": len(row.tasks), "rule": row.rule}
+        about = {
+            "merge": visit.key,
+            "tasks": row.tasks,
+            "n": len(row.tasks),
+            "rule": row.rule,
+        }
         about |= {"arm": row.arm, "seed": row.seed, "same_as": visit.same_as}
         rows.append(about | {name: visit.report[name] for name in REPORTED})
     numbers = dict.fromkeys(REPORTED, float)  # None where a rule has no such number
@@ -117,7 +123,11 @@ def cells(visits: Visits, collisions: pd.DataFrame) -> pd.DataFrame:
     alone = {x.row.model: x for x in of_kind(visits, "solo")}
     rows = []
     for visit in of_kind(visits, "merge"):
-        means = visit.examples.groupby("task")[READ].mean().rename(columns={"correct": "score"})
+        means = (
+            visit.examples.groupby("task")[READ]
+            .mean()
+            .rename(columns={"correct": "score"})
+        )
         for i, task in enumerate(visit.row.tasks):
             row = {"merge": visit.key, "task": task} | means.loc[task].to_dict()
             row["dose_ingredient"] = visit.report["ingredient"][i]
@@ -147,7 +157,11 @@ def examples(visits: Visits, tasks: Tasks) -> pd.DataFrame:
     said = {}  # by (specialist or base, task): its examples
     for name, visit in [*own.items(), *((BASE, visit) for visit in bases)]:
         said |= {(name, task): frame for task, frame in visit.examples.groupby("task")}
-    models = [(visit.key, visit) for visit in of_kind(visits, "merge") if visit.same_as is None]
+    models = [
+        (visit.key, visit)
+        for visit in of_kind(visits, "merge")
+        if visit.same_as is None
+    ]
     models += [(SPECIALIST, visit) for visit in own.values()]
     frames = []
     for name, visit in models:
@@ -157,7 +171,9 @@ def examples(visits: Visits, tasks: Tasks) -> pd.DataFrame:
                 others = [(x, task) for x in visit.row.tasks if x != task]
                 partners = [said[x] for x in others if x in said]
                 rows = tasks[task].splits["test"]
-                frame["kind"] = failure_kinds(frame, rows, partners, said.get((BASE, task)))
+                frame["kind"] = failure_kinds(
+                    frame, rows, partners, said.get((BASE, task))
+                )
             frames.append(frame)
     frames += [visit.examples.assign(merge=BASE) for visit in bases]
     table = pd.concat(frames, ignore_index=True).rename(columns={"id": "example"})
@@ -180,13 +196,17 @@ def answers(table: pd.DataFrame) -> pd.DataFrame:
 def prompts(answers: pd.DataFrame, tasks: Tasks) -> pd.DataFrame:
     """The test prompts behind `answers`, with the first accepted answer of each."""
     asked = answers[["task", "example"]].drop_duplicates(ignore_index=True)
-    rows = {(x, row["id"]): row for x, task in tasks.items() for row in task.splits["test"]}
+    rows = {
+        (x, row["id"]): row for x, task in tasks.items() for row in task.splits["test"]
+    }
     found = [rows[key] for key in asked.itertuples(index=False, name=None)]
     right = [row["answers"][0] for row in found]
     return asked.assign(prompt=[row["prompt"] for row in found], right=right)
 
 
-def swap_losses(drawn: pd.DataFrame, merged: pd.DataFrame, rules: Iterable[str]) -> pd.DataFrame:
+def swap_losses(
+    drawn: pd.DataFrame, merged: pd.DataFrame, rules: Iterable[str]
+) -> pd.DataFrame:
     """The mean loss of each group before and after every swap of `groups.swaps`, by rule.
 
     `merged` has a row per merge: tasks, rule, arm, loss.

@@ -16,7 +16,8 @@ from helpers.study.words import NAMES, word
 EXAMPLES = 2000  # different prompts in the pool of a task
 ONES = "zero one two three four five six seven eight nine".split()  # noqa: SIM905
 MONTHS = [date(2001, month, 1).strftime("%B") for month in range(1, 13)]
-DAYS = [date(2001, 1, day).strftime("%A") for day in range(1, 8)]  # 1 January 2001 was a Monday
+# 1 January 2001 was a Monday
+DAYS = [date(2001, 1, day).strftime("%A") for day in range(1, 8)]
 
 
 # --- numbers ---------------------------------------------------------------------------------
@@ -150,7 +151,11 @@ def age(rng: random.Random) -> tuple[str, str]:
 
 def town(rng: random.Random) -> tuple[str, str]:
     """The town in a sentence."""
-    name, place, year = rng.choice(NAMES), word(rng).capitalize(), rng.randint(1950, 2020)
+    name, place, year = (
+        rng.choice(NAMES),
+        word(rng).capitalize(),
+        rng.randint(1950, 2020),
+    )
     return f"{name} has lived in {place} since {year}.", place
 
 
@@ -195,7 +200,9 @@ def examples(name: str, n: int = EXAMPLES, seed: int = 0) -> list[dict]:
     More rows begin with the same ones. Raises ValueError for an unknown one.
     """
     if name not in GENERATORS:
-        raise ValueError(f"no generator is called {name!r}: choose one of {', '.join(GENERATORS)}")
+        raise ValueError(
+            f"no generator is called {name!r}: choose one of {', '.join(GENERATORS)}"
+        )
     draw = GENERATORS[name]
     rng = random.Random(f"{seed}|{name}")
     drawn: dict[str, str] = {}

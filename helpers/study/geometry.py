@@ -40,7 +40,10 @@ def pooled(visits: Visits, tasks: Sequence[str], layers: slice = slice(None)) ->
     own = specialists(visits)
     read = [base.states, *(own[task].states for task in tasks)]
     owner = np.repeat(list(tasks), [len(read[0][task]) for task in tasks])
-    rows = [torch.cat([states[task][:, layers] for task in tasks]).numpy() for states in read]
+    rows = [
+        torch.cat([states[task][:, layers] for task in tasks]).numpy()
+        for states in read
+    ]
     return Pool([BASE, *tasks], owner, np.stack(rows), layers)
 
 
@@ -66,10 +69,14 @@ def readout(pool: Pool, head: torch.nn.Module) -> Readout:
     places = [pool.models.index(task) for task in pool.owner]
     own = pool.states[places, np.arange(len(places)), -1]
     logits = own @ matrix.T + bias
-    return Readout(matrix, bias, logits.argmax(1), bound.margin_radius(own, matrix, bias))
+    return Readout(
+        matrix, bias, logits.argmax(1), bound.margin_radius(own, matrix, bias)
+    )
 
 
-def arrays(pool: Pool, layers: Sequence[str], answers: Readout | None) -> dict[str, NDArray]:
+def arrays(
+    pool: Pool, layers: Sequence[str], answers: Readout | None
+) -> dict[str, NDArray]:
     """geometry.npz: squared distances of all models, by probe and by task and layer."""
     d2 = squared_distances(np.float64(pool.states))
     tasks = pool.models[1:]
@@ -85,7 +92,9 @@ def arrays(pool: Pool, layers: Sequence[str], answers: Readout | None) -> dict[s
     }
 
 
-def distortion(visits: Visits, pool: Pool, answers: Readout | None = None) -> pd.DataFrame:
+def distortion(
+    visits: Visits, pool: Pool, answers: Readout | None = None
+) -> pd.DataFrame:
     """||H - h||^2 of base and members on the members' probes, of every distinct default merge."""
     frames = []
     for visit in of_kind(visits, "merge"):
@@ -95,7 +104,8 @@ def distortion(visits: Visits, pool: Pool, answers: Readout | None = None) -> pd
     table = pd.concat(frames, ignore_index=True)
     for name in ("flips", "certified"):  # of a decoder's own probes only
         table[name] = table.get(name, np.nan)
-    return table.astype({"delta": "float32", "gap2": "float32"})  # eight digits are enough
+    # eight digits are enough
+    return table.astype({"delta": "float32", "gap2": "float32"})
 
 
 def _readings(visit: Visit, pool: Pool, answers: Readout | None) -> list[dict]:
@@ -104,7 +114,9 @@ def _readings(visit: Visit, pool: Pool, answers: Readout | None) -> list[dict]:
     # the pool's order of probes
     order = [task for task in pool.models if task in members]
     states = visit.states
-    merged = torch.cat([states[task][:, pool.layers] for task in order]).double().numpy()
+    merged = (
+        torch.cat([states[task][:, pool.layers] for task in order]).double().numpy()
+    )
     weights = visit.report["ingredient"] if visit.row.weighted else None
     flipped = rho = None
     if answers:

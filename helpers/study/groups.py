@@ -59,7 +59,9 @@ def partners(
         a = _fewest(tasks, met, rng)
         strangers = [x for x in tasks if families[x] != families[a] and x not in met[a]]
         if not strangers:
-            raise ValueError(f"{a} has fewer than {k} partners of other families: ask for fewer")
+            raise ValueError(
+                f"{a} has fewer than {k} partners of other families: ask for fewer"
+            )
         b = _fewest(strangers, met, rng)
         met[a].add(b)
         met[b].add(a)
@@ -69,14 +71,18 @@ def partners(
     return sorted(ordered, key=lambda pair: [place[x] for x in pair])
 
 
-def _fewest(tasks: Sequence[str], met: Mapping[str, set], rng: np.random.Generator) -> str:
+def _fewest(
+    tasks: Sequence[str], met: Mapping[str, set], rng: np.random.Generator
+) -> str:
     """One of the tasks that have met the fewest others."""
     fewest = min(len(met[x]) for x in tasks)
     tied = [x for x in tasks if len(met[x]) == fewest]
     return tied[rng.integers(len(tied))]
 
 
-def swaps(tasks: Sequence[str], groups: Iterable[Sequence[str]], seed: int = 0) -> pd.DataFrame:
+def swaps(
+    tasks: Sequence[str], groups: Iterable[Sequence[str]], seed: int = 0
+) -> pd.DataFrame:
     """For each group, one drawn newcomer in the place of each member.
 
     Columns tasks (the group), leaves, enters, swapped (the new group). Raises ValueError for a
@@ -87,7 +93,9 @@ def swaps(tasks: Sequence[str], groups: Iterable[Sequence[str]], seed: int = 0) 
     for group in groups:
         outside = [x for x in tasks if x not in group]
         if not outside:
-            raise ValueError(f"a group of all {len(tasks)} tasks has no newcomer to swap in")
+            raise ValueError(
+                f"a group of all {len(tasks)} tasks has no newcomer to swap in"
+            )
         rng = np.random.default_rng([seed, *(tasks.index(x) for x in group)])
         enters = outside[rng.integers(len(outside))]
         for leaves in group:

@@ -11,7 +11,8 @@ from helpers.study import scores
 from helpers.study.plan import MATCHED, Row
 
 VERSION = 1  # raised by hand whenever a visit computes something else
-CHEBYSHEV = "chebyshev"  # the rule of weights at the centre of the specialists' smallest ball
+# the rule of weights at the centre of the specialists' smallest ball
+CHEBYSHEV = "chebyshev"
 
 
 class Task(NamedTuple):
@@ -24,7 +25,8 @@ class Task(NamedTuple):
     test: str
 
 
-Entry = tuple[str, int, dict]  # step, version and determinants, as `store.cached` takes them
+# step, version and determinants, as `store.cached` takes them
+Entry = tuple[str, int, dict]
 
 
 class Identity(NamedTuple):

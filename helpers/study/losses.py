@@ -36,7 +36,9 @@ class Interval(NamedTuple):
 # --- the formula -------------------------------------------------------------------------------
 
 
-def merging_loss(merged: ArrayLike, specialist: ArrayLike, chance: ArrayLike = 0.0) -> NDArray:
+def merging_loss(
+    merged: ArrayLike, specialist: ArrayLike, chance: ArrayLike = 0.0
+) -> NDArray:
     """L = (P_merged / P_specialist - 1) * 100 %, arXiv:2603.09463; scores in [0, 1], any shape.
 
     With `chance`, the loss of what exceeds it. Undefined (nan) where the specialist does not.
@@ -69,7 +71,9 @@ def dose_loss(curve: pd.DataFrame, dose: ArrayLike) -> NDArray:
 
 
 @lru_cache(maxsize=8)  # a study asks for thousands of intervals over few sizes
-def resamples(sizes: tuple[int, ...], draws: int = DRAWS, seed: int = 0) -> list[NDArray]:
+def resamples(
+    sizes: tuple[int, ...], draws: int = DRAWS, seed: int = 0
+) -> list[NDArray]:
     """How often each example is drawn, (draws, n) for each of the sizes n, independently."""
     rng = np.random.default_rng(seed)
     even = [np.full(n, 1 / n) for n in sizes]
@@ -181,7 +185,9 @@ def read_doses(
     return np.array([read_dose(curves[task], dose, column) for task, dose in rows])
 
 
-def loss_table(scores: pd.DataFrame, references: pd.DataFrame, doses: pd.DataFrame) -> pd.DataFrame:
+def loss_table(
+    scores: pd.DataFrame, references: pd.DataFrame, doses: pd.DataFrame
+) -> pd.DataFrame:
     """Losses of cells, their controls, and the parts of their loss, as in losses.csv.
 
     `scores` has a row per cell: merge, task, score, nll, invalid, dose_ingredient, dose_own,

@@ -8,7 +8,8 @@ import psutil
 
 GB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-COPIES = 3  # of the largest tensor beside the task vectors: base, change and sum, in fp32
+# of the largest tensor beside the task vectors: base, change and sum, in fp32
+COPIES = 3
 
 
 def free_gb(device: str = "cpu") -> float:
@@ -66,7 +67,9 @@ def forecast(bench: Any, members: int) -> dict[str, float]:
 def merge_sentence(bench: Any, members: int) -> str:
     """The forecast in words."""
     amounts = forecast(bench, members)
-    parts = ", ".join(f"{name} {amount:.2f}" for name, amount in amounts.items() if amount)
+    parts = ", ".join(
+        f"{name} {amount:.2f}" for name, amount in amounts.items() if amount
+    )
     return f"memory of a merge of {members}: {sum(amounts.values()):.2f} GB ({parts})"
 
 

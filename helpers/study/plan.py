@@ -19,7 +19,8 @@ from helpers.study.groups import Group
 # Rules whose merges are weighted sums of task vectors: dose curves tell what they lose alone.
 WEIGHTED = ("linear", "task_arithmetic", "chebyshev")
 MATCHED = ("norm", "dose")  # arms at the scale of the group's linear average
-CALIBRATED = ("svc", "lines")  # arms that change what the rule gave: no weighted sum any more
+# arms that change what the rule gave: no weighted sum any more
+CALIBRATED = ("svc", "lines")
 ARMS = (*MATCHED, "sum", "mask1", "mask2", "bfloat16", *CALIBRATED)
 SHOTS = 4  # solved examples before a prompt of the untaught base
 
@@ -45,7 +46,9 @@ class Row(NamedTuple):
     @property
     def rule_options(self) -> dict[str, Any]:
         """The options that its rule takes: not those that say whom a solo does without."""
-        return {name: x for name, x in self.options.items() if name not in ("n", "group")}
+        return {
+            name: x for name, x in self.options.items() if name not in ("n", "group")
+        }
 
     @property
     def weighted(self) -> bool:
@@ -103,12 +106,17 @@ class Plan:
         `identity` is what keys are made of: `Bench.identity`.
         """
         key = [identity.model_key(row) for row in self]
-        return Plan(self.frame.assign(key=key, entries=[identity.entries(row) for row in self]))
+        return Plan(
+            self.frame.assign(key=key, entries=[identity.entries(row) for row in self])
+        )
 
     def done(self) -> pd.Series:
         """Of a keyed plan: whether the store holds all that a visit leaves."""
         folder = store.store()
-        kept = [all((folder / name).is_dir() for name in names) for names in self.frame["entries"]]
+        kept = [
+            all((folder / name).is_dir() for name in names)
+            for names in self.frame["entries"]
+        ]
         return pd.Series(kept, self.frame.index, dtype=bool)
 
     def left(self) -> "Plan":
@@ -225,7 +233,8 @@ def scale_line(group: Sequence[str], scales: Iterable[float], seed: int = 0) -> 
     group = tuple(group)
     summed = Row("merge", group, "task_arithmetic", seed=seed, scored=group)
     return Plan.of(
-        summed._replace(arm=f"scale={scale:g}", options={"scale": float(scale)}) for scale in scales
+        summed._replace(arm=f"scale={scale:g}", options={"scale": float(scale)})
+        for scale in scales
     )
 
 

@@ -38,9 +38,13 @@ def logistic(
     width = train.std(0).clamp(min=1e-6)
     train = (train - centre) / width
     test = (test.double() - centre) / width
-    weight = torch.zeros(train.shape[1], classes, dtype=torch.float64, requires_grad=True)
+    weight = torch.zeros(
+        train.shape[1], classes, dtype=torch.float64, requires_grad=True
+    )
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    descent = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+    descent = torch.optim.LBFGS(
+        [weight, bias], max_iter=200, line_search_fn="strong_wolfe"
+    )
 
     def objective() -> Tensor:
         descent.zero_grad()

@@ -22,10 +22,13 @@ from helpers.study.tasks import SHOT_END, Task, few_shot, label_set
 
 Delta = Mapping[str, Tensor]
 
-EXAMPLES = "examples.parquet"  # an answer may hold any character, which CSV would not give back
+# an answer may hold any character, which CSV would not give back
+EXAMPLES = "examples.parquet"
 
 
-def read_all(bench: Bench, row: Row, make: Callable[[], Delta], twin: Row | None = None) -> None:
+def read_all(
+    bench: Bench, row: Row, make: Callable[[], Delta], twin: Row | None = None
+) -> None:
     """Scores and states of a row's model; copies of its twin's where that has them."""
     wanted = [bench.identity.score_entry(row, x) for x in row.scored]
     wanted += [bench.identity.state_entry(row, x) for x in row.probed]

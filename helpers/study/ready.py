@@ -30,10 +30,15 @@ def adopt(bench: Bench, adapters: Mapping[str, str], rank: int = 0) -> dict[str,
     """
     unknown = adapters.keys() ^ bench.tasks.keys()
     if unknown:
-        raise ValueError(f"SPECIALISTS and TASKS name other tasks: {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"SPECIALISTS and TASKS name other tasks: {', '.join(sorted(unknown))}"
+        )
     folders = check(adapters, bench.base["name"], rank)
     base, _ = bench.sources([])
-    _each(folders, lambda label: merge.views(base, [merge.open_specialist(folders[label], label)]))
+    _each(
+        folders,
+        lambda label: merge.views(base, [merge.open_specialist(folders[label], label)]),
+    )
     return {label: _kept(bench, label, folder) for label, folder in folders.items()}
 
 
@@ -57,7 +62,9 @@ def _checked(name: str, base: str, rank: int) -> Path:
     folder = path if path.is_dir() else model_folder(name)
     opened = merge.open_specialist(folder, name)
     if opened.adapter is None:
-        raise ValueError(f"{name} is no adapter: name a folder with adapter_config.json")
+        raise ValueError(
+            f"{name} is no adapter: name a folder with adapter_config.json"
+        )
     stated = opened.adapter.base or base
     wanted, _, _ = base.partition("@")  # a revision
     if Path(stated).name != Path(wanted).name:

@@ -67,7 +67,9 @@ def tables() -> dict[str, Table]:
 def of(name: str) -> Table:
     """The schema of a table; raises ValueError for a name that it does not have."""
     if name not in tables():
-        raise ValueError(f"there is no table {name!r}: describe it in helpers/study/schema.toml")
+        raise ValueError(
+            f"there is no table {name!r}: describe it in helpers/study/schema.toml"
+        )
     return tables()[name]
 
 
@@ -89,7 +91,9 @@ def check(name: str, frame: pd.DataFrame) -> pd.DataFrame:
         twice = frame.loc[frame.duplicated(table.key), table.key].iloc[0]
         raise ValueError(f"{table.file}: {', '.join(map(str, twice))} is there twice")
     order = list(table.columns)
-    return frame[sorted(frame.columns, key=lambda column: order.index(table.pattern(column)))]
+    return frame[
+        sorted(frame.columns, key=lambda column: order.index(table.pattern(column)))
+    ]
 
 
 def _check_names(table: Table, frame: pd.DataFrame) -> None:
@@ -100,19 +104,27 @@ def _check_names(table: Table, frame: pd.DataFrame) -> None:
             "there or leave it out"
         )
     free = set(table.optional) | {column for column in table.columns if "*" in column}
-    missing = [column for column in table.columns if column not in free | set(frame.columns)]
+    missing = [
+        column for column in table.columns if column not in free | set(frame.columns)
+    ]
     if missing:
-        raise ValueError(f"{table.file}: column {missing[0]} is missing: run its notebook again")
+        raise ValueError(
+            f"{table.file}: column {missing[0]} is missing: run its notebook again"
+        )
 
 
 def _check_values(where: str, values: pd.Series, wanted: Column) -> None:
     values = values.dropna()
     if len(values) and not _fits(values, wanted.type):
-        raise ValueError(f"{where} holds {values.tolist()[0]!r}, which is no {wanted.type}")
+        raise ValueError(
+            f"{where} holds {values.tolist()[0]!r}, which is no {wanted.type}"
+        )
     if wanted.type == "float" and wanted.unit == "share":
         beyond = values[(values < -SHARE_SLACK) | (values > 1 + SHARE_SLACK)]
         if len(beyond):
-            raise ValueError(f"{where} holds {beyond.iloc[0]:g}, a share lies in [0, 1]")
+            raise ValueError(
+                f"{where} holds {beyond.iloc[0]:g}, a share lies in [0, 1]"
+            )
 
 
 def _fits(values: pd.Series, kind: str) -> bool:
@@ -137,7 +149,11 @@ def read(folder: Path, name: str) -> pd.DataFrame:
         )
     columns = pd.read_csv(path, nrows=0).columns
     kinds = {column: _kind(table, column) for column in columns}
-    words = {column: str for column, kind in kinds.items() if kind in ("name", "text", "list")}
+    words = {
+        column: str
+        for column, kind in kinds.items()
+        if kind in ("name", "text", "list")
+    }
     frame = pd.read_csv(path, dtype=words, keep_default_na=False, na_values=[""])
     for column, kind in kinds.items():
         frame[column] = _parsed(frame[column], kind)
@@ -184,7 +200,10 @@ def page() -> str:
     for table in tables().values():
         parts.append(f"## {table.file}\n\n{table.about}\n")
         rows = ["| column | type | unit | meaning |", "|---|---|---|---|"]
-        rows += [f"| {name} | {' | '.join(column)} |" for name, column in table.columns.items()]
+        rows += [
+            f"| {name} | {' | '.join(column)} |"
+            for name, column in table.columns.items()
+        ]
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
 

@@ -14,7 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers.states.batch import encode_answer, encode_input, encode_prompt, length_buckets, pad
+from helpers.states.batch import (
+    encode_answer,
+    encode_input,
+    encode_prompt,
+    length_buckets,
+    pad,
+)
 from helpers.study.answers import (
     Reading,
     Stop,
@@ -29,8 +35,17 @@ from helpers.study.answers import (
 from helpers.study.kinds import failure_kind
 from helpers.study.tasks import Task
 
-__all__ = ["classify", "constant_answer", "generate", "graded", "outcome", "rouge_l", "score"]
-MOST_OPTIONS = 32  # a longer list is no choice, and reading it takes longer than all else
+__all__ = [
+    "classify",
+    "constant_answer",
+    "generate",
+    "graded",
+    "outcome",
+    "rouge_l",
+    "score",
+]
+# a longer list is no choice, and reading it takes longer than all else
+MOST_OPTIONS = 32
 VERSION = 2  # raised by hand whenever a score changes
 
 
@@ -69,13 +84,17 @@ def score(
     return pd.DataFrame(out)
 
 
-def score_batch(model, tokenizer, rows, metric: str, end: str | None, texts: bool) -> list[dict]:
+def score_batch(
+    model, tokenizer, rows, metric: str, end: str | None, texts: bool
+) -> list[dict]:
     """`score` of a few rows at once."""
     fill = tokenizer.pad_token_id
     stop = closing(tokenizer, end)
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     names = [candidates(row) for row in rows]
-    answers = [[encode_answer(tokenizer, name, end) for name in several] for several in names]
+    answers = [
+        [encode_answer(tokenizer, name, end) for name in several] for several in names
+    ]
     cached = read_prompts(model, prompts, fill)
     read = readings(model, cached, answers, fill, stop)
     scored = []
@@ -100,7 +119,9 @@ def candidates(row: dict) -> list[str]:
     return list(dict.fromkeys([*row["answers"], *choices(row)]))
 
 
-def outcome(row: dict, names: Sequence[str], read: Sequence[Reading], stop: Stop) -> dict:
+def outcome(
+    row: dict, names: Sequence[str], read: Sequence[Reading], stop: Stop
+) -> dict:
     """The scores of one example from the readings of its candidates, called `names`."""
     accepted = np.array([name in row["answers"] for name in names])
     options = np.array([name in choices(row) for name in names])
@@ -146,7 +167,9 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 
 
 @torch.no_grad()
-def label_logprobs(model, encoded: Sequence[list[int]], batch_size: int) -> torch.Tensor:
+def label_logprobs(
+    model, encoded: Sequence[list[int]], batch_size: int
+) -> torch.Tensor:
     """Log-probabilities (examples, labels) of a classifier, of the token ids of each example."""
     batches = length_buckets([len(ids) for ids in encoded], batch_size)
     parts = []
@@ -159,7 +182,9 @@ def label_logprobs(model, encoded: Sequence[list[int]], batch_size: int) -> torc
     return torch.cat(parts)[order.argsort()]
 
 
-def classify(model, tokenizer, rows, labels: Sequence[str], batch_size: int = 16) -> pd.DataFrame:
+def classify(
+    model, tokenizer, rows, labels: Sequence[str], batch_size: int = 16
+) -> pd.DataFrame:
     """What `score` gives of a decoder, of an encoder whose head has these outputs (`graded`)."""
     rows = list(rows)
     encoded = [encode_input(tokenizer, row["prompt"]) for row in rows]

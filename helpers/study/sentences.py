@@ -85,7 +85,10 @@ def absolute(rng: random.Random) -> tuple[str, str]:
 
 def rounded(rng: random.Random) -> tuple[str, str]:
     """Dollars and cents, rounded to dollars."""
-    dollars, cents = rng.randint(1, 98), rng.choice([c for c in range(1, 100) if c != 50])
+    dollars, cents = (
+        rng.randint(1, 98),
+        rng.choice([c for c in range(1, 100) if c != 50]),
+    )
     return f"${dollars}.{cents:02d}", f"${dollars + (cents > 50)}"
 
 
@@ -119,8 +122,12 @@ def pens(rng: random.Random) -> tuple[str, str]:
 
 def most(rng: random.Random) -> tuple[str, str]:
     """What there is most of."""
-    counts = dict(zip(["cups", "pens", "keys"], rng.sample(range(2, 100), 3), strict=True))
-    return ", ".join(f"{n} {thing}" for thing, n in counts.items()), max(counts, key=counts.get)
+    counts = dict(
+        zip(["cups", "pens", "keys"], rng.sample(range(2, 100), 3), strict=True)
+    )
+    return ", ".join(f"{n} {thing}" for thing, n in counts.items()), max(
+        counts, key=counts.get
+    )
 
 
 def place(rng: random.Random) -> tuple[str, str]:

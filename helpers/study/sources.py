@@ -17,7 +17,8 @@ from helpers.store import ROOT
 from helpers.study import archives, generators
 
 CATALOGUE = ROOT / "data" / "tasks.toml"
-MOST_LABELS = 10  # of a Super-NaturalInstructions task that is taken for a classification …
+# of a Super-NaturalInstructions task that is taken for a classification …
+MOST_LABELS = 10
 FEWEST_EACH = 10  # … with so many examples to a label, in the mean
 Rows = list[dict[str, Any]]
 
@@ -27,7 +28,12 @@ Rows = list[dict[str, Any]]
 
 def short(name: str) -> str:
     """`bigbench:linguistic_mappings/plural_json` -> `plural`."""
-    return name.split(":", 1)[-1].rsplit("/", 1)[-1].removesuffix("_json").removesuffix(".jsonl")
+    return (
+        name.split(":", 1)[-1]
+        .rsplit("/", 1)[-1]
+        .removesuffix("_json")
+        .removesuffix(".jsonl")
+    )
 
 
 def catalogue() -> dict[str, dict]:
@@ -46,7 +52,9 @@ def known(name: str, sources: Mapping[str, str]) -> tuple[str, str]:
         raise ValueError(f"unknown GLUE task {path!r}: choose one of {', '.join(GLUE)}")
     if source == "generated" and name not in catalogue():
         names = (x for x in catalogue() if x.startswith("generated:"))
-        raise ValueError(f"unknown generated task {name!r}: choose one of {', '.join(names)}")
+        raise ValueError(
+            f"unknown generated task {name!r}: choose one of {', '.join(names)}"
+        )
     if source == "sni":
         _check_sni(path, sources.get("sni"))
     return source, path
@@ -173,10 +181,14 @@ def read_sni(path: str, source: str | None) -> tuple[Rows, Rows | None]:
     try:
         data = load_dataset(f"{source}/{path}")
     except OSError as error:
-        raise ValueError(f"cannot fetch the task {source}/{path} from the hub: {error}") from error
+        raise ValueError(
+            f"cannot fetch the task {source}/{path} from the hub: {error}"
+        ) from error
     pool, held_out = ([_sni_row(x) for x in data[part]] for part in ("train", "test"))
     options = _closed_set(pool + held_out)
-    pool, held_out = ([row | {"options": options} for row in rows] for rows in (pool, held_out))
+    pool, held_out = (
+        [row | {"options": options} for row in rows] for rows in (pool, held_out)
+    )
     return pool, held_out
 
 

@@ -45,10 +45,14 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.rank < 0:
-            raise ValueError(f"rank must be 0 (train everything) or more, not {self.rank}")
+            raise ValueError(
+                f"rank must be 0 (train everything) or more, not {self.rank}"
+            )
 
 
-def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool = False) -> Path:
+def train(
+    model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool = False
+) -> Path:
     """Folder of the specialist of `task`, trained once and then found in the store.
 
     `model` is the live base (an encoder is given as its sequence classifier) and is left as it
@@ -71,7 +75,15 @@ def train(model, tokenizer, base: dict, task: Task, recipe: Recipe, quiet: bool 
         # one seed per task: specialists that share an initial A would be related by accident
         torch.manual_seed(task_seed(recipe.seed, task.name))
         run = train_lora if recipe.rank else train_full
-        log = run(model, tokenizer, base, rows, recipe, folder, desc=None if quiet else task.label)
+        log = run(
+            model,
+            tokenizer,
+            base,
+            rows,
+            recipe,
+            folder,
+            desc=None if quiet else task.label,
+        )
         (folder / "base.json").write_text(json.dumps(base))
         (folder / "training.json").write_text(json.dumps(log))
 
@@ -94,7 +106,11 @@ def determinants(base: dict, task: Task, recipe: Recipe, dtype: str) -> dict:
 def machine(model) -> dict:
     """What rounding depends on beside the numbers: device, threads, version of torch."""
     device = model.device
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    kind = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine()
+    )
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     return {"device": kind, "threads": threads, "torch": torch.__version__}
 
@@ -113,7 +129,8 @@ def train_lora(
     model, tokenizer, base, rows, recipe: Recipe, folder: Path, desc: str | None
 ) -> dict:
     """Fine-tune a LoRA adapter of a model that writes, and save it; answer tokens only count."""
-    from peft import LoraConfig, get_peft_model  # 3 s: not paid by those who only read results
+    # 3 s: not paid by those who only read results
+    from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=recipe.rank,
@@ -140,7 +157,8 @@ class Examples(NamedTuple):
 
     lengths: list[int]  # tokens that the model reads
     targets: list[int]  # how many predictions the loss counts
-    loss: Callable[[torch.nn.Module, list[int]], torch.Tensor]  # summed over those of some examples
+    # summed over those of some examples
+    loss: Callable[[torch.nn.Module, list[int]], torch.Tensor]
 
 
 def answer_examples(tokenizer, rows) -> Examples:
@@ -188,7 +206,9 @@ def label_examples(tokenizer, rows, labels: list[str]) -> Examples:
     targets = torch.tensor([labels.index(row["answers"][0]) for row in rows])
 
     def loss(model, batch: list[int]) -> torch.Tensor:
-        ids, mask = (tensor.to(model.device) for tensor in pad([prompts[i] for i in batch], 0))
+        ids, mask = (
+            tensor.to(model.device) for tensor in pad([prompts[i] for i in batch], 0)
+        )
         logits = model(ids, attention_mask=mask).logits
         return cross_entropy(logits, targets[batch].to(model.device), reduction="sum")
 
@@ -203,10 +223,14 @@ def descend(model, examples: Examples, recipe: Recipe, desc: str | None) -> dict
     plan = batches(examples.lengths, recipe)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(plan))
+    decay = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1.0, 0.0, total_iters=len(plan)
+    )
     losses, start, cpu = [], time.perf_counter(), time.process_time()
     model.train()
-    for batch in tqdm(plan, desc=desc, unit="step", mininterval=5, disable=desc is None):
+    for batch in tqdm(
+        plan, desc=desc, unit="step", mininterval=5, disable=desc is None
+    ):
         count = sum(examples.targets[i] for i in batch)
         losses.append(0.0)
         for part in parts(batch, examples.lengths):
@@ -233,7 +257,9 @@ def batches(lengths: list[int], recipe: Recipe) -> list[list[int]]:
     """The examples of each step: every epoch holds the same buckets in another seeded order."""
     buckets = length_buckets(lengths, recipe.batch_size)
     order = torch.Generator().manual_seed(recipe.seed)
-    orders = [torch.randperm(len(buckets), generator=order) for _ in range(recipe.epochs)]
+    orders = [
+        torch.randperm(len(buckets), generator=order) for _ in range(recipe.epochs)
+    ]
     return [buckets[i] for epoch in orders for i in epoch]
 
 

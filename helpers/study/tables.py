@@ -116,7 +116,9 @@ class Study:
     def joined(self, name: str) -> pd.DataFrame:
         """A table of merges with what each merge is: tasks, n, rule, arm, seed, same_as."""
         merges = self.merges[FROM_MERGES]
-        return self.table(name).merge(merges, on="merge", how="left", validate="many_to_one")
+        return self.table(name).merge(
+            merges, on="merge", how="left", validate="many_to_one"
+        )
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -199,13 +201,17 @@ class Study:
 
     # --- pairs ---
 
-    def cells(self, arm: str = "default", rules: Iterable[str] | None = None) -> pd.DataFrame:
+    def cells(
+        self, arm: str = "default", rules: Iterable[str] | None = None
+    ) -> pd.DataFrame:
         """Directed cells of pairs, by default under the distinct rules: victim, partner, rule, …"""
         rules = self.distinct(arm) if rules is None else list(rules)
         losses = self.in_arm(arm, 2)
         return loss.directed(losses[losses.rule.isin(rules)])
 
-    def outcome(self, column: str = "loss", rule: str = "mean", arm: str = "default") -> Pairs:
+    def outcome(
+        self, column: str = "loss", rule: str = "mean", arm: str = "default"
+    ) -> Pairs:
         """`column` of the cells by victim and partner; "mean": over the distinct rules.
 
         Undefined where it is under any of them.
@@ -222,7 +228,9 @@ class Study:
     @cached_property
     def _pair_metrics(self) -> pd.DataFrame:
         """Numeric columns by pair; bound_…: means over the rules; …_a, …_b: their mean."""
-        found = [self.table(name) for name in ("pair_predictors", "pairs") if self.has(name)]
+        found = [
+            self.table(name) for name in ("pair_predictors", "pairs") if self.has(name)
+        ]
         pairs, *rest = [table.set_index(["task_a", "task_b"]) for table in found]
         for more in rest:
             pairs = pairs.combine_first(more)

@@ -20,7 +20,8 @@ from datasets import Dataset, DatasetDict
 from helpers.study import archives
 from helpers.study.sources import CATALOGUE, READERS, archived, catalogue, known, short
 
-SPLITS = ("test", "probe", "dev", "train")  # test is drawn first: more training moves no test
+# test is drawn first: more training moves no test
+SPLITS = ("test", "probe", "dev", "train")
 METRICS = ("exact_match", "rouge_l")
 PROMPTS = ("instructed", "bare")
 
@@ -110,7 +111,9 @@ def _instruction(name: str, entry: dict, prompt: str) -> str:
     Prompts of Super-NaturalInstructions and GLUE say it themselves.
     """
     if prompt not in PROMPTS:
-        raise ValueError(f"prompt {prompt!r} is unknown: choose one of {', '.join(PROMPTS)}")
+        raise ValueError(
+            f"prompt {prompt!r} is unknown: choose one of {', '.join(PROMPTS)}"
+        )
     if prompt == "bare" or name.startswith(("sni:", "glue:")):
         return ""
     if not entry.get("instruction"):
@@ -188,7 +191,9 @@ def split(
                 f"asked for its {part} split: ask for fewer examples"
             )
         chosen[part] = [row | {"prompt": line + row["prompt"]} for row in rows]
-    return DatasetDict({part: Dataset.from_list(chosen[part]) for part in sorted(chosen)})
+    return DatasetDict(
+        {part: Dataset.from_list(chosen[part]) for part in sorted(chosen)}
+    )
 
 
 def shuffled(rows: list[dict], seed: int) -> list[dict]:
@@ -201,7 +206,9 @@ def shuffled(rows: list[dict], seed: int) -> list[dict]:
     for row in rows:
         normalised = normal(row["prompt"])
         unique.setdefault(normalised, row | {"id": rank(normalised, "id")[:12]})
-    return [unique[text] for text in sorted(unique, key=lambda text: rank(text, str(seed)))]
+    return [
+        unique[text] for text in sorted(unique, key=lambda text: rank(text, str(seed)))
+    ]
 
 
 def normal(prompt: str) -> str:
@@ -220,7 +227,9 @@ def collisions(tasks: Mapping[str, Task]) -> pd.DataFrame:
     answers = {}
     for label, task in tasks.items():
         examples = [row for split in task.splits.values() for row in split]
-        answers[label] = {normal(row["prompt"]): set(row["answers"]) for row in examples}
+        answers[label] = {
+            normal(row["prompt"]): set(row["answers"]) for row in examples
+        }
     rows = []
     for a, b in combinations(answers, 2):
         shared = answers[a].keys() & answers[b].keys()
@@ -232,7 +241,8 @@ def collisions(tasks: Mapping[str, Task]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-SHOT_END = "\n"  # closes the answers of solved examples, and so an answer of the base model
+# closes the answers of solved examples, and so an answer of the base model
+SHOT_END = "\n"
 
 
 def few_shot(task: Task, split: str, shots: int) -> Dataset:

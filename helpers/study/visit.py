@@ -23,7 +23,8 @@ from helpers.study.executor import executor as executor
 from helpers.study.identity import Identity
 from helpers.study.plan import Plan, Row
 
-PHASES = (("base", "ability", "dose"), ("merge",), ("solo",))  # each may need those before it
+# each may need those before it
+PHASES = (("base", "ability", "dose"), ("merge",), ("solo",))
 
 
 # --- all visits of a plan ---------------------------------------------------------------------
@@ -81,7 +82,9 @@ def run(
     plan = plan.keyed(bench.identity)
     for row in plan.kinds("merge"):
         if row.arm.startswith("mask") and not merge.RULES[row.rule].random:
-            raise ValueError(f"{row.rule} drops nothing at random: it has no arm {row.arm!r}")
+            raise ValueError(
+                f"{row.rule} drops nothing at random: it has no arm {row.arm!r}"
+            )
     same: dict[str, str | None] = {}
     for kinds in PHASES:
         units = [(rows,) for rows in _units(plan.kinds(*kinds))]
@@ -104,7 +107,9 @@ def _units(plan: Plan) -> list[list[Row]]:
             for x in dict.fromkeys([*row.scored, *row.probed]):
                 scored = (x,) if x in row.scored else ()
                 probed = (x,) if x in row.probed else ()
-                units["base", x, row.split] = [row._replace(scored=scored, probed=probed)]
+                units["base", x, row.split] = [
+                    row._replace(scored=scored, probed=probed)
+                ]
         else:
             units.setdefault((row.tasks, row.seed), []).append(row)
     # the longest first: no worker is left alone with one at the end
@@ -123,7 +128,9 @@ def train(
 ) -> dict[str, Path]:
     """Folders of the specialists of these tasks, each trained once; here, or by the workers."""
     if pool is None:
-        return {x: benches.train(bench, x, how, quiet=False) for x, how in recipes.items()}
+        return {
+            x: benches.train(bench, x, how, quiet=False) for x, how in recipes.items()
+        }
     made = call_each(bench, _train, list(recipes.items()), pool, "training")
     return {x: store.store() / folder for x, folder in zip(recipes, made, strict=True)}
 
@@ -168,7 +175,8 @@ def visit_group(bench: benches.Bench, rows: Sequence[Row]) -> dict[str, str | No
         key = bench.identity.model_key(row)
         report, make = deltas.model(bench, row)
         twin = None
-        if row.kind == "merge" and row.arm != "bfloat16":  # its sketch is that before rounding
+        # its sketch is that before rounding
+        if row.kind == "merge" and row.arm != "bfloat16":
             twin = next((x for x in seen if merge.same(x[2], report["sketch"])), None)
             if twin is None:
                 seen.append((row, key, report["sketch"]))

@@ -7,9 +7,11 @@ hundred examples.
 import random
 import string
 
+# fmt: off
 ANIMALS = "cat dog cow pig hen fox owl bee ant rat bat elk emu yak ape eel cod jay".split()  # noqa: SIM905
 TOOLS = "saw axe awl hoe rake file drill clamp lathe wrench chisel hammer pliers".split()  # noqa: SIM905
 NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kim Leo Mia Ned Ona Pia Raj Sam Tess".split()  # noqa: SIM905
+# fmt: on
 VOWELS = "aeiou"
 
 

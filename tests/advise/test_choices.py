@@ -21,8 +21,13 @@ class World:
     def measure(self, merge, prompts=16):
         self.calls.append(merge)
         truth = self.truth(merge)
-        kept = self.rng.random((len(truth), prompts)) < np.array([*truth.values()])[:, None]
-        frame = pd.DataFrame({"model": np.repeat([*truth], prompts), "kept": 1.0 * kept.ravel()})
+        kept = (
+            self.rng.random((len(truth), prompts))
+            < np.array([*truth.values()])[:, None]
+        )
+        frame = pd.DataFrame(
+            {"model": np.repeat([*truth], prompts), "kept": 1.0 * kept.ravel()}
+        )
         return frame.assign(rise=1 - frame["kept"], dose=1 / len(merge.models))
 
     def judge(self, merge):
@@ -77,7 +82,9 @@ def test_prompts_that_choose_must_not_judge(monkeypatch):
     for seed in range(DRAWS):
         search = Search(World(one_below, seed, judging=31).judge, 0.9)
         groups = propose(list("abc"), search)
-        seen = {merge: table for merge, table in search.trials.items() if merge in groups}
+        seen = {
+            merge: table for merge, table in search.trials.items() if merge in groups
+        }
         least = [
             choices.lower_end(np.rint(31 * table["kept"]), 31, 0.05).min()
             for table in seen.values()
@@ -98,7 +105,9 @@ def test_what_all_keep_is_merged_and_what_none_keeps_stays_apart():
 def test_one_model_that_spoils_every_merge_is_left_out():
     def truth(merge):
         alone = len(merge.models) == 1
-        return dict.fromkeys(merge.models, 1.0 if alone or "x" not in merge.models else 0.2)
+        return dict.fromkeys(
+            merge.models, 1.0 if alone or "x" not in merge.models else 0.2
+        )
 
     judged, table = World(truth).advise(list("abxc"))
     assert table.set_index("model")["decision"].to_dict() == {
@@ -128,7 +137,9 @@ def test_a_starved_model_gets_more_weight_and_a_harmed_one_does_not():
     assert set(table["decision"]) == {"reweight"}
 
     def harmed(merge):
-        return {m: 0.2 if m == "s" and len(merge.models) > 1 else 1.0 for m in merge.models}
+        return {
+            m: 0.2 if m == "s" and len(merge.models) > 1 else 1.0 for m in merge.models
+        }
 
     world = World(harmed)
     search = Search(world.measure, 0.9)

@@ -42,8 +42,18 @@ def run(capsys, *argv):
     return code, *capsys.readouterr()
 
 
-def test_advice_is_told_as_text_json_and_page(tiny_base, tiny_adapters, files, tmp_path, capsys):
-    ask = ["advise", "--base", tiny_base, "--models", *tiny_adapters, "--prompts", *files]
+def test_advice_is_told_as_text_json_and_page(
+    tiny_base, tiny_adapters, files, tmp_path, capsys
+):
+    ask = [
+        "advise",
+        "--base",
+        tiny_base,
+        "--models",
+        *tiny_adapters,
+        "--prompts",
+        *files,
+    ]
     ask += ["--tokens", "3", "--report", tmp_path / "out.html"]
     code, out, err = run(capsys, *ask, "--json")
     assert "12 prompts are left to judge by" in err
@@ -63,7 +73,9 @@ def test_what_every_model_keeps_is_merged_by_the_command_and_by_mergekits(
     tiny_base, tiny_adapters, files, tmp_path, capsys, monkeypatch
 ):
     """Adapters too small to change an answer: sure of it at a low threshold."""
-    small = [shutil.copytree(folder, tmp_path / folder.name) for folder in tiny_adapters[:2]]
+    small = [
+        shutil.copytree(folder, tmp_path / folder.name) for folder in tiny_adapters[:2]
+    ]
     for folder in small:
         file = folder / "adapter_model.safetensors"
         weights = {name: 1e-3 * tensor for name, tensor in load_file(file).items()}
@@ -74,7 +86,9 @@ def test_what_every_model_keeps_is_merged_by_the_command_and_by_mergekits(
     (merge,) = content["merges"]
     assert code == 0 and merge["verdict"] == "safe"
     assert content["sentence"].startswith("Merge task1 and task2 by ")
-    assert "the base alone gives the answers of task1, task2" in " ".join(content["limits"])
+    assert "the base alone gives the answers of task1, task2" in " ".join(
+        content["limits"]
+    )
     monkeypatch.chdir(tmp_path)
     assert run(capsys, *shlex.split(merge["command"])[3:])[0] == 0
     assert (tmp_path / "merged-1" / "model.safetensors").is_file()
@@ -98,7 +112,9 @@ def test_command_and_configuration_make_one_model(
     config = tmp_path / "config.yml"
     config.write_text(recipes.mergekit(merge, str(tiny_base), sources, set(sources)))
     merge_main(["--mergekit", str(config), "--out", str(tmp_path / "two")])
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    one, two = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")
+    )
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
@@ -110,7 +126,9 @@ def example(n):
          "dose": 0.5, "prompts": 16, "cause": ["", "dose", "partner"][i % 3]}
         for i, (a, b) in enumerate((a, b) for a in models for b in models if a != b)
     ]  # fmt: skip
-    table = pd.DataFrame({"model": models, "decision": "keep apart", "merge": -1, "kept": 0.5})
+    table = pd.DataFrame(
+        {"model": models, "decision": "keep apart", "merge": -1, "kept": 0.5}
+    )
     table["least"] = float("nan")
     return Advice(
         "base", {m: m for m in models}, 0.9, dict.fromkeys(models, 64), table, [],
@@ -166,7 +184,9 @@ def test_prompts_that_are_none_are_refused(
         (["--prompts", "nowhere.txt"], "there is no file of prompts"),
     ],
 )
-def test_bad_requests_are_refused_in_a_sentence(flags, message, tiny_base, tiny_adapters, capsys):
+def test_bad_requests_are_refused_in_a_sentence(
+    flags, message, tiny_base, tiny_adapters, capsys
+):
     code, out, err = run(
         capsys, "advise", "--base", tiny_base, "--models", *tiny_adapters[:2], *flags
     )

@@ -59,7 +59,9 @@ def test_retention_is_the_share_of_answers_that_the_merge_generates(
     base = LlamaForCausalLM.from_pretrained(tiny_base)
     model = PeftModel.from_pretrained(base, tiny_adapters[0], adapter_name="a")
     model.load_adapter(tiny_adapters[1], adapter_name="b")
-    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "average", combination_type="cat")
+    model.add_weighted_adapter(
+        ["a", "b"], [0.5, 0.5], "average", combination_type="cat"
+    )
     model.set_adapter("average")
     merged = model.merge_and_unload().eval()
     frame = trial(panel, Merge(("task1", "task2")))
@@ -137,8 +139,11 @@ def test_trials_of_a_study_are_those_of_its_adapters_whoever_makes_them(
 def test_wilson_intervals_are_known_ones():
     import pandas as pd
 
-    frame = pd.DataFrame({"model": "a", "kept": [1.0] * 9 + [0.0], "rise": 0.0, "dose": 1.0})
-    row = retention(frame, 0.95).iloc[0]  # 9 of 10: R's prop.test(9, 10, correct = FALSE)
+    frame = pd.DataFrame(
+        {"model": "a", "kept": [1.0] * 9 + [0.0], "rise": 0.0, "dose": 1.0}
+    )
+    # 9 of 10: R's prop.test(9, 10, correct = FALSE)
+    row = retention(frame, 0.95).iloc[0]
     assert (row["low"], row["high"]) == pytest.approx((0.5958, 0.9821), abs=1e-4)
 
 
@@ -168,7 +173,9 @@ def test_an_encoder_is_tried_by_the_labels_of_each_models_own_head(tmp_path):
     models = {label: str(folder) for label, folder in folders.items()}
     panel = open_panel(str(encoder), models, texts)
     frame = trial(panel, Merge(("two", "three")))
-    states = [BertForSequenceClassification.from_pretrained(f) for f in folders.values()]
+    states = [
+        BertForSequenceClassification.from_pretrained(f) for f in folders.values()
+    ]
     for model, label in zip(states, folders, strict=True):
         own = _labels(model, panel.inputs[label])
         with torch.no_grad():
@@ -177,7 +184,10 @@ def test_an_encoder_is_tried_by_the_labels_of_each_models_own_head(tmp_path):
                 parameter.copy_(sum(both) / 2 if label == "two" else parameter)
         if label == "two":
             same = _labels(model, panel.inputs[label]) == own
-            assert frame.loc[frame["model"] == label, "kept"].astype(bool).tolist() == same.tolist()
+            assert (
+                frame.loc[frame["model"] == label, "kept"].astype(bool).tolist()
+                == same.tolist()
+            )
             break
     assert retention(trial(panel, alone("three", 1.0)))["kept"].item() == 1
     assert 0 < frame["kept"].mean() < 1
@@ -185,7 +195,10 @@ def test_an_encoder_is_tried_by_the_labels_of_each_models_own_head(tmp_path):
 
 def test_encoders_are_advised_on_from_prompts_to_page(tmp_path):
     encoder = tiny.save_encoder(tmp_path / "base")
-    folders = [save_classifier(tmp_path / name, encoder, i, 2) for i, name in enumerate("ab", 1)]
+    folders = [
+        save_classifier(tmp_path / name, encoder, i, 2)
+        for i, name in enumerate("ab", 1)
+    ]
     models = {folder.name: str(folder) for folder in folders}
     texts = {label: prompts(label, 40) for label in models}
     advice = advise(str(encoder), models, texts, keep=0.5)
@@ -197,5 +210,8 @@ def test_encoders_are_advised_on_from_prompts_to_page(tmp_path):
 
 def _labels(model, encoded):
     with torch.no_grad():
-        rows = [model.eval()(torch.tensor([ids])).logits[0].argmax().item() for ids in encoded]
+        rows = [
+            model.eval()(torch.tensor([ids])).logits[0].argmax().item()
+            for ids in encoded
+        ]
     return np.array(rows)

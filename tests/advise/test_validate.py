@@ -24,11 +24,20 @@ CHOICES = [validate.partners, validate.pools, validate.leavers]
 
 @pytest.mark.parametrize("options", CHOICES)
 def test_the_truth_regrets_nothing_and_its_contrary_most(options):
-    scores = {"truth": LOSS, "contrary": pairs(-LOSS.values), "blind": pairs(np.zeros((5, 5)))}
-    chosen = validate.choose(options, LOSS, scores).groupby("criterion")[["gain", "regret"]].mean()
+    scores = {
+        "truth": LOSS,
+        "contrary": pairs(-LOSS.values),
+        "blind": pairs(np.zeros((5, 5))),
+    }
+    chosen = (
+        validate.choose(options, LOSS, scores)
+        .groupby("criterion")[["gain", "regret"]]
+        .mean()
+    )
     assert chosen.loc["truth", "regret"] == 0 < chosen.loc["truth", "gain"]
     assert chosen.loc["contrary", "gain"] < 0
-    assert chosen.loc["blind", "gain"] == pytest.approx(0)  # among ties the mean: random choice
+    # among ties the mean: random choice
+    assert chosen.loc["blind", "gain"] == pytest.approx(0)
     both = chosen["gain"] + chosen["regret"]
     assert np.allclose(both, both.iloc[0])  # random choice's regret, whoever chooses
 
@@ -47,7 +56,9 @@ def test_options_are_what_their_names_say():
 def test_what_was_not_measured_is_no_option():
     values = LOSS.values.copy()
     values[0, 1] = values[1, 0] = np.nan
-    table = validate.choose(validate.partners, Pairs(values, TASKS, False), {"truth": LOSS})
+    table = validate.choose(
+        validate.partners, Pairs(values, TASKS, False), {"truth": LOSS}
+    )
     assert table["regret"].notna().all() and (table["regret"] >= 0).all()
 
 
@@ -80,7 +91,9 @@ def test_intervals_cover_what_they_say_and_see_a_trial_that_is_off():
 
 def test_fewer_prompts_are_the_first_ones_and_err_more():
     trials, losses = cells(800, 32, 40)
-    few, many = (validate.calibration(validate.forecasts(trials, losses, n)) for n in (8, 32))
+    few, many = (
+        validate.calibration(validate.forecasts(trials, losses, n)) for n in (8, 32)
+    )
     assert few["error"] > many["error"] and few["r"] < many["r"]
     assert (validate.on_prompts(trials, 8)["prompts"] == 8).all()
 
@@ -99,7 +112,9 @@ def test_what_a_model_answers_without_confidence_counts_little():
 
 
 def test_a_merge_is_safe_only_if_all_its_models_are():
-    table = pd.DataFrame({"rule": "linear", "tasks": [("a", "b")] * 2 + [("a", "c")] * 2})
+    table = pd.DataFrame(
+        {"rule": "linear", "tasks": [("a", "b")] * 2 + [("a", "c")] * 2}
+    )
     table["kept"], table["prompts"] = [32, 32, 32, 20], 32
     table["collapse"] = [False, True, False, False]
     merges = validate.assurance(table)

@@ -42,14 +42,18 @@ def measure(base: str, models: dict, prompts: dict, pairs: int) -> dict:
     with tempfile.TemporaryDirectory() as store:
         os.environ["MERGING_COLLAPSE_STORE"] = store
         panel = advise.open_panel(base, models, prompts)
-        answers = sum(seconds(advise.references, panel, label) for label in panel.labels)
+        answers = sum(
+            seconds(advise.references, panel, label) for label in panel.labels
+        )
         drawn = list(islice(combinations(panel.labels, 2), pairs))
         two = [advise.Merge(pair, rule) for pair in drawn for rule in RULES]
         whole = [advise.Merge(panel.labels, rule) for rule in RULES]
         pair = sum(seconds(advise.trial, panel, merge) for merge in two) / len(two)
         group = sum(seconds(advise.trial, panel, merge) for merge in whole) / len(whole)
     n = len(models)
-    grown = sum(pair + (group - pair) * (size - 2) / (n - 2) for size in range(3, n + 1))
+    grown = sum(
+        pair + (group - pair) * (size - 2) / (n - 2) for size in range(3, n + 1)
+    )
     search = len(RULES) * (math.comb(n, 2) * pair + grown)
     return {
         "models": n,
@@ -71,10 +75,16 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--prompts", nargs="+", required=True)
-    parser.add_argument("--counts", nargs="+", type=int, default=[4, 8], help="of models")
-    parser.add_argument("--read", nargs="+", type=int, default=[8, 32], help="prompts of each")
+    parser.add_argument(
+        "--counts", nargs="+", type=int, default=[4, 8], help="of models"
+    )
+    parser.add_argument(
+        "--read", nargs="+", type=int, default=[8, 32], help="prompts of each"
+    )
     parser.add_argument("--pairs", type=int, default=100, help="that are measured")
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench_advise.csv")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "data" / "results" / "bench_advise.csv"
+    )
     options = parser.parse_args()
     labels = advise.labels_of(options.models)
     folders = dict(zip(labels, options.models, strict=True))

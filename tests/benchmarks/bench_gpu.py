@@ -62,7 +62,9 @@ def adapters(
     count: int,
 ) -> dict[str, Path]:
     """Random rank-16 adapters of queries, keys and values, as Lots-of-LoRAs has them."""
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj"])
+    config = LoraConfig(
+        r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj"]
+    )
     adapted = get_peft_model(model, config)
     for i in range(count):
         for name, parameter in adapted.named_parameters():
@@ -127,7 +129,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     tiny = parser.parse_args().tiny
     if not tiny and not torch.cuda.is_available():
-        raise SystemExit("torch finds no GPU on this machine: --tiny shows that the script runs")
+        raise SystemExit(
+            "torch finds no GPU on this machine: --tiny shows that the script runs"
+        )
     if tiny:
         found = measure("cpu", TINY, tokens=16, prompts=4)
     else:

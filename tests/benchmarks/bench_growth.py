@@ -49,7 +49,10 @@ def visits(tasks: list[str], chosen: Groups, near: bool = False) -> plan.Plan:
     """All of a study; `near`: specialists read only their own and their partners' probes."""
     asked = design.visits(tasks, chosen, DEMO | {"GROUP_RULES": []})
     if near:
-        rows = [row._replace(probed=row.scored) if row.kind == "dose" else row for row in asked]
+        rows = [
+            row._replace(probed=row.scored) if row.kind == "dose" else row
+            for row in asked
+        ]
         asked = plan.Plan.of(rows)
     examples = dict.fromkeys(tasks, DEMO["TRAIN_EXAMPLES"])
     trained = design.training(tasks, examples, DEMO["EPOCHS"])
@@ -59,18 +62,27 @@ def visits(tasks: list[str], chosen: Groups, near: bool = False) -> plan.Plan:
 def work(name: str, asked: plan.Plan, bases: int = 1) -> Work:
     """What a plan asks of its workers, on so many bases."""
     units = study_costs.unit_costs(ROOT / "data" / "results" / "demo", DEMO)
-    sizes = {part: DEMO[f"{part.upper()}_EXAMPLES"] for part in ("dev", "probe", "test")}
+    sizes = {
+        part: DEMO[f"{part.upper()}_EXAMPLES"] for part in ("dev", "probe", "test")
+    }
     sizes["train"] = 0
     total = asked.cost(units, sizes)
     phases, sent, files = [], 0, 0
     for kinds in PHASES:
         jobs = visit._units(asked.kinds(*kinds))
-        phases.append(bases * [seconds(rows, units["cpu_seconds"], sizes) for rows in jobs])
+        phases.append(
+            bases * [seconds(rows, units["cpu_seconds"], sizes) for rows in jobs]
+        )
         sent += sum(len(pickle.dumps([tuple(row) for row in rows])) for rows in jobs)
     for row in asked:
         files += FILES.get(row.kind, 2 * (1 + len(row.scored) + len(row.probed)))
     kinds = asked.frame["kind"].value_counts()
-    about = kinds["specialist"] * bases, kinds["merge"] * bases, phases, bases * sent / 2**20
+    about = (
+        kinds["specialist"] * bases,
+        kinds["merge"] * bases,
+        phases,
+        bases * sent / 2**20,
+    )
     return Work(name, *about, bases * total["gigabytes"].sum(), bases * files)
 
 
@@ -132,7 +144,11 @@ def about(study: Work) -> dict:
     """What does not depend on the number of workers."""
     counts = {"study": study.name, "adapters": study.adapters, "merges": study.merges}
     counts["units"] = sum(map(len, study.phases))
-    return counts | {"sent_mb": study.sent_mb, "store_gb": study.store_gb, "files": study.files}
+    return counts | {
+        "sent_mb": study.sent_mb,
+        "store_gb": study.store_gb,
+        "files": study.files,
+    }
 
 
 def measured(study: Work) -> dict:
@@ -168,7 +184,9 @@ STUDIES = {"demo": demo, "paper": paper, "many": many}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=list(STUDIES))
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench_growth.csv")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "data" / "results" / "bench_growth.csv"
+    )
     options = parser.parse_args()
     rows = []
     for name in options.only:

@@ -20,7 +20,14 @@ import psutil
 from helpers import run
 from helpers.store import ROOT
 
-TABLES = ("losses.csv", "merges.csv", "doses.csv", "pairs.csv", "bound.csv", "verdicts.csv")
+TABLES = (
+    "losses.csv",
+    "merges.csv",
+    "doses.csv",
+    "pairs.csv",
+    "bound.csv",
+    "verdicts.csv",
+)
 
 
 def start(folder: Path, *how: str) -> subprocess.Popen:
@@ -55,7 +62,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cluster", metavar="ADDRESS", help="for the killed runs, as `run` has it")
+    parser.add_argument(
+        "--cluster", metavar="ADDRESS", help="for the killed runs, as `run` has it"
+    )
     options = parser.parse_args()
     how = ["--cluster", options.cluster] if options.cluster else []
     with tempfile.TemporaryDirectory() as folder:
@@ -65,17 +74,22 @@ def main() -> None:
         seconds = time.monotonic() - begin
         print(f"a whole run takes {seconds:.0f} s")
         moments = np.random.default_rng(options.seed).uniform(0, seconds, options.kills)
-        for moment in moments / options.kills:  # each run goes on where the last was killed
+        # each run goes on where the last was killed
+        for moment in moments / options.kills:
             runner = start(killed, *how)
             time.sleep(moment)
             kill(runner)
-            print(f"killed after {moment:.0f} s: finished are {check(killed)}", flush=True)
+            print(
+                f"killed after {moment:.0f} s: finished are {check(killed)}", flush=True
+            )
         assert start(killed, *how).wait() == 0
         assert len(check(killed)) == len(run.notebooks())
         for name in TABLES:
             tables = [(x / "results" / name).read_text() for x in (whole, killed)]
             assert tables[0] == tables[1], f"{name} differs"
-        print(f"after {options.kills} kills all of {', '.join(TABLES)} are those of the whole run")
+        print(
+            f"after {options.kills} kills all of {', '.join(TABLES)} are those of the whole run"
+        )
 
 
 if __name__ == "__main__":

@@ -77,7 +77,9 @@ def pair_costs(counts=(2, 4, 6, 8, 10, 14, 20)) -> None:
     per_model, per_pair = np.linalg.lstsq(
         design * weights[:, None], np.ones(len(counts)), rcond=None
     )[0]
-    print(f"\nPair metrics, {coordinates / 1e6:.1f} M coordinates, one thread, best of 3\n")
+    print(
+        f"\nPair metrics, {coordinates / 1e6:.1f} M coordinates, one thread, best of 3\n"
+    )
     print("| models | pairs | CPU s | b models + c pairs |")
     print("|---|---|---|---|")
     for n, (models, pairs) in zip(counts, design, strict=True):
@@ -90,7 +92,8 @@ def pair_costs(counts=(2, 4, 6, 8, 10, 14, 20)) -> None:
 def pair_memory(models: int = 14) -> None:
     """Growth of the peak resident memory over one pass, against models x largest tensor."""
     rows = adapters(models)
-    conflict.pair_sums(rows[:1], [str(i) for i in range(models)])  # libraries, smaller tensor
+    # libraries, smaller tensor
+    conflict.pair_sums(rows[:1], [str(i) for i in range(models)])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     conflict.pair_sums(rows, [str(i) for i in range(models)])
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
@@ -118,7 +121,10 @@ def llama(layers: int) -> LlamaForCausalLM:
 def texts(count: int, low: int, high: int, seed: int = 0) -> list[list[int]]:
     """Random prompts of `low` to `high` tokens."""
     rng = np.random.default_rng(seed)
-    return [rng.integers(49152, size=n).tolist() for n in rng.integers(low, high + 1, size=count)]
+    return [
+        rng.integers(49152, size=n).tolist()
+        for n in rng.integers(low, high + 1, size=count)
+    ]
 
 
 def state_costs(prompts: int = 120, repeats: int = 9) -> None:
@@ -144,10 +150,15 @@ def state_costs(prompts: int = 120, repeats: int = 9) -> None:
             if repeat:  # the first round warms up
                 times[run].append(time.process_time() - start)
     ratios = [b / s for b, s in zip(times[bare], times[with_states], strict=True)]
-    print(f"\nStates of all 31 layers against a bare forward, {tokens} tokens, {repeats} rounds\n")
+    print(
+        f"\nStates of all 31 layers against a bare forward, {tokens} tokens, {repeats} rounds\n"
+    )
     print("| | tokens / CPU s (median) |")
     print("|---|---|")
-    for run, name in ((bare, "bare forward"), (with_states, "prompt states, all layers")):
+    for run, name in (
+        (bare, "bare forward"),
+        (with_states, "prompt states, all layers"),
+    ):
         print(f"| {name} | {tokens / statistics.median(times[run]):.0f} |")
     low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
     print(f"\nRatio: median {middle:.3f} (10-90 % of rounds: {low:.3f} to {high:.3f}).")
@@ -157,14 +168,19 @@ def gradient_costs(counts=(2, 4, 8), examples: int = 16, layers: int = 6) -> Non
     """CPU seconds and memory of the tasks' inner products, against one backward pass a task."""
     model = llama(layers)
     print(f"\nGradients of {layers} blocks, {examples} examples a task\n")
-    print("| tasks | streamed, CPU s | forward and backward alone, CPU s | peak grew, MB |")
+    print(
+        "| tasks | streamed, CPU s | forward and backward alone, CPU s | peak grew, MB |"
+    )
     print("|---|---|---|---|")
     for n in counts:
         solved = {
             str(i): [(ids[:-4], ids[-4:]) for ids in texts(examples, 20, 40, seed=i)]
             for i in range(n)
         }
-        start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start, before = (
+            time.process_time(),
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        )
         gradients.grams(model, solved)
         streamed = time.process_time() - start
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024

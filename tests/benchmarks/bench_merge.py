@@ -36,7 +36,8 @@ from helpers.store import revision
 
 ROOT = Path(__file__).resolve().parents[2]
 MERGEKIT = "mergekit==0.1.5"
-SIZES = {  # vocabulary, width, key/value width, MLP width, layers: tied embeddings, as SmolLM2
+# vocabulary, width, key/value width, MLP width, layers: tied embeddings, as SmolLM2
+SIZES = {
     "1M": (2048, 64, 32, 128, 20),
     "135M": (49152, 576, 192, 1536, 30),
     "500M": (49152, 1024, 256, 4096, 30),
@@ -44,17 +45,27 @@ SIZES = {  # vocabulary, width, key/value width, MLP width, layers: tied embeddi
     "3B": (49152, 2560, 512, 9216, 33),
 }
 CELLS = [
-    *(f"135M:float32:{m}:4" for m in ("linear", "task_arithmetic", "ties", "dare_ties")),
+    *(
+        f"135M:float32:{m}:4"
+        for m in ("linear", "task_arithmetic", "ties", "dare_ties")
+    ),
     "135M:float32:slerp:2",
     *(f"135M:float32:{m}:8" for m in ("linear", "ties")),
     "135M:bfloat16:ties:4",
-    *(f"500M:bfloat16:{m}:4" for m in ("linear", "task_arithmetic", "ties", "dare_ties")),
+    *(
+        f"500M:bfloat16:{m}:4"
+        for m in ("linear", "task_arithmetic", "ties", "dare_ties")
+    ),
     "500M:bfloat16:slerp:2",
     "500M:float32:linear:4",
 ]
 # Of this engine alone: more models, more threads.
-GROWTH = [f"135M:bfloat16:{m}:{n}" for m in ("linear", "ties") for n in (2, 4, 8, 16, 32)]
-CORES = [f"500M:float32:{m}:4{threads}" for m in ("linear", "ties") for threads in ("", ":2")]
+GROWTH = [
+    f"135M:bfloat16:{m}:{n}" for m in ("linear", "ties") for n in (2, 4, 8, 16, 32)
+]
+CORES = [
+    f"500M:float32:{m}:4{threads}" for m in ("linear", "ties") for threads in ("", ":2")
+]
 SETTINGS = {  # our flags, mergekit's parameters: the same formula
     "linear": ([], {"weight": 1.0}),
     "task_arithmetic": ([], {"weight": 1.0}),
@@ -109,7 +120,10 @@ def checkpoint(folder: Path, size: str, dtype: torch.dtype, seed: int) -> Path:
     if (folder / "config.json").exists():
         return folder
     vocabulary, width, kv, mlp, layers = SIZES[size]
-    shapes = {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,)}
+    shapes = {
+        "model.embed_tokens.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
+    }
     for i in range(layers):
         layer = f"model.layers.{i}"
         shapes |= {
@@ -135,7 +149,8 @@ def checkpoint(folder: Path, size: str, dtype: torch.dtype, seed: int) -> Path:
             tensor = 0.02 * torch.randn(shapes[name], generator=base)
             if seed:
                 noise = torch.randn(shapes[name], generator=change)
-                tensor += noise.pow_(3).mul_(0.02 * 0.02 / 15**0.5)  # cubed: kurtosis 46
+                # cubed: kurtosis 46
+                tensor += noise.pow_(3).mul_(0.02 * 0.02 / 15**0.5)
             tensors[name] = tensor.to(dtype)
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(parts) > 1:
@@ -146,7 +161,11 @@ def checkpoint(folder: Path, size: str, dtype: torch.dtype, seed: int) -> Path:
         "model_type": "llama",
         "vocab_size": vocabulary,
     }
-    config |= {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers}
+    config |= {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+    }
     config |= {"num_attention_heads": max(1, width // 64)}
     config |= {"num_key_value_heads": max(1, kv // 64)}
     config |= {"tie_word_embeddings": True, "dtype": str(dtype).removeprefix("torch.")}
@@ -161,7 +180,9 @@ def mergekit_python(work: Path) -> Path:
         venv.create(work / "mergekit", with_pip=True)
         packages = next((work / "mergekit" / "lib").glob("python*/site-packages"))
         (packages / "ours.pth").write_text(sysconfig.get_paths()["purelib"])
-        subprocess.run([python, "-m", "pip", "install", "--quiet", MERGEKIT], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", MERGEKIT], check=True
+        )
         (work / "mergekit" / "ready").touch()
     return python
 
@@ -211,19 +232,35 @@ def cell(name: str, work: Path, repeats: int, others: bool) -> list[dict]:
     size, dtype, method, n, *rest = name.split(":")
     threads = rest[0] if rest else "1"
     models = [
-        checkpoint(work / f"{size}-{dtype}" / str(seed), size, getattr(torch, dtype), seed)
+        checkpoint(
+            work / f"{size}-{dtype}" / str(seed), size, getattr(torch, dtype), seed
+        )
         for seed in range(int(n) + 1)
     ]
     flags, parameters = SETTINGS[method]
     merged = models[1:] if method != "slerp" else models[:2]
     config = work / "config.yml"
     used = [{"model": str(m)} for m in merged]
-    stated = {"merge_method": method, "models": used, "parameters": parameters, "dtype": dtype}
+    stated = {
+        "merge_method": method,
+        "models": used,
+        "parameters": parameters,
+        "dtype": dtype,
+    }
     if method != "linear":  # whose base_model mergekit would count as one more model
         stated["base_model"] = str(models[0])
     config.write_text(yaml.safe_dump(stated))
     inputs = [f for m in {models[0], *merged} for f in sorted(m.glob("*.safetensors"))]
-    ours = ["--method", method, "--base", models[0], "--models", *merged, *flags, "--out"]
+    ours = [
+        "--method",
+        method,
+        "--base",
+        models[0],
+        "--models",
+        *merged,
+        *flags,
+        "--out",
+    ]
     subjects = {"ours": [sys.executable, "-c", OURS, *ours, work / "ours"]}
     if others:
         theirs = [mergekit_python(work), "-c", THEIRS, config, work / "mergekit-out"]
@@ -239,19 +276,36 @@ def cell(name: str, work: Path, repeats: int, others: bool) -> list[dict]:
     same = compared(work / "ours", work / "mergekit-out") if others else {}
     rows = []
     for subject, measurements in runs.items():
-        medians = {k: statistics.median(m[k] for m in measurements) for k in measurements[0]}
+        medians = {
+            k: statistics.median(m[k] for m in measurements) for k in measurements[0]
+        }
         cell_of = {"size": size, "dtype": dtype, "method": method, "models": int(n)}
-        cell_of |= {"threads": int(threads), "repeats": repeats, "torch": torch.__version__}
+        cell_of |= {
+            "threads": int(threads),
+            "repeats": repeats,
+            "torch": torch.__version__,
+        }
         cell_of |= {"load": load, "machine": machine(), "revision": revision()}
-        rows.append(cell_of | {"subject": subject} | medians | (same if subject == "ours" else {}))
+        rows.append(
+            cell_of
+            | {"subject": subject}
+            | medians
+            | (same if subject == "ours" else {})
+        )
         remove(work / command_out(subject))
     return rows
 
 
 def machine() -> str:
     """What the figures hang on: processor and number of cores."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines()
+        if sys.platform == "linux"
+        else []
+    )
+    models = [
+        line.partition(": ")[2] for line in lines if line.startswith("model name")
+    ]
     return f"{os.cpu_count()} x {models[0] if models else platform.processor()}"
 
 
@@ -315,7 +369,9 @@ def cell_name(row: dict) -> str:
 def write(file: Path, rows: list[dict]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as out:
-        writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)))
+        writer = csv.DictWriter(
+            out, list(dict.fromkeys(key for row in rows for key in row))
+        )
         writer.writeheader()
         writer.writerows(rows)
 
@@ -325,7 +381,9 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=[*CELLS, *CORES, *GROWTH])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=ROOT / "data" / "runs" / "bench")
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench_merge.csv")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "data" / "results" / "bench_merge.csv"
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows = read(arguments.out) if arguments.out.exists() else []
@@ -337,7 +395,9 @@ def main() -> None:
         print(table(found).splitlines()[-1], flush=True)
         rows = [row for row in rows if cell_name(row) != name] + found
         write(arguments.out, rows)  # after every cell: a long run may be broken off
-    print(f"\nCPU seconds of the merge itself, torch {torch.__version__}\n\n{table(rows)}")
+    print(
+        f"\nCPU seconds of the merge itself, torch {torch.__version__}\n\n{table(rows)}"
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import simulated  # noqa: E402
 
 RESULTS = ROOT / "data" / "results"
-DESIGNS = ((14, None, 300), (48, 8, 150), (96, 8, 80))  # tasks, partners (None: all), studies
+# tasks, partners (None: all), studies
+DESIGNS = ((14, None, 300), (48, 8, 150), (96, 8, 80))
 TRUTHS = (0.0, 0.3, 0.5)
 
 
@@ -45,7 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of the studies")
     parser.add_argument("--prompts", nargs="+", default=list(simulated.COMPONENTS))
-    parser.add_argument("--tasks", nargs="+", type=int, default=[n for n, _, _ in DESIGNS])
+    parser.add_argument(
+        "--tasks", nargs="+", type=int, default=[n for n, _, _ in DESIGNS]
+    )
     options = parser.parse_args()
     tables = [
         design(prompts, n, k, max(int(options.share * draws), 1))

@@ -59,7 +59,9 @@ def slice_of_study(threads: int, workers: int) -> dict[str, float]:
         call_each(bench, pause, workers * [()], pool)
         marks.append(time.perf_counter())
         recipe = Recipe(examples=SIZES[0], epochs=1)
-        bench = replace(bench, specialists=visit.train(bench, dict.fromkeys(labels, recipe), pool))
+        bench = replace(
+            bench, specialists=visit.train(bench, dict.fromkeys(labels, recipe), pool)
+        )
         marks.append(time.perf_counter())
         merges = plan.merges([labels, labels[::-1]], ["linear", "ties"], probe=False)
         visit.run(bench, merges, pool)
@@ -94,12 +96,22 @@ def timed(waiting: str, threads: int, workers: int, beside: int) -> dict:
     load = os.getloadavg()[0]
     given = f"{waiting} {threads} {workers}".split()
     with tempfile.TemporaryDirectory() as folder, busy(beside):
-        env = os.environ | {"MERGING_COLLAPSE_STORE": folder, "OMP_NUM_THREADS": str(threads)}
+        env = os.environ | {
+            "MERGING_COLLAPSE_STORE": folder,
+            "OMP_NUM_THREADS": str(threads),
+        }
         env |= {"MKL_NUM_THREADS": str(threads)}
         command = [sys.executable, __file__, "--cell", *given]
-        done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=env, check=True, capture_output=True, text=True
+        )
     seconds = json.loads(done.stdout.splitlines()[-1])
-    cell = {"waiting": waiting, "threads": threads, "workers": workers, "beside": beside}
+    cell = {
+        "waiting": waiting,
+        "threads": threads,
+        "workers": workers,
+        "beside": beside,
+    }
     return cell | seconds | {"seconds": sum(seconds.values()), "load": load}
 
 
@@ -112,9 +124,15 @@ def as_table(rows: list[dict]) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cell", nargs=3, help="waiting, threads and workers of one slice")
-    parser.add_argument("--repeats", type=int, default=1, help="the least time of so many is given")
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "results" / "bench_time.csv")
+    parser.add_argument(
+        "--cell", nargs=3, help="waiting, threads and workers of one slice"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="the least time of so many is given"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "data" / "results" / "bench_time.csv"
+    )
     options = parser.parse_args()
     if options.cell:
         print(json.dumps(slice_of_study(*map(int, options.cell[1:]))))

@@ -101,7 +101,9 @@ def recorded(group: str) -> dict[str, Tensor]:
     """The tensors of one model, or of mergekit's answer to one case."""
     tensors = load_file(RECORD)
     parts = {key: key.split("|") for key in tensors}
-    return {name: tensors[key] for key, (owner, name) in parts.items() if owner == group}
+    return {
+        name: tensors[key] for key, (owner, name) in parts.items() if owner == group
+    }
 
 
 def main() -> None:
@@ -109,7 +111,8 @@ def main() -> None:
     import bench_merge
     import torch
 
-    bench_merge.SIZES["tiny"] = (48, 16, 16, 32, 2)  # two layers: what depth does is seen
+    # two layers: what depth does is seen
+    bench_merge.SIZES["tiny"] = (48, 16, 16, 32, 2)
     with TemporaryDirectory() as name:
         work = Path(name)
         python = bench_merge.mergekit_python(work)
@@ -117,14 +120,20 @@ def main() -> None:
             model: bench_merge.checkpoint(work / model, "tiny", torch.float32, seed)
             for seed, model in enumerate(MODELS)
         }
-        models = {model: load_file(folders[model] / "model.safetensors") for model in MODELS}
+        models = {
+            model: load_file(folders[model] / "model.safetensors") for model in MODELS
+        }
         for number, case in enumerate(CASES):
             file = written(case, folders, work / "config.yml")
             out = work / f"out-{number}"
             command = [python, "-c", bench_merge.THEIRS, file, out]
             subprocess.run(list(map(str, command)), check=True)
             models[case] = load_file(out / "model.safetensors")
-        kept = {f"{owner}|{name}": x for owner, of in models.items() for name, x in of.items()}
+        kept = {
+            f"{owner}|{name}": x
+            for owner, of in models.items()
+            for name, x in of.items()
+        }
         about = {"made by": bench_merge.MERGEKIT}
         about["config"] = (folders["base"] / "config.json").read_text()
         save_file(kept, RECORD, metadata=about)

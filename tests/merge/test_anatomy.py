@@ -54,14 +54,25 @@ def noisy(tensors, seed=1):
 
 def gpt2(folder):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    sizes = {
+        "vocab_size": 257,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 64,
+    }
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
     return folder
 
 
 def gemma(folder):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "head_dim": 8}
+    sizes = {
+        "vocab_size": 257,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "head_dim": 8,
+    }
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).save_pretrained(folder)
     file = folder / "config.json"
@@ -74,7 +85,9 @@ def gemma(folder):
 def t5(folder):
     torch.manual_seed(0)
     sizes = {"vocab_size": 257, "d_model": 16, "d_kv": 8, "d_ff": 32}
-    T5ForConditionalGeneration(T5Config(**sizes, num_layers=1, num_heads=2)).save_pretrained(folder)
+    T5ForConditionalGeneration(
+        T5Config(**sizes, num_layers=1, num_heads=2)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -87,14 +100,22 @@ def test_a_configuration_that_never_ends_is_refused(tiny_base, tmp_path, name):
 
 @pytest.mark.parametrize(
     ("make", "copy"),
-    [(gemma, "lm_head.weight"), (gpt2, "lm_head.weight"), (t5, "decoder.embed_tokens.weight")],
+    [
+        (gemma, "lm_head.weight"),
+        (gpt2, "lm_head.weight"),
+        (t5, "decoder.embed_tokens.weight"),
+    ],
 )
-def test_copies_of_a_tied_tensor_are_one_whatever_the_configuration_says(tmp_path, make, copy):
+def test_copies_of_a_tied_tensor_are_one_whatever_the_configuration_says(
+    tmp_path, make, copy
+):
     base = make(tmp_path / "base")
     original = anatomy.anatomy(base).ties[copy]
     tuned = noisy(stored(base))
     both = edited(base, tmp_path / "both", tuned | {copy: tuned[original].clone()})
-    only = {copy: tuned[original].clone()} | {n: t for n, t in tuned.items() if n != original}
+    only = {copy: tuned[original].clone()} | {
+        n: t for n, t in tuned.items() if n != original
+    }
     renamed = edited(base, tmp_path / "only", only)
     ours = merging.open_base(base)
     for folder in (both, renamed):
@@ -104,17 +125,26 @@ def test_copies_of_a_tied_tensor_are_one_whatever_the_configuration_says(tmp_pat
             if row.name in (copy, original)
         ]
         assert row.name == original
-        torch.testing.assert_close(row.taus[0][...], tuned[original] - stored(base)[original])
+        torch.testing.assert_close(
+            row.taus[0][...], tuned[original] - stored(base)[original]
+        )
     torn = edited(base, tmp_path / "torn", tuned | {copy: tuned[original] + 1})
-    apart = {row.name: row.taus[0] for row in merging.views(ours, [merging.open_specialist(torn)])}
+    apart = {
+        row.name: row.taus[0]
+        for row in merging.views(ours, [merging.open_specialist(torn)])
+    }
     start = stored(base)[original]
     torch.testing.assert_close(apart[original][...], tuned[original] - start)
     torch.testing.assert_close(apart[copy][...], tuned[original] + 1 - start)
-    alike = merging.views(merging.open_base(torn), [merging.open_specialist(torn, "same")])
+    alike = merging.views(
+        merging.open_base(torn), [merging.open_specialist(torn, "same")]
+    )
     assert not alike and copy in merging.open_base(torn).tensors
 
 
-def test_the_hubs_layout_without_prefix_and_with_old_buffers_is_one_model(tmp_path, capsys):
+def test_the_hubs_layout_without_prefix_and_with_old_buffers_is_one_model(
+    tmp_path, capsys
+):
     base = gpt2(tmp_path / "base")
     tuned = edited(base, tmp_path / "tuned", noisy(stored(base)))
     plain = {name.removeprefix("transformer."): x for name, x in stored(base).items()}
@@ -125,7 +155,9 @@ def test_the_hubs_layout_without_prefix_and_with_old_buffers_is_one_model(tmp_pa
     said = capsys.readouterr().out
     assert "not those of GPT2LMHeadModel" in said and "2 buffers" in said
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for name, tensor in AutoModelForCausalLM.from_pretrained(tuned).state_dict().items():
+    for name, tensor in (
+        AutoModelForCausalLM.from_pretrained(tuned).state_dict().items()
+    ):
         torch.testing.assert_close(merged.state_dict()[name], tensor)
 
 
@@ -133,7 +165,9 @@ def test_a_configuration_that_changes_is_read_anew(tiny_base, tmp_path):
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     assert anatomy.anatomy(folder).ties
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": False}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": False})
+    )
     assert not anatomy.anatomy(folder).ties
 
 
@@ -170,13 +204,17 @@ def test_the_files_are_those_that_transformers_loads(tiny_base, tmp_path):
     name = "model.norm.weight"
     loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()[name]
     assert torch.equal(weights.read_folder(folder)[name], loaded)
-    named = edited(tiny_base, tmp_path / "named", stored(tiny_base), transformers_weights="x")
+    named = edited(
+        tiny_base, tmp_path / "named", stored(tiny_base), transformers_weights="x"
+    )
     with pytest.raises(ValueError, match="x is damaged"):
         weights.read_folder(named)
     save_file(shifted, named / "other.safetensors", metadata={"format": "pt"})
     config = json.loads((named / "config.json").read_text())
     for place, right in (("other.safetensors", True), ("../other.safetensors", False)):
-        (named / "config.json").write_text(json.dumps(config | {"transformers_weights": place}))
+        (named / "config.json").write_text(
+            json.dumps(config | {"transformers_weights": place})
+        )
         if right:
             assert torch.equal(weights.read_folder(named)[name], shifted[name])
         else:
@@ -186,7 +224,14 @@ def test_the_files_are_those_that_transformers_loads(tiny_base, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": null}}', '{"weight_map": {}}']
+    [
+        "{",
+        "{}",
+        "[]",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": null}}',
+        '{"weight_map": {}}',
+    ]
     + ['{"weight_map": {"a": "../x"}}', '{"weight_map": {"a": 7}}', "\x00"],
 )
 def test_a_malformed_index_is_named(tmp_path, text):
@@ -195,7 +240,9 @@ def test_a_malformed_index_is_named(tmp_path, text):
         weights.read_folder(tmp_path)
 
 
-def test_codes_of_a_quantised_model_are_refused_with_the_remedy(tiny_base, tiny_adapters, tmp_path):
+def test_codes_of_a_quantised_model_are_refused_with_the_remedy(
+    tiny_base, tiny_adapters, tmp_path
+):
     name = "model.layers.0.self_attn.q_proj.weight"
     codes = stored(tiny_base) | {name: stored(tiny_base)[name].to(torch.int8)}
     rule = {"quant_method": "bitsandbytes", "load_in_8bit": True}

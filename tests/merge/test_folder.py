@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import merge as merging
 from helpers.__main__ import main
-from helpers.merge import cost, folder, rules, weights
+from helpers.merge import cost, rules, weights
 from helpers.merge.selection import magnitude_cut, trim
 
 
@@ -35,7 +35,15 @@ def logits(model):
 
 def merge(base, models, out, *more):
     merging.main(
-        ["--base", str(base), "--models", *map(str, models), "--out", str(out), *map(str, more)]
+        [
+            "--base",
+            str(base),
+            "--models",
+            *map(str, models),
+            "--out",
+            str(out),
+            *map(str, more),
+        ]
     )
     return out
 
@@ -45,7 +53,10 @@ def full_models(tiny_base, tmp_path_factory):
     """Two full fine-tunes: one file, and shards."""
     root = tmp_path_factory.mktemp("full")
     sizes = {1: "5GB", 2: "20KB"}
-    return [tiny.save_tuned(root / f"full{s}", tiny_base, s, size) for s, size in sizes.items()]
+    return [
+        tiny.save_tuned(root / f"full{s}", tiny_base, s, size)
+        for s, size in sizes.items()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +78,10 @@ def test_transformers_loads_the_merge_and_gives_its_logits(
     flags = [
         part
         for name, value in options.items()
-        for part in (f"--{name.replace('_', '-')}", *(value if name == "weights" else [value]))
+        for part in (
+            f"--{name.replace('_', '-')}",
+            *(value if name == "weights" else [value]),
+        )
     ]
     out = merge(tiny_base, models, tmp_path / "out", "--rule", rule, *flags)
     assert (out / "model.safetensors.index.json").exists() == ("shard_size" in options)
@@ -76,11 +90,14 @@ def test_transformers_loads_the_merge_and_gives_its_logits(
     specialists = [merging.open_specialist(m, str(i)) for i, m in enumerate(models, 1)]
     rows = merging.views(base, specialists)
     same = {name: value for name, value in options.items() if name != "shard_size"}
-    entries = sum(tensor.numel() for tensor in base.tensors.values())  # the paper's flat vector
+    # the paper's flat vector
+    entries = sum(tensor.numel() for tensor in base.tensors.values())
     delta, report = merging.merge(rows, rule, ["1", "2"], entries=entries, **same)
     model = llama(tiny_base)
     with merging.applied(model, delta):
-        torch.testing.assert_close(logits(llama(out)), logits(model), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits(llama(out)), logits(model), rtol=1e-5, atol=1e-5
+        )
     written = json.loads((out / "merge_report.json").read_text())
     assert written["own"] == pytest.approx(report.own)
     assert AutoTokenizer.from_pretrained(out).eos_token == "<end>"
@@ -88,7 +105,10 @@ def test_transformers_loads_the_merge_and_gives_its_logits(
 
 def test_the_written_file_holds_what_the_base_holds(tiny_base, tiny_adapters, tmp_path):
     out = merge(tiny_base, tiny_adapters, tmp_path / "out", "--rule", "linear")
-    ours, base = load_file(out / "model.safetensors"), load_file(tiny_base / "model.safetensors")
+    ours, base = (
+        load_file(out / "model.safetensors"),
+        load_file(tiny_base / "model.safetensors"),
+    )
     assert ours.keys() == base.keys()
     assert torch.equal(ours["model.norm.weight"], base["model.norm.weight"])
     with safe_open(out / "model.safetensors", framework="pt") as file:
@@ -102,22 +122,36 @@ def test_the_written_file_holds_what_the_base_holds(tiny_base, tiny_adapters, tm
 def test_a_merge_of_one_adapter_is_what_peft_merges(tiny_base, tiny_adapters, tmp_path):
     from peft import PeftModel
 
-    out = merge(tiny_base, tiny_adapters[:1], tmp_path / "out", "--rule", "task_arithmetic")
-    theirs = PeftModel.from_pretrained(llama(tiny_base), tiny_adapters[0]).merge_and_unload()
+    out = merge(
+        tiny_base, tiny_adapters[:1], tmp_path / "out", "--rule", "task_arithmetic"
+    )
+    theirs = PeftModel.from_pretrained(
+        llama(tiny_base), tiny_adapters[0]
+    ).merge_and_unload()
     for name, tensor in llama(out).state_dict().items():
         torch.testing.assert_close(tensor, theirs.state_dict()[name], rtol=0, atol=1e-7)
 
 
 def test_bf16_output_is_the_fp32_merge_cast_once(tiny_base, full_models, tmp_path):
     exact = merge(tiny_base, full_models, tmp_path / "fp32", "--rule", "ties")
-    out = merge(tiny_base, full_models, tmp_path / "bf16", "--rule", "ties", "--dtype", "bfloat16")
+    out = merge(
+        tiny_base,
+        full_models,
+        tmp_path / "bf16",
+        "--rule",
+        "ties",
+        "--dtype",
+        "bfloat16",
+    )
     cast = load_file(out / "model.safetensors")
     for name, tensor in load_file(exact / "model.safetensors").items():
         assert torch.equal(cast[name], tensor.bfloat16())
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
     # and a base that is stored in bf16 gives bf16 again, added in fp32
     again = merge(out, full_models, tmp_path / "again", "--rule", "linear")
-    assert {t.dtype for t in load_file(again / "model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(again / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 def test_models_in_bf16_are_merged_in_fp32(tmp_path):
@@ -126,14 +160,28 @@ def test_models_in_bf16_are_merged_in_fp32(tmp_path):
     for name in ("base", "one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-        change = {k: torch.randn(v.shape, generator=generator) / 10 for k, v in state.items()}
+        change = {
+            k: torch.randn(v.shape, generator=generator) / 10 for k, v in state.items()
+        }
         stored = {k: (v + change[k]).bfloat16() for k, v in state.items()}
         save_file(stored, tmp_path / name / "model.safetensors")
     models = [tmp_path / "one", tmp_path / "two"]
-    flags = ["--rule", "ties", "--density", "0.5", "--weights", "2", "1", "--dtype", "float32"]
+    flags = [
+        "--rule",
+        "ties",
+        "--density",
+        "0.5",
+        "--weights",
+        "2",
+        "1",
+        "--dtype",
+        "float32",
+    ]
     out = merge(tmp_path / "base", models, tmp_path / "out", *flags)
     ours = load_file(out / "model.safetensors")
-    base, one, two = (load_file(tmp_path / m / "model.safetensors") for m in ("base", "one", "two"))
+    base, one, two = (
+        load_file(tmp_path / m / "model.safetensors") for m in ("base", "one", "two")
+    )
     for name, tensor in ours.items():  # matrices and 0-d tensors alike
         taus = [m[name].float() - base[name].float() for m in (one, two)]
         kept = [trim(tau, magnitude_cut(tau, 0.5)) for tau in taus]
@@ -153,7 +201,8 @@ def test_integer_buffers_are_copied(tmp_path):
         (tmp_path / name / "config.json").write_text("{}")
     models = [tmp_path / "one", tmp_path / "two"]
     out = load_file(
-        merge(tmp_path / "base", models, tmp_path / "o", "--rule", "linear") / "model.safetensors"
+        merge(tmp_path / "base", models, tmp_path / "o", "--rule", "linear")
+        / "model.safetensors"
     )
     assert (
         out["w"].unique().tolist() == [1.5]
@@ -162,14 +211,23 @@ def test_integer_buffers_are_copied(tmp_path):
     )
 
 
-def test_the_card_run_again_gives_the_same_file(tiny_base, tiny_adapters, tmp_path, monkeypatch):
+def test_the_card_run_again_gives_the_same_file(
+    tiny_base, tiny_adapters, tmp_path, monkeypatch
+):
     flags = ["--rule", "dare", "--match", "norm", "--weights", "1", "2", "--seed", "5"]
     grid = ["--dtype", "bfloat16", "--round", "stochastic", "--shard-size", "5KB"]
     merge(tiny_base, tiny_adapters[:2], tmp_path / "one", *flags, *grid)
     for model in (tiny_base, *tiny_adapters[:2]):
         (tmp_path / model.name).symlink_to(model)
     monkeypatch.chdir(tmp_path)
-    merging.main(["--recipe", str(tmp_path / "one" / "README.md"), "--out", str(tmp_path / "two")])
+    merging.main(
+        [
+            "--recipe",
+            str(tmp_path / "one" / "README.md"),
+            "--out",
+            str(tmp_path / "two"),
+        ]
+    )
     files = {file.name for file in (tmp_path / "one").iterdir()} - {"README.md"}
     assert len([name for name in files if name.endswith(".safetensors")]) > 1
     for name in files:
@@ -199,11 +257,15 @@ def test_a_revision_of_a_hub_model_is_taken_and_named(
     (cache / "refs").mkdir()
     for name, commit in commits.items():
         (cache / "refs" / name).write_text(commit)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub")
+    )
     out = tmp_path / "out"
     flags = ["--rule", "linear", "--models", str(tiny_adapters[0]), "--out", str(out)]
     assert main(["merge", "--base", "our/base@v1", *flags]) == 0
-    expected = merge(tiny_base, tiny_adapters[:1], tmp_path / "plain", "--rule", "linear")
+    expected = merge(
+        tiny_base, tiny_adapters[:1], tmp_path / "plain", "--rule", "linear"
+    )
     ours, theirs = (load_file(x / "model.safetensors") for x in (out, expected))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     report = json.loads((out / "merge_report.json").read_text())
@@ -213,11 +275,23 @@ def test_a_revision_of_a_hub_model_is_taken_and_named(
     assert front["base_model"][0] == "our/base"
 
 
-def test_the_card_states_base_tag_and_recipe_without_paths(tiny_base, tiny_adapters, tmp_path):
-    out = merge(tiny_base, tiny_adapters[:2], tmp_path / "out", "--rule", "ties", "--scale", "0.5")
+def test_the_card_states_base_tag_and_recipe_without_paths(
+    tiny_base, tiny_adapters, tmp_path
+):
+    out = merge(
+        tiny_base,
+        tiny_adapters[:2],
+        tmp_path / "out",
+        "--rule",
+        "ties",
+        "--scale",
+        "0.5",
+    )
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["base_model"] == [tiny_base.name, "task1", "task2"] and front["tags"] == ["merge"]
+    assert front["base_model"] == [tiny_base.name, "task1", "task2"] and front[
+        "tags"
+    ] == ["merge"]
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert recipe["rule"] == "ties" and recipe["scale"] == 0.5
     assert str(tmp_path) not in card and str(tiny_base.parent) not in card
@@ -229,22 +303,34 @@ def test_the_card_states_base_tag_and_recipe_without_paths(tiny_base, tiny_adapt
         ("dtype: fp16", "dtype must be 'float32', 'bfloat16' or 'float16'"),
         ("round: up", "round must be 'nearest' or 'stochastic'"),
         ("heads: mrege", "heads must be 'merge' or 'base'"),
-        ("options: {scope: model, density: [[0.1, 0.9]]}", "density must be one number a model"),
+        (
+            "options: {scope: model, density: [[0.1, 0.9]]}",
+            "density must be one number a model",
+        ),
     ],
 )
-def test_a_recipe_that_means_nothing_is_refused(tiny_base, tiny_adapters, tmp_path, line, told):
+def test_a_recipe_that_means_nothing_is_refused(
+    tiny_base, tiny_adapters, tmp_path, line, told
+):
     file = tmp_path / "recipe.yaml"
-    file.write_text(f"rule: ties\nbase: {tiny_base}\nmodels: [{tiny_adapters[0]}]\n{line}\n")
+    file.write_text(
+        f"rule: ties\nbase: {tiny_base}\nmodels: [{tiny_adapters[0]}]\n{line}\n"
+    )
     with pytest.raises(ValueError, match=told):
         merging.main(["--recipe", str(file), "--out", str(tmp_path / "out")])
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-def test_cost_is_shown_first_and_the_effect_last(tiny_base, tiny_adapters, tmp_path, capsys):
+def test_cost_is_shown_first_and_the_effect_last(
+    tiny_base, tiny_adapters, tmp_path, capsys
+):
     merge(tiny_base, tiny_adapters[:2], tmp_path / "out", "--rule", "linear")
     lines = capsys.readouterr().out.splitlines()
     assert "GB on disk" in lines[0] and "GB of memory" in lines[0]
-    assert lines[1].startswith("task1: dose 0.5") and "cosine to their sum 1.000" in lines[3]
+    assert (
+        lines[1].startswith("task1: dose 0.5")
+        and "cosine to their sum 1.000" in lines[3]
+    )
 
 
 # Complete or not at all --------------------------------------------------------------------------
@@ -252,37 +338,56 @@ def test_cost_is_shown_first_and_the_effect_last(tiny_base, tiny_adapters, tmp_p
 
 def test_a_failed_merge_leaves_nothing(tiny_base, tmp_path):
     broken = llama(tiny_base)
-    broken.model.norm.weight.data[0] = float("nan")  # met at the end, when most is written
+    # met at the end, when most is written
+    broken.model.norm.weight.data[0] = float("nan")
     broken.save_pretrained(tmp_path / "broken")
     with pytest.raises(ValueError, match="model.norm.weight: 1 holds NaN"):
         merge(tiny_base, [tmp_path / "broken"], tmp_path / "out", "--rule", "linear")
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
 
-def test_a_killed_merge_leaves_no_folder_that_looks_finished(tiny_base, tiny_adapters, tmp_path):
+def test_a_killed_merge_leaves_no_folder_that_looks_finished(
+    tiny_base, tiny_adapters, tmp_path
+):
     code = (
         "import os, signal, sys; from helpers import merge; from helpers.merge import shards\n"
         "shards._write_tensor = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
         "merge.main(sys.argv[1:])"
     )
     arguments = ["--rule", "linear", "--base", tiny_base, "--models", tiny_adapters[0]]
-    done = subprocess.run([sys.executable, "-c", code, *arguments, "--out", tmp_path / "out"])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--out", tmp_path / "out"]
+    )
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert [p.name.startswith(".out.part-") for p in tmp_path.iterdir()] == [True]
-    running = tmp_path / f".out.part-{os.getppid()}"  # another process may still write this one
+    # another process may still write this one
+    running = tmp_path / f".out.part-{os.getppid()}"
     running.mkdir()
     merge(tiny_base, tiny_adapters[:1], tmp_path / "out", "--rule", "linear")
     assert llama(tmp_path / "out")
     assert set(tmp_path.iterdir()) == {tmp_path / "out", running}
 
 
-def test_requests_are_refused_before_any_work(tiny_base, tiny_adapters, tmp_path, capsys):
+def test_requests_are_refused_before_any_work(
+    tiny_base, tiny_adapters, tmp_path, capsys
+):
     out = tmp_path / "out"
-    fine = ["merge", "--base", str(tiny_base), "--out", str(out), "--models", str(tiny_adapters[0])]
+    fine = [
+        "merge",
+        "--base",
+        str(tiny_base),
+        "--out",
+        str(out),
+        "--models",
+        str(tiny_adapters[0]),
+    ]
     for more, message in [
         (["--rule", "slerp"], "slerp needs at least 2 models"),
-        (["--rule", "ties", "--density", "2"], "density of ties must be a number from 0 to 1"),
+        (
+            ["--rule", "ties", "--density", "2"],
+            "density of ties must be a number from 0 to 1",
+        ),
         (["--rule", "linear", "--density", ".2"], "linear has no option 'density'"),
         (["--rule", "linear", "--weights", "1", "1"], "2 weights for 1 models"),
         (["--rule", "linear", "--device", "gpu"], "device must be one of cpu, cuda"),
@@ -351,10 +456,22 @@ def test_threads_make_the_same_file_and_report(tmp_path, monkeypatch, rule, dtyp
     files, reports = [], []
     for threads in (1, 2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        command = ["--rule", rule, "--base", "base", "--models", "one", "two", "three", "--force"]
+        command = [
+            "--rule",
+            rule,
+            "--base",
+            "base",
+            "--models",
+            "one",
+            "two",
+            "three",
+            "--force",
+        ]
         merging.main([*command, "--dtype", dtype, "--out", f"out{threads}"])
         files.append((tmp_path / f"out{threads}" / "model.safetensors").read_bytes())
-        report = json.loads((tmp_path / f"out{threads}" / "merge_report.json").read_text())
+        report = json.loads(
+            (tmp_path / f"out{threads}" / "merge_report.json").read_text()
+        )
         reports.append(report)
     assert files[0] == files[1] == files[2]
     assert reports[0] == reports[1] == reports[2]
@@ -369,7 +486,16 @@ def test_a_thread_that_meets_nan_stops_the_merge(tmp_path, monkeypatch):
         save_file(tensors, tmp_path / model / "model.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    command = ["--rule", "linear", "--base", "base", "--models", "one", "two", "--force"]
+    command = [
+        "--rule",
+        "linear",
+        "--base",
+        "base",
+        "--models",
+        "one",
+        "two",
+        "--force",
+    ]
     with pytest.raises(ValueError, match="w4: .* holds NaN"):
         merging.main([*command, "--out", "out"])
     assert not (tmp_path / "out").exists()
@@ -385,9 +511,20 @@ def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path, rule):
         (tmp_path / model).mkdir()
         tensors = {f"w{i}": torch.randn(shape, generator=generator) for i in range(8)}
         save_file(tensors, tmp_path / model / "model.safetensors")
-    command = ["--rule", rule, "--base", "base", "--models", "one", "two", "three", "--force"]
+    command = [
+        "--rule",
+        rule,
+        "--base",
+        "base",
+        "--models",
+        "one",
+        "two",
+        "three",
+        "--force",
+    ]
     run = [sys.executable, "-c", MEASURE, *command, "--out", "out"]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert cost.working_memory(rule, [shape], models=3) < 20e6 < 64e6  # a model has 64 MB
+    # a model has 64 MB
+    assert cost.working_memory(rule, [shape], models=3) < 20e6 < 64e6
     stated = float(re.search(r"([\d.]+) GB of memory", done.stdout)[1]) * 1e9
     assert 0.8 * stated < int(done.stdout.split()[-1]) < 1.2 * stated

@@ -28,11 +28,17 @@ often = settings(
     suppress_health_check=list(HealthCheck),
 )
 
-plain = st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=4)
-odd = st.sampled_from([10**400, -(10**30), 2**63, "../x", "/", "(", "a.b", "1e-3", "nan", "~"])
+plain = (
+    st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=4)
+)
+odd = st.sampled_from(
+    [10**400, -(10**30), 2**63, "../x", "/", "(", "a.b", "1e-3", "nan", "~"]
+)
 trees = st.recursive(
     plain | odd,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner)
+    ),
     max_leaves=6,
 )
 
@@ -43,7 +49,11 @@ def spoiled(draw, valid):
     tree = json.loads(json.dumps(valid))
     for _ in range(draw(st.integers(1, 3))):
         place, key = tree, None
-        while isinstance(place, dict | list) and place and (key is None or draw(st.booleans())):
+        while (
+            isinstance(place, dict | list)
+            and place
+            and (key is None or draw(st.booleans()))
+        ):
             keys = sorted(place) if isinstance(place, dict) else list(range(len(place)))
             parent, key = place, draw(st.sampled_from(keys))
             place = parent[key]
@@ -62,7 +72,9 @@ def spoiled(draw, valid):
 def as_bytes(tree, draw_cut):
     """JSON, whole or cut short, or not UTF-8 at all."""
     text = json.dumps(tree).encode()
-    return {"whole": text, "cut": text[: len(text) // 2], "bytes": b"\xff\xfe" + text}[draw_cut]
+    return {"whole": text, "cut": text[: len(text) // 2], "bytes": b"\xff\xfe" + text}[
+        draw_cut
+    ]
 
 
 cuts = st.sampled_from(["whole", "whole", "whole", "whole", "cut", "bytes"])
@@ -79,7 +91,10 @@ def refused_by_name(name, read, *arguments):
     return False
 
 
-INDEX = {"metadata": {"total_size": 12}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+INDEX = {
+    "metadata": {"total_size": 12},
+    "weight_map": {"a": "1.safetensors", "b": "2.safetensors"},
+}
 
 
 @often
@@ -104,8 +119,12 @@ def adapter_parts(tiny_adapters):
 def test_an_adapter(adapter_parts, tiny_base):
     config, tensors = adapter_parts
     base = merging.open_base(tiny_base)
-    names = st.sampled_from(["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A"])
-    ends = names | st.sampled_from(["weight", "lora_magnitude_vector", "base_layer.weight", "x"])
+    names = st.sampled_from(
+        ["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A"]
+    )
+    ends = names | st.sampled_from(
+        ["weight", "lora_magnitude_vector", "base_layer.weight", "x"]
+    )
     ends |= st.just("token_adapter.trainable_tokens_delta")
     shapes = st.lists(st.integers(0, 17), max_size=3)
 
@@ -115,7 +134,14 @@ def test_an_adapter(adapter_parts, tiny_base):
             assert row.taus[0][...].shape == row.base.shape
 
     @often
-    @given(spoiled(config), cuts, st.sampled_from(sorted(tensors)), ends, shapes, st.booleans())
+    @given(
+        spoiled(config),
+        cuts,
+        st.sampled_from(sorted(tensors)),
+        ends,
+        shapes,
+        st.booleans(),
+    )
     def check(tree, cut, name, end, shape, keeps):
         with TemporaryDirectory() as place:
             folder = Path(place) / "adapter-x"
@@ -150,7 +176,10 @@ ENTRY = {"model": "a", "parameters": {"weight": [{"filter": "mlp", "value": [0.1
 MERGEKIT = {
     "merge_method": "ties",
     "base_model": "base",
-    "models": [ENTRY, {"model": "base+b", "parameters": {"weight": 0.3, "density": [0.2, 0.5]}}],
+    "models": [
+        ENTRY,
+        {"model": "base+b", "parameters": {"weight": 0.3, "density": [0.2, 0.5]}},
+    ],
     "parameters": {"normalize": True, "lambda": 0.5, "int8_mask": True, "density": 0.3},
     "dtype": "float32",
     "tokenizer_source": "union",
@@ -178,7 +207,10 @@ RECIPE = {
     "rule": "ties",
     "base": "base",
     "models": ["a", "b"],
-    "weights": [0.5, [{"filter": "mlp", "value": [0, 1]}, {"filter": None, "value": 1}]],
+    "weights": [
+        0.5,
+        [{"filter": "mlp", "value": [0, 1]}, {"filter": None, "value": 1}],
+    ],
     "options": {"density": [0.2, 0.3], "scope": "tensor"},
     "lines": [0.5, 1.0],
     "match": "norm",
@@ -199,7 +231,11 @@ def test_a_recipe(tree, cut, is_card):
             plan_of(read_recipe(file))
 
 
-PROMPTS = [{"prompt": "What is this?", "answer": "that"}, {"messages": [{"role": "user"}]}, "x"]
+PROMPTS = [
+    {"prompt": "What is this?", "answer": "that"},
+    {"messages": [{"role": "user"}]},
+    "x",
+]
 
 
 @often
@@ -207,6 +243,10 @@ PROMPTS = [{"prompt": "What is this?", "answer": "that"}, {"messages": [{"role":
 def test_a_file_of_prompts(tree, cut):
     with TemporaryDirectory() as place:
         file = Path(place) / "prompts-x.jsonl"
-        lines = [as_bytes(row, cut) for row in tree] if isinstance(tree, list) else [b"", b"\n"]
+        lines = (
+            [as_bytes(row, cut) for row in tree]
+            if isinstance(tree, list)
+            else [b"", b"\n"]
+        )
         file.write_bytes(b"\n".join(lines))
         refused_by_name("prompts-x", read_prompts, file)

@@ -70,7 +70,9 @@ def test_mergekit_configurations_are_read_with_mergekits_defaults(
 
 
 def test_mergekit_counts_a_base_model_of_linear_among_the_models(tmp_path):
-    text = f"merge_method: linear\nbase_model: base\nparameters: {{weight: 1}}\n{MODELS}"
+    text = (
+        f"merge_method: linear\nbase_model: base\nparameters: {{weight: 1}}\n{MODELS}"
+    )
     recipe = merging.read_mergekit(config(tmp_path, text))
     assert recipe.models == ["a", "b", "base"] and recipe.weights == [1, 1, 1]
 
@@ -89,7 +91,9 @@ def test_a_mergekit_configuration_gives_each_model_its_weight(tmp_path, rule):
 
 def test_a_mergekit_model_with_an_adapter_is_the_adapter(tmp_path):
     text = "merge_method: {0}\nbase_model: b\nparameters: {{weight: 1}}\nmodels: [{{model: {1}}}]"
-    assert merging.read_mergekit(config(tmp_path, text.format("ties", "b+x"))).models == ["x"]
+    assert merging.read_mergekit(
+        config(tmp_path, text.format("ties", "b+x"))
+    ).models == ["x"]
     with pytest.raises(ValueError, match="only adapters of the base_model"):
         merging.read_mergekit(config(tmp_path, text.format("ties", "c+x")))
 
@@ -111,7 +115,9 @@ def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, tmp_path):
         x, y = a[name].flatten(), b[name].flatten()
         cosine = torch.dot(x, y) / x.norm() / y.norm()
         angle = torch.acos(cosine.clamp(-1, 1))
-        expected = (torch.sin(0.7 * angle) * x + torch.sin(0.3 * angle) * y) / torch.sin(angle)
+        expected = (
+            torch.sin(0.7 * angle) * x + torch.sin(0.3 * angle) * y
+        ) / torch.sin(angle)
         if cosine.abs() > 0.9995:
             expected = 0.7 * x + 0.3 * y
         torch.testing.assert_close(tensor.flatten(), expected, rtol=1e-4, atol=1e-6)
@@ -120,7 +126,10 @@ def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("merge_method: della\nbase_model: b\nmodels: [{model: a}]", "merge_method della is not"),
+        (
+            "merge_method: della\nbase_model: b\nmodels: [{model: a}]",
+            "merge_method della is not",
+        ),
         ("merge_method: ties\nmodels: [{model: a}]", "ties needs a base_model"),
         (
             "merge_method: ties\nbase_model: a\nmodels: [{model: a}]",
@@ -137,23 +146,50 @@ def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, tmp_path):
             "dtype float8 is not supported",
         ),
         ("models: [", "config.yml: "),
-        ("modules: {}\nmodels: [{model: a}]\nmerge_method: linear", "modules is not supported"),
+        (
+            "modules: {}\nmodels: [{model: a}]\nmerge_method: linear",
+            "modules is not supported",
+        ),
         ("merge_method: linear\nmodels: [{model: a}]", "weight of a is missing"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: []}}]", "empty list"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: ['0,5']}}]", "a number"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: .nan}}]", "a number"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: true}}]", "a number"),
-        ("merge_method: linear\nmodels: [{parameters: {weight: 1}}]", "model is missing"),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {weight: []}}]",
+            "empty list",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {weight: ['0,5']}}]",
+            "a number",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {weight: .nan}}]",
+            "a number",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {weight: true}}]",
+            "a number",
+        ),
+        (
+            "merge_method: linear\nmodels: [{parameters: {weight: 1}}]",
+            "model is missing",
+        ),
         ("merge_method: linear\nmodels: [a, b]", "models.0 must be a mapping"),
         ("merge_method: linear\nmodels: [{model: 7}]", "named by text"),
-        ("merge_method: [linear]\nmodels: [{model: a}]", "merge_method .'linear'. is not"),
+        (
+            "merge_method: [linear]\nmodels: [{model: a}]",
+            "merge_method .'linear'. is not",
+        ),
         ("merge_method: linear\nmodels: a", "models must be a list"),
         (
             "merge_method: linear\nmodels: [{model: a, parameters: [weight]}]",
             "parameters must be a map",
         ),
-        ("merge_method: linear\nmerge_method: ties\nmodels: [{model: a}]", "stated twice"),
-        ("merge_method: linear\nmodels: [{model: a, parameters: {1: 2}}]", "parameters.1 is not"),
+        (
+            "merge_method: linear\nmerge_method: ties\nmodels: [{model: a}]",
+            "stated twice",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, parameters: {1: 2}}]",
+            "parameters.1 is not",
+        ),
         ("- model: a", "a configuration is a mapping"),
         ("", "a configuration is a mapping"),
         ("!!python/object/apply:os.system ['echo hi']", "config.yml"),
@@ -173,7 +209,9 @@ def test_a_mergekit_slerp_interpolates_from_the_base(tiny_base, tmp_path):
         ),
     ],
 )
-def test_what_is_not_supported_in_a_mergekit_configuration_is_named(tmp_path, text, message):
+def test_what_is_not_supported_in_a_mergekit_configuration_is_named(
+    tmp_path, text, message
+):
     with pytest.raises(ValueError, match=message):
         merging.read_mergekit(config(tmp_path, text))
 
@@ -183,7 +221,11 @@ def test_one_slice_of_the_whole_model_is_its_models(tmp_path):
     sources = f"[{source.format('a', 0.6)}, {source.format('b', 0.4)}]"
     text = f"merge_method: linear\nslices: [{{sources: {sources}}}]"
     recipe = merging.read_mergekit(config(tmp_path, text))
-    assert recipe.models == ["a", "b"] and recipe.weights == [0.6, 0.4] and recipe.layers == 2
+    assert (
+        recipe.models == ["a", "b"]
+        and recipe.weights == [0.6, 0.4]
+        and recipe.layers == 2
+    )
     for other in ("[1, 2]", "[0, two]", "2"):
         with pytest.raises(ValueError, match="layer_range"):
             merging.read_mergekit(config(tmp_path, text.replace("[0, 2]", other)))
@@ -193,21 +235,29 @@ def test_a_model_that_is_listed_twice_counts_twice(tmp_path):
     entries = ", ".join(
         f"{{model: {m}, parameters: {{weight: {w}}}}}" for m, w in ("a1", "b1", "a3")
     )
-    recipe = merging.read_mergekit(config(tmp_path, f"merge_method: linear\nmodels: [{entries}]"))
+    recipe = merging.read_mergekit(
+        config(tmp_path, f"merge_method: linear\nmodels: [{entries}]")
+    )
     assert recipe.models == ["a", "b", "a"] and recipe.weights == [1, 1, 3]
 
 
 def test_settings_along_the_depth_and_by_filter_are_mergekits():
     gradient = [{"filter": "mlp", "value": [0, 0.5, 1]}, {"filter": None, "value": 0.3}]
     assert [at_tensor([0, 1], "w", t) for t in (0.0, 0.25, 1.0)] == [0, 0.25, 1]
-    assert [at_tensor(gradient, "x.mlp.w", t) for t in (0.0, 0.25, 0.75)] == [0, 0.25, 0.75]
+    assert [at_tensor(gradient, "x.mlp.w", t) for t in (0.0, 0.25, 0.75)] == [
+        0,
+        0.25,
+        0.75,
+    ]
     assert at_tensor(gradient, "x.attn.w", 0.5) == 0.3
     with pytest.raises(ValueError, match="no filter"):
         at_tensor(gradient[:1], "x.attn.w", 0.5)
 
 
 def test_weights_and_densities_by_layer_are_those_of_each_tensor(tiny_base, tmp_path):
-    a, b = (tiny.save_tuned(tmp_path / name, tiny_base, i) for i, name in enumerate("ab", 1))
+    a, b = (
+        tiny.save_tuned(tmp_path / name, tiny_base, i) for i, name in enumerate("ab", 1)
+    )
     text = f"""
 merge_method: ties
 base_model: {tiny_base}
@@ -217,31 +267,50 @@ models:
   - model: {b}
     parameters: {{weight: 0.5, density: [0.1, 0.9]}}
 """
-    merging.main(["--mergekit", str(config(tmp_path, text)), "--out", str(tmp_path / "out")])
+    merging.main(
+        ["--mergekit", str(config(tmp_path, text)), "--out", str(tmp_path / "out")]
+    )
     ours = load_file(tmp_path / "out" / "model.safetensors")
     base, one, two = (load_file(f / "model.safetensors") for f in (tiny_base, a, b))
     for name, tensor in ours.items():
-        deep = float("layers.1." in name)  # what lies outside the layers counts as the first
+        # what lies outside the layers counts as the first
+        deep = float("layers.1." in name)
         weight = (0.2, 0.8)[int(deep)] if "mlp" in name else 1
-        row = merging.Row(name, base[name], [one[name] - base[name], two[name] - base[name]])
+        row = merging.Row(
+            name, base[name], [one[name] - base[name], two[name] - base[name]]
+        )
         densities = [0.5, (0.1, 0.9)[int(deep)]]
-        delta, _ = merging.merge([row], "ties", ["1", "2"], [weight, 0.5], density=densities)
+        delta, _ = merging.merge(
+            [row], "ties", ["1", "2"], [weight, 0.5], density=densities
+        )
         torch.testing.assert_close(tensor, base[name] + delta[name])
 
 
-plain = st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.text(max_size=3)
+plain = (
+    st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.text(max_size=3)
+)
 fields = mergekit.Configuration.model_fields | mergekit.Parameters.model_fields
 names = st.sampled_from(sorted(fields.keys() | {"lambda", "model", "filter", "value"}))
 words = st.sampled_from(["linear", "ties", "slerp", "base", "a", "b", "float32"])
 trees = st.recursive(
     plain | words,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4)
+    ),
     max_leaves=12,
 )
 model = st.fixed_dictionaries({"model": words | trees}, optional={"parameters": trees})
 likely = st.fixed_dictionaries(
-    {"merge_method": st.sampled_from(list(mergekit.MERGEKIT)), "models": st.lists(model) | trees},
-    optional={"base_model": words | trees, "parameters": trees, "slices": trees, "dtype": trees},
+    {
+        "merge_method": st.sampled_from(list(mergekit.MERGEKIT)),
+        "models": st.lists(model) | trees,
+    },
+    optional={
+        "base_model": words | trees,
+        "parameters": trees,
+        "slices": trees,
+        "dtype": trees,
+    },
 )
 
 
@@ -271,12 +340,16 @@ def recorded_models(tmp_path_factory):
         folders[model] = tmp_path_factory.mktemp(model)
         (folders[model] / "config.json").write_text(settings_of)
         tensors = oracle_mergekit.recorded(model)
-        save_file(tensors, folders[model] / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            tensors, folders[model] / "model.safetensors", metadata={"format": "pt"}
+        )
     return folders
 
 
 @pytest.mark.parametrize("case", oracle_mergekit.CASES)
-def test_a_merge_is_what_mergekit_makes_of_the_same_files(case, recorded_models, tmp_path):
+def test_a_merge_is_what_mergekit_makes_of_the_same_files(
+    case, recorded_models, tmp_path
+):
     file = oracle_mergekit.written(case, recorded_models, tmp_path / "config.yml")
     merging.main(["--mergekit", str(file), "--out", str(tmp_path / "out")])
     ours = load_file(tmp_path / "out" / "model.safetensors")

@@ -66,7 +66,8 @@ def test_trimming_keeps_exactly_k_with_ties_by_lowest_index(density, kept):
 
 def test_trimming_by_blocks_equals_a_stable_descending_sort():
     generator = torch.Generator().manual_seed(0)
-    tau = torch.randint(-4, 5, (70_000, 3), generator=generator).float()  # almost all entries tie
+    # almost all entries tie
+    tau = torch.randint(-4, 5, (70_000, 3), generator=generator).float()
     for density in (0.05, 0.2, 0.5):
         k = int(density * tau.numel())
         assert selection.dense_cut(tau, k) == selection.magnitude_cut(tau, density)
@@ -80,10 +81,12 @@ def test_trimming_by_blocks_equals_a_stable_descending_sort():
     "rows_differ",
     [
         lambda n: torch.ones(n),
-        lambda n: (torch.arange(n) < 30) * 1.0,  # so few rows that the threshold is zero
+        # so few rows that the threshold is zero
+        lambda n: (torch.arange(n) < 30) * 1.0,
         lambda n: (torch.arange(n) < n // 4) * 1.0,
         lambda n: 10.0 ** (torch.arange(n) % 7),  # with the sampled rows in step
-        lambda n: (torch.arange(n) % (n // 128) != 0) * 1.0,  # all sampled rows are zero
+        # all sampled rows are zero
+        lambda n: (torch.arange(n) % (n // 128) != 0) * 1.0,
     ],
     ids=["alike", "sparse", "blocks", "periodic", "adversarial"],
 )
@@ -111,7 +114,9 @@ def test_ties_at_the_threshold_are_reported():
 def test_trimming_takes_any_shape(shape):
     tau = torch.full(shape, -2.0)
     trimmed = selection.trim(tau, selection.magnitude_cut(tau, 0.2))
-    assert trimmed.shape == shape and trimmed.flatten().tolist() == [-2] + [0] * (tau.numel() - 1)
+    assert trimmed.shape == shape and trimmed.flatten().tolist() == [-2] + [0] * (
+        tau.numel() - 1
+    )
 
 
 def test_election_and_disjoint_mean():
@@ -122,7 +127,9 @@ def test_election_and_disjoint_mean():
     assert rules.disjoint_merge([a, b], [1, 1], "sum").tolist() == [4, 2, -3, 4, 0, 3]
     # weights: elected by 1a + 3b; a member counts with its weight; equal weights cancel in the mean
     assert rules.disjoint_merge([a, b], [1, 3]).tolist() == [2.5, -1, -1.75, 4, 0, 3]
-    assert torch.equal(rules.disjoint_merge([a, b], [5, 5]), rules.disjoint_merge([a, b], [1, 1]))
+    assert torch.equal(
+        rules.disjoint_merge([a, b], [5, 5]), rules.disjoint_merge([a, b], [1, 1])
+    )
     # a negative weight votes and counts with its sign: 1a - 1b = -2, 3, 1, -4, 0, -6
     assert rules.disjoint_merge([a, b], [1, -1]).tolist() == [3, 3, -2, 4, 0, -6]
 
@@ -135,8 +142,10 @@ def test_slerp_of_orthogonal_and_close_models():
     torch.testing.assert_close(third, torch.tensor([math.cos(math.pi / 6), 0.5]))
     opposite = merged("slerp", [1.0, 2], [-1, -2], base=zero_base)  # |cos| = 1: linear
     assert opposite.tolist() == [0, 0]
-    gram = np.outer([1, -1, 1], [1, -1, 1]) - 1e-15 * (1 - np.eye(3))  # rounded: a, -a, a
-    coefficients, _ = spherical.spherical(gram, [1.0, 1.0, 1.0])  # the mean of two has a square < 0
+    # rounded: a, -a, a
+    gram = np.outer([1, -1, 1], [1, -1, 1]) - 1e-15 * (1 - np.eye(3))
+    # the mean of two has a square < 0
+    coefficients, _ = spherical.spherical(gram, [1.0, 1.0, 1.0])
     assert np.isfinite(coefficients).all()
     ends = [
         merged("slerp", [1, 0], [0, 2], weights=w, base=zero_base).tolist()
@@ -179,7 +188,9 @@ def test_dare_drops_and_rescales():
 
 def test_dare_keeps_the_expectation_over_masks():
     tau = torch.linspace(-1, 1, 12)
-    mean = torch.stack([merged("dare", tau, seed=seed, density=0.4) for seed in range(800)]).mean(0)
+    mean = torch.stack(
+        [merged("dare", tau, seed=seed, density=0.4) for seed in range(800)]
+    ).mean(0)
     spread = tau.abs() * math.sqrt((1 - 0.4) / 0.4 / 800)
     assert ((mean - tau).abs() <= 4.5 * spread).all()
 
@@ -187,11 +198,16 @@ def test_dare_keeps_the_expectation_over_masks():
 def test_dare_masks_depend_on_seed_method_tensor_and_label_only():
     seeds = [
         selection.stream_seed(*key)
-        for key in [(0, "dare", "w", "a"), (1, "dare", "w", "a"), (0, "dare_ties", "w", "a")]
+        for key in [
+            (0, "dare", "w", "a"),
+            (1, "dare", "w", "a"),
+            (0, "dare_ties", "w", "a"),
+        ]
         + [(0, "dare", "v", "a"), (0, "dare", "w", "b")]
     ]
     assert len(set(seeds)) == 5
-    assert seeds[0] == 10462427046122380743  # first 8 bytes of SHA-256 of '[0, "dare", "w", "a"]'
+    # first 8 bytes of SHA-256 of '[0, "dare", "w", "a"]'
+    assert seeds[0] == 10462427046122380743
     a, b = random_taus(2)
     one = merged("dare", a, b, labels=["a", "b"])
     torch.testing.assert_close(one, merged("dare", b, a, labels=["b", "a"]))
@@ -207,7 +223,9 @@ def test_dare_masks_do_not_depend_on_the_blocks(monkeypatch):
 def test_dare_ties_mean_and_sum():
     taus = random_taus(4)
     options = {"labels": list("abcd"), "density": 0.5}
-    mean, total = (merged("dare_ties", *taus, combine=c, **options) for c in ("mean", "sum"))
+    mean, total = (
+        merged("dare_ties", *taus, combine=c, **options) for c in ("mean", "sum")
+    )
     assert torch.equal(mean != 0, total != 0) and torch.equal(mean.sign(), total.sign())
     ratio = (total / mean)[mean != 0]
     assert ratio.round().unique().tolist() == [1, 2, 3, 4]
@@ -225,7 +243,9 @@ def test_zero_task_vectors_give_a_zero_delta(rule):
 
 
 @pytest.mark.parametrize("rule", merging.RULES)
-def test_every_method_takes_vectors_scalars_and_lazy_tensors(rule, tiny_base, tiny_adapters):
+def test_every_method_takes_vectors_scalars_and_lazy_tensors(
+    rule, tiny_base, tiny_adapters
+):
     for shape in [(7,), ()]:
         assert merged(rule, *random_taus(2, shape)).shape == shape
     base = merging.open_base(tiny_base)
@@ -250,7 +270,8 @@ def test_every_method_takes_a_weight_for_each_model(rule):
     """
     mine = weighted(rule, 0.2, 0.7, 0.1)
     assert not torch.allclose(mine, weighted(rule, 0.7, 0.2, 0.1), rtol=1e-3)
-    if rule not in ("tsv", "iso_cts"):  # whose shares of a rank are by the number of models
+    # whose shares of a rank are by the number of models
+    if rule not in ("tsv", "iso_cts"):
         without = weighted(rule, 0.2, 0.7)
         torch.testing.assert_close(weighted(rule, 0.2, 0.7, 0), without)
     mean = merging.RULES[rule].divides or rule in ("ties", "dare_ties")
@@ -269,7 +290,8 @@ def test_ties_over_the_whole_model_keeps_what_the_authors_keep():
     ]
     delta, report = merging.merge(model, "ties", ["a"], density=0.2, scope="model")
     assert not delta["small"].any()  # starved: its magnitudes are all low
-    assert delta["large"].tolist() == [[30, 20], [-20, 0]]  # int(.2 * 8) + 1 = 2, and the tie
+    # int(.2 * 8) + 1 = 2, and the tie
+    assert delta["large"].tolist() == [[30, 20], [-20, 0]]
     assert report.tie_mass == 2 / 8
     per_tensor, _ = merging.merge(model, "ties", ["a"], density=0.2)
     assert per_tensor["small"].tolist() == [0, 0, 0, 4]
@@ -277,7 +299,10 @@ def test_ties_over_the_whole_model_keeps_what_the_authors_keep():
 
 @pytest.mark.parametrize("density", [0, 0.003, 0.2, 0.77, 1])
 def test_the_cut_of_a_whole_model_is_exact(density):
-    taus = [random_taus(2, shape, seed) for seed, shape in enumerate([(50, 30), (7,), (20, 11)])]
+    taus = [
+        random_taus(2, shape, seed)
+        for seed, shape in enumerate([(50, 30), (7,), (20, 11)])
+    ]
     model = [
         merging.Row(str(i), torch.zeros(t[0].shape), [t[0], 1e-3 * t[1]])
         for i, t in enumerate(taus)
@@ -316,7 +341,10 @@ def low_rank(n, shape=(20, 12), rank=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     lazy = []
     for _ in range(n):
-        B, A = (torch.randn(s, generator=generator) for s in ((shape[0], rank), (rank, shape[1])))
+        B, A = (
+            torch.randn(s, generator=generator)
+            for s in ((shape[0], rank), (rank, shape[1]))
+        )
         factors = merging.Factors(0.5, B, A)
         read = lambda rows, B=B, A=A: 0.5 * (B[rows] @ A)  # noqa: E731
         lazy.append(merging.Lazy(torch.Size(shape), "cpu", read, factors))
@@ -327,14 +355,18 @@ def low_rank(n, shape=(20, 12), rank=2, seed=0):
 def test_singular_methods_give_the_same_for_factors_and_dense_matrices(rule):
     lazy, dense = low_rank(3)
     weights = [1.0, 0.5, 2.0]
-    torch.testing.assert_close(rule(lazy, weights), rule(dense, weights), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        rule(lazy, weights), rule(dense, weights), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_iso_c_flattens_the_spectrum_of_the_sum_on_its_rank():
     _, dense = low_rank(3)
     flat = spectral.iso_c(dense, [1.0] * 3)
     before, after = (torch.linalg.svdvals(m) for m in (sum(dense), flat))
-    torch.testing.assert_close(after[:6], before[:6].mean().expand(6), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        after[:6], before[:6].mean().expand(6), rtol=1e-4, atol=0
+    )
     assert after[6:].max() < 1e-4
 
 
@@ -343,8 +375,19 @@ def test_tsv_keeps_an_equal_share_of_each_rank_and_leaves_orthogonal_models_alon
     assert torch.linalg.matrix_rank(spectral.tsv(dense, [1.0, 1.0]), rtol=1e-4) == 2
     one, two = torch.zeros(8, 8), torch.zeros(8, 8)
     one[0, 0], one[1, 1], two[2, 2], two[3, 3] = 4, 3, 2, 1
-    assert spectral.tsv([one, two], [1.0, 1.0]).diagonal().tolist() == [4, 0, 2, 0, 0, 0, 0, 0]
-    torch.testing.assert_close(spectral.tsv([dense[0]], [1.0]), dense[0], rtol=1e-4, atol=1e-4)
+    assert spectral.tsv([one, two], [1.0, 1.0]).diagonal().tolist() == [
+        4,
+        0,
+        2,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
+    torch.testing.assert_close(
+        spectral.tsv([dense[0]], [1.0]), dense[0], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("rule", merging.RULES)
@@ -365,8 +408,12 @@ def test_matched_merges_have_the_norm_or_the_dose_asked_for(rule):
 @pytest.mark.parametrize("match", ["norm", "dose"])
 def test_matching_keeps_the_sign_of_the_scale(match):
     a, b = random_taus(2)
-    plain, _ = merging.merge(rows(a, b), "task_arithmetic", BOTH, match=match, scale=0.5)
-    turned, report = merging.merge(rows(a, b), "task_arithmetic", BOTH, match=match, scale=-0.5)
+    plain, _ = merging.merge(
+        rows(a, b), "task_arithmetic", BOTH, match=match, scale=0.5
+    )
+    turned, report = merging.merge(
+        rows(a, b), "task_arithmetic", BOTH, match=match, scale=-0.5
+    )
     torch.testing.assert_close(turned["w"], -plain["w"])
     assert report.plan.scale < 0
     with pytest.raises(ValueError, match="cannot be matched"):
@@ -387,7 +434,8 @@ def test_matching_is_refused_where_nothing_can_be_matched():
     with pytest.raises(ValueError, match="cannot be matched"):
         merging.merge(rows(zero, zero), "linear", BOTH, match="norm")
     with pytest.raises(ValueError, match="must be one of norm, dose"):
-        merging.merge(iter([]), "linear", BOTH, match="length")  # before a row is asked for
+        # before a row is asked for
+        merging.merge(iter([]), "linear", BOTH, match="length")
 
 
 def test_rounding_to_bf16_loses_part_of_a_small_dose():
@@ -427,14 +475,18 @@ def test_inner_products_are_those_of_fp64():
 def test_equal_to_peft_where_the_conventions_agree(n, density):
     taus, ones = random_taus(n), torch.ones(n)
     theirs = merge_utils.ties(taus, ones, density)
-    torch.testing.assert_close(merged("ties", *taus, density=density), theirs, rtol=2e-7, atol=0)
+    torch.testing.assert_close(
+        merged("ties", *taus, density=density), theirs, rtol=2e-7, atol=0
+    )
     weights = torch.rand(n, generator=torch.Generator().manual_seed(n))
     theirs = merge_utils.task_arithmetic(taus, weights)
     ours = merged("task_arithmetic", *taus, weights=weights.tolist())
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     signs = merge_utils.calculate_majority_sign_mask(torch.stack(taus))
     theirs = merge_utils.disjoint_merge(torch.stack(taus), signs)
-    torch.testing.assert_close(rules.disjoint_merge(taus, [1.0] * n), theirs, rtol=2e-7, atol=0)
+    torch.testing.assert_close(
+        rules.disjoint_merge(taus, [1.0] * n), theirs, rtol=2e-7, atol=0
+    )
 
 
 # Algebra -----------------------------------------------------------------------------------------
@@ -467,7 +519,11 @@ def test_slerp_of_close_models_is_linear(n, seed):
 
 
 @quick
-@given(st.sampled_from(sorted(merging.RULES.keys() - {"slerp", "task_slerp"})), several, seeds)
+@given(
+    st.sampled_from(sorted(merging.RULES.keys() - {"slerp", "task_slerp"})),
+    several,
+    seeds,
+)
 def test_the_order_of_models_does_not_matter(rule, n, seed):
     taus, weights = random_taus(n, seed=seed), [1.0 + i for i in range(n)]
     labels = [f"m{i}" for i in range(n)]
@@ -537,16 +593,23 @@ def test_own_dose_adds_the_partners_overlap():
 @pytest.mark.parametrize("rule", merging.RULES)
 def test_report_totals_are_those_of_the_flattened_model(rule):
     taus = [random_taus(2, seed=1), random_taus(2, (20,), seed=2)]
-    model = [merging.Row(n, torch.zeros(t[0].shape), t) for n, t in zip("vw", taus, strict=True)]
+    model = [
+        merging.Row(n, torch.zeros(t[0].shape), t)
+        for n, t in zip("vw", taus, strict=True)
+    ]
     delta, report = merging.merge(model, rule, BOTH, scale=0.7)
     flat = torch.cat([delta["v"].flatten(), delta["w"].flatten()]).double()
-    a, b = (torch.cat([taus[0][i].flatten(), taus[1][i].flatten()]).double() for i in (0, 1))
+    a, b = (
+        torch.cat([taus[0][i].flatten(), taus[1][i].flatten()]).double() for i in (0, 1)
+    )
     assert report.norm == pytest.approx(flat.norm().item())
     assert report.own == pytest.approx([(flat @ t / (t @ t)).item() for t in (a, b)])
     basis = torch.stack([a, b], 1)
     inside = basis @ torch.linalg.lstsq(basis, flat[:, None]).solution
     if rule not in ("linear", "task_arithmetic"):
-        assert report.rho2 == pytest.approx((inside.norm() ** 2 / flat.norm() ** 2).item())
+        assert report.rho2 == pytest.approx(
+            (inside.norm() ** 2 / flat.norm() ** 2).item()
+        )
     assert json.loads(json.dumps(report.as_dict()))["own"] == report.own
 
 

@@ -37,16 +37,22 @@ def test_iso_cts_is_the_authors_on_matrices_of_full_rank(common):
     expected = iso_cts_of_full_rank(taus, common).float()
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     if common == 1:
-        torch.testing.assert_close(ours, spectral.iso_c(taus, [1.0] * 3), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            ours, spectral.iso_c(taus, [1.0] * 3), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_actmerge_solves_its_least_squares():
     """min over D of sum_i w_i ||tau_i (D - tau_i)'||^2: each task vector is its own probe."""
     taus, weights = random_taus(2, (15, 6)), [2.0, 0.5]
     probes = torch.cat([w**0.5 * tau for tau, w in zip(taus, weights, strict=True)])
-    wanted = torch.cat([w**0.5 * tau @ tau.T for tau, w in zip(taus, weights, strict=True)])
+    wanted = torch.cat(
+        [w**0.5 * tau @ tau.T for tau, w in zip(taus, weights, strict=True)]
+    )
     best = torch.linalg.lstsq(probes, wanted).solution.T
-    torch.testing.assert_close(spectral.actmerge(taus, weights), best, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        spectral.actmerge(taus, weights), best, rtol=1e-3, atol=1e-3
+    )
 
 
 def svc_by_hand(delta, taus, alpha):
@@ -67,8 +73,12 @@ def test_svc_is_its_formula_and_counts_shared_knowledge_once(alpha):
     taus = random_taus(3, (8, 11))
     delta = sum(taus)
     ours = spectral.svc(delta, taus, alpha)
-    torch.testing.assert_close(ours, svc_by_hand(delta, taus, alpha), rtol=1e-4, atol=1e-4)
-    copies, report = merging.merge(rows(taus[0], taus[0]), "task_arithmetic", BOTH, svc=alpha)
+    torch.testing.assert_close(
+        ours, svc_by_hand(delta, taus, alpha), rtol=1e-4, atol=1e-4
+    )
+    copies, report = merging.merge(
+        rows(taus[0], taus[0]), "task_arithmetic", BOTH, svc=alpha
+    )
     torch.testing.assert_close(copies["w"], taus[0], rtol=1e-4, atol=1e-4)
     assert report.own == pytest.approx([1, 1], rel=1e-4)
     assert report.ingredient == pytest.approx([0.5, 0.5], rel=1e-3)
@@ -78,17 +88,22 @@ def test_svc_is_its_formula_and_counts_shared_knowledge_once(alpha):
 def test_factors_and_dense_matrices_give_the_same(rule):
     lazy, dense = low_rank(3)
     weights = [1.0, 0.5, 2.0]
-    torch.testing.assert_close(rule(lazy, weights), rule(dense, weights), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        rule(lazy, weights), rule(dense, weights), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rotating_rows_and_columns_rotates_the_merge(rule):
     taus, weights = random_taus(2, (7, 5)), [1.0, 2.0]
     left, right = (
-        torch.linalg.qr(x).Q for x in (random_taus(1, (7, 7), 5)[0], random_taus(1, (5, 5), 6)[0])
+        torch.linalg.qr(x).Q
+        for x in (random_taus(1, (7, 7), 5)[0], random_taus(1, (5, 5), 6)[0])
     )
     turned = rule([left @ tau @ right for tau in taus], weights)
-    torch.testing.assert_close(turned, left @ rule(taus, weights) @ right, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        turned, left @ rule(taus, weights) @ right, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("rule", ["iso_c", "iso_cts", "tsv", "actmerge"])
@@ -108,7 +123,8 @@ def test_experts_are_taken_one_by_one_and_other_stacks_are_said(rule):
 def test_lines_scales_by_depth():
     names = ["embed", "layers.0.w", "layers.1.w", "layers.2.w", "norm"]
     model = [
-        merging.Row(n, torch.zeros(4, 3), random_taus(2, (4, 3), i)) for i, n in enumerate(names)
+        merging.Row(n, torch.zeros(4, 3), random_taus(2, (4, 3), i))
+        for i, n in enumerate(names)
     ]
     plain, _ = merging.merge(model, "task_arithmetic", BOTH)
     scaled, report = merging.merge(model, "task_arithmetic", BOTH, lines=(0.5, 1.0))

@@ -35,7 +35,13 @@ def tokenizer(folder, swap=False, template=None):
     ours.save_pretrained(folder)
 
 
-WEIGHTS_OF_OTHERS = ("tf_model.h5", "model.onnx", "model.gguf", "optimizer.pt", "pytorch_model.bin")
+WEIGHTS_OF_OTHERS = (
+    "tf_model.h5",
+    "model.onnx",
+    "model.gguf",
+    "optimizer.pt",
+    "pytorch_model.bin",
+)
 NO_PART = (
     "trainer_state.json",
     "eval.log",
@@ -44,7 +50,13 @@ NO_PART = (
     "base.json",
     "x.index.json",
 )
-PARTS = ("LICENSE.md", "NOTICE", "tokenizer.model", "1_Pooling/config.json", "merges.txt")
+PARTS = (
+    "LICENSE.md",
+    "NOTICE",
+    "tokenizer.model",
+    "1_Pooling/config.json",
+    "merges.txt",
+)
 
 
 def test_only_what_belongs_is_copied(tiny_base, tiny_adapters, tmp_path):
@@ -54,14 +66,24 @@ def test_only_what_belongs_is_copied(tiny_base, tiny_adapters, tmp_path):
         (base / name).write_text("{}")
     out = merge(base, tiny_adapters[:1], tmp_path / "out")
     written = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
-    assert written >= {*PARTS, "config.json", "tokenizer.json", "generation_config.json"}
+    assert written >= {
+        *PARTS,
+        "config.json",
+        "tokenizer.json",
+        "generation_config.json",
+    }
     ours = {"README.md", "merge_report.json", "model.safetensors"}
     assert not written & {*WEIGHTS_OF_OTHERS, *NO_PART} - ours
     assert (out / "README.md").read_text() != "{}"
 
 
-def test_what_only_the_base_can_do_leaves_the_configuration(tiny_base, tiny_adapters, tmp_path):
-    stale = {"auto_map": {"AutoModel": "x.Y"}, "quantization_config": {"quant_method": "gptq"}}
+def test_what_only_the_base_can_do_leaves_the_configuration(
+    tiny_base, tiny_adapters, tmp_path
+):
+    stale = {
+        "auto_map": {"AutoModel": "x.Y"},
+        "quantization_config": {"quant_method": "gptq"},
+    }
     base = edited(tiny_base, tmp_path / "base", stored(tiny_base), **stale)
     out = merge(base, tiny_adapters[:1], tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
@@ -98,7 +120,8 @@ def test_a_template_that_is_no_text_is_named(tiny_base, tmp_path):
 def test_heads_of_other_labels_are_refused(tiny_base, tmp_path):
     kinds = {"architectures": ["LlamaForSequenceClassification"]}
     models = [
-        tuned(tiny_base, tmp_path / name, id2label={"0": name, "1": "other"}) for name in ("a", "b")
+        tuned(tiny_base, tmp_path / name, id2label={"0": name, "1": "other"})
+        for name in ("a", "b")
     ]
     for model in models:
         config = json.loads((model / "config.json").read_text())
@@ -107,7 +130,9 @@ def test_heads_of_other_labels_are_refused(tiny_base, tmp_path):
         merge(tiny_base, models, tmp_path / "out")
 
 
-def test_what_the_merge_loses_is_said_and_a_tokenizer_can_be_chosen(tiny_base, tmp_path, capsys):
+def test_what_the_merge_loses_is_said_and_a_tokenizer_can_be_chosen(
+    tiny_base, tmp_path, capsys
+):
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     model = tuned(tiny_base, tmp_path / "chat", eos_token_id=65)
     tokenizer(model, template=template)
@@ -123,7 +148,10 @@ def test_what_the_merge_loses_is_said_and_a_tokenizer_can_be_chosen(tiny_base, t
 
 @pytest.mark.parametrize(
     ("recorded", "message"),
-    [("other/model", "trained on other/model, not on"), ("x/llama-bnb-4bit", "few bits")],
+    [
+        ("other/model", "trained on other/model, not on"),
+        ("x/llama-bnb-4bit", "few bits"),
+    ],
 )
 def test_the_base_that_an_adapter_records_is_compared(
     tiny_base, tiny_adapters, tmp_path, capsys, recorded, message

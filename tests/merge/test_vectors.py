@@ -21,7 +21,9 @@ def merged_by_peft(base, adapter):
     """State dict of the base with the adapter merged in by PEFT."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(llama(base), adapter).merge_and_unload().state_dict()
+    return (
+        PeftModel.from_pretrained(llama(base), adapter).merge_and_unload().state_dict()
+    )
 
 
 def taus(base, specialist):
@@ -50,10 +52,15 @@ def test_an_adapter_is_what_peft_merges(tmp_path, options):
     ours = taus(merging.open_base(base), merging.open_specialist(adapter))
     for name, tensor in plain.items():
         if name in ours:
-            torch.testing.assert_close(tensor + ours[name], merged[name], rtol=0, atol=1e-7)
+            torch.testing.assert_close(
+                tensor + ours[name], merged[name], rtol=0, atol=1e-7
+            )
         else:
             assert torch.equal(tensor, merged[name]), name
-    assert "model.norm.weight" not in ours and "model.layers.0.self_attn.q_proj.weight" in ours
+    assert (
+        "model.norm.weight" not in ours
+        and "model.layers.0.self_attn.q_proj.weight" in ours
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,18 +72,35 @@ def test_an_adapter_is_what_peft_merges(tmp_path, options):
         {"use_dora": True},
         {"use_dora": True, "use_rslora": True, "bias": "lora_only"},
         {"trainable_token_indices": [1, 200], "target_modules": ["q_proj"]},
-        {"trainable_token_indices": {"embed_tokens": [0, 256]}, "target_modules": ["v_proj"]},
+        {
+            "trainable_token_indices": {"embed_tokens": [0, 256]},
+            "target_modules": ["v_proj"],
+        },
     ],
-    ids=["modules", "bias", "lora bias", "dora", "all of it", "tokens", "tokens by module"],
+    ids=[
+        "modules",
+        "bias",
+        "lora bias",
+        "dora",
+        "all of it",
+        "tokens",
+        "tokens by module",
+    ],
 )
-def test_adapters_that_hold_more_than_factors_are_what_peft_merges(tmp_path, monkeypatch, options):
+def test_adapters_that_hold_more_than_factors_are_what_peft_merges(
+    tmp_path, monkeypatch, options
+):
     monkeypatch.setitem(blocks.BLOCK, "cpu", 64)  # a few rows at a time
     shape = {"tie_word_embeddings": False, "attention_bias": True}
     base = tiny.save_base(tmp_path / "base", **shape)
-    adapter = tiny.save_adapter(tmp_path / "adapter", base, 1, everything=True, **options)
+    adapter = tiny.save_adapter(
+        tmp_path / "adapter", base, 1, everything=True, **options
+    )
     merged, plain = merged_by_peft(base, adapter), llama(base).state_dict()
     rows = vectors.views(merging.open_base(base), [merging.open_specialist(adapter)])
-    changed = {row.name: blocks.in_blocks(lambda parts, _: parts[0], row.taus) for row in rows}
+    changed = {
+        row.name: blocks.in_blocks(lambda parts, _: parts[0], row.taus) for row in rows
+    }
     for name, tensor in plain.items():
         tuned = tensor + changed.get(name, 0)
         torch.testing.assert_close(tuned, merged[name], rtol=0, atol=1e-6)
@@ -99,16 +123,24 @@ def test_the_layers_class_decides_how_factors_are_stored(tmp_path):
     kinds = edited(tmp_path / "a", tmp_path / "silent", fan_in_fan_out=False)
     name = "transformer.h.0.attn.c_proj.weight"  # square: its shape says nothing
     base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
-    merged = PeftModel.from_pretrained(base, tmp_path / "a").merge_and_unload().state_dict()[name]
+    merged = (
+        PeftModel.from_pretrained(base, tmp_path / "a")
+        .merge_and_unload()
+        .state_dict()[name]
+    )
     before = load_file(tmp_path / "base" / "model.safetensors")[name]
     for folder in (tmp_path / "a", kinds):
-        change = taus(merging.open_base(tmp_path / "base"), merging.open_specialist(folder))
+        change = taus(
+            merging.open_base(tmp_path / "base"), merging.open_specialist(folder)
+        )
         torch.testing.assert_close(before + change[name], merged)
 
 
 def test_an_embedding_adapter_is_what_peft_merges(tmp_path):
     base = tiny.save_base(tmp_path / "base", tie_word_embeddings=False)
-    adapter = tiny.save_adapter(tmp_path / "a", base, 1, target_modules=["embed_tokens"])
+    adapter = tiny.save_adapter(
+        tmp_path / "a", base, 1, target_modules=["embed_tokens"]
+    )
     ours = taus(merging.open_base(base), merging.open_specialist(adapter))
     name = "model.embed_tokens.weight"
     merged = merged_by_peft(base, adapter)[name]
@@ -140,7 +172,9 @@ def test_views_give_any_block_of_rows(base, tiny_adapters, tmp_path, tiny_base):
     for view, row in zip(
         vectors.views(base, specialists), vectors.stream(base, specialists), strict=True
     ):
-        for lazy, dense in zip([view.base, *view.taus], [row.base, *row.taus], strict=True):
+        for lazy, dense in zip(
+            [view.base, *view.taus], [row.base, *row.taus], strict=True
+        ):
             torch.testing.assert_close(lazy[3:7], dense[3:7])
 
 
@@ -149,13 +183,16 @@ def test_only_changed_tensors_take_part(base, tiny_adapters, tiny_base):
     names = vectors.changed_names(base, adapters)
     assert len(names) == 14 and names == sorted(names)  # 7 matrices in each of 2 layers
     state = {
-        k: v.clone() for k, v in llama(tiny_base).state_dict().items() if k != "lm_head.weight"
+        k: v.clone()
+        for k, v in llama(tiny_base).state_dict().items()
+        if k != "lm_head.weight"
     }
     state["model.norm.weight"][0] += 1
     one = merging.open_specialist(state, "one")
     assert vectors.changed_names(base, [one]) == ["model.norm.weight"]
     rows = list(vectors.stream(base, [one, adapters[0]]))
-    assert len(rows) == 15 and not rows[0].taus[0].any()  # what a model left alone has tau = 0
+    # what a model left alone has tau = 0
+    assert len(rows) == 15 and not rows[0].taus[0].any()
 
 
 def test_a_bf16_checkpoint_is_promoted_before_the_subtraction(tiny_base, tmp_path):
@@ -204,7 +241,9 @@ def edited(folder, target, **changes):
         ({"r": 3}, "not of rank 3"),
     ],
 )
-def test_adapters_that_are_not_b_times_a_are_refused(tiny_adapters, tmp_path, change, reason):
+def test_adapters_that_are_not_b_times_a_are_refused(
+    tiny_adapters, tmp_path, change, reason
+):
     with pytest.raises(ValueError, match=reason):
         merging.open_specialist(edited(tiny_adapters[0], tmp_path / "a", **change))
 
@@ -227,7 +266,9 @@ def test_pickles_are_refused_unopened(tmp_path, tiny_adapters):
             merging.open_specialist(folder)
 
 
-def test_folders_without_weights_or_with_missing_shards_are_refused(tmp_path, tiny_adapters):
+def test_folders_without_weights_or_with_missing_shards_are_refused(
+    tmp_path, tiny_adapters
+):
     with pytest.raises(ValueError, match="not a folder with safetensors"):
         merging.open_base(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is an adapter"):
@@ -257,7 +298,10 @@ def plain_state():
     ("change", "message"),
     [
         ({"a": torch.ones(3, 2)}, r"a is \(3, 2\), in the base \(2, 3\)"),
-        ({"a": torch.ones(2, 3, dtype=torch.int64)}, "a is torch.int64, in the base torch.float32"),
+        (
+            {"a": torch.ones(2, 3, dtype=torch.int64)},
+            "a is torch.int64, in the base torch.float32",
+        ),
         ({"steps": torch.tensor([8])}, "steps is not floating-point and differs"),
         ({"c": torch.ones(1)}, "the base lacks c"),
         ({"b": None}, "specialist x lacks b"),
@@ -282,7 +326,9 @@ def test_a_base_in_eight_bits_is_refused_and_float_types_may_differ():
 def test_equal_labels_and_foreign_bases_are_refused(tiny_base, tiny_adapters, tmp_path):
     base = merging.open_base(tiny_base)
     with pytest.raises(ValueError, match="different labels"):
-        merging.check(base, [merging.open_specialist(p, "x") for p in tiny_adapters[:2]])
+        merging.check(
+            base, [merging.open_specialist(p, "x") for p in tiny_adapters[:2]]
+        )
     other = merging.open_base(tiny.save_base(tmp_path / "wide", hidden_size=32))
     with pytest.raises(ValueError, match="in the base"):
         merging.check(other, [merging.open_specialist(tiny_adapters[0])])
@@ -298,13 +344,19 @@ def test_equal_labels_and_foreign_bases_are_refused(tiny_base, tiny_adapters, tm
     alike = edited(tiny_adapters[1], tmp_path / "c")
     (alike / "base.json").write_text('{"name": "base", "digest": "00"}')
     (ours / "seals.json").unlink()  # nothing is known of the base, but the two disagree
-    with pytest.raises(ValueError, match="specialist a was trained from another base than c"):
-        merging.check(merging.open_base(ours), [*map(merging.open_specialist, (alike, theirs))])
+    with pytest.raises(
+        ValueError, match="specialist a was trained from another base than c"
+    ):
+        merging.check(
+            merging.open_base(ours), [*map(merging.open_specialist, (alike, theirs))]
+        )
 
 
 def test_an_adapter_of_a_tied_head_is_refused(tmp_path):
     untied = tiny.save_base(tmp_path / "untied", tie_word_embeddings=False)
-    adapter = tiny.save_adapter(tmp_path / "a", untied, 1, target_modules=["q_proj", "lm_head"])
+    adapter = tiny.save_adapter(
+        tmp_path / "a", untied, 1, target_modules=["q_proj", "lm_head"]
+    )
     tied = merging.open_base(tiny.save_base(tmp_path / "tied"))
     with pytest.raises(ValueError, match="adapts lm_head.weight, which the base ties"):
         merging.check(tied, [merging.open_specialist(adapter)])
@@ -325,7 +377,9 @@ def test_a_copy_of_a_tied_head_on_disk_is_dropped_or_a_head_of_its_own(tmp_path)
 # Into a live model -------------------------------------------------------------------------------
 
 
-def test_applied_writes_the_merge_and_restores_the_base_bit_for_bit(tiny_base, tiny_adapters):
+def test_applied_writes_the_merge_and_restores_the_base_bit_for_bit(
+    tiny_base, tiny_adapters
+):
     model = llama(tiny_base)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     specialist = merging.open_specialist(tiny_adapters[0])
@@ -353,7 +407,10 @@ def test_applied_keeps_tied_tensors_tied(tiny_base):
     ],
 )
 def test_applied_refuses_what_does_not_fit(tiny_base, delta, message):
-    with pytest.raises(ValueError, match=message), vectors.applied(llama(tiny_base), delta):
+    with (
+        pytest.raises(ValueError, match=message),
+        vectors.applied(llama(tiny_base), delta),
+    ):
         pass
 
 

@@ -63,7 +63,8 @@ def by_hand(name, token, base, models, weights):
 
 @pytest.mark.parametrize("choice", ["base", "union", "b"])
 def test_rows_are_matched_by_token(untied, tmp_path, choice):
-    a = grown(untied, tmp_path / "a", ["<think>", "<both>"], LENGTH + 3, 1)  # in the padding
+    # in the padding
+    a = grown(untied, tmp_path / "a", ["<think>", "<both>"], LENGTH + 3, 1)
     b = grown(untied, tmp_path / "b", ["<both>", "<b>", "<c>", "<d>"], LENGTH + 8, 2)
     weights = [0.75, 0.5]
     out = tmp_path / "out"
@@ -82,7 +83,11 @@ def test_rows_are_matched_by_token(untied, tmp_path, choice):
     assert model.config.vocab_size == rows
     words = AutoTokenizer.from_pretrained(out)
     assert all(words.convert_tokens_to_ids(token) == tokens[token] for token in named)
-    assert model(torch.tensor([[tokens["a"], *(tokens[x] for x in named)]])).logits.isfinite().all()
+    assert (
+        model(torch.tensor([[tokens["a"], *(tokens[x] for x in named)]]))
+        .logits.isfinite()
+        .all()
+    )
 
 
 def test_without_a_choice_the_bases_rows_stay_and_it_is_said(untied, tmp_path, capsys):
@@ -102,7 +107,9 @@ def test_a_reordered_vocabulary_is_put_in_order(untied, tmp_path):
     state = json.loads((other / "tokenizer.json").read_text())
     order = torch.randperm(256, generator=torch.Generator().manual_seed(0)).tolist()
     words = state["model"]["vocab"]
-    state["model"]["vocab"] = {x: order[row] if row < 256 else row for x, row in words.items()}
+    state["model"]["vocab"] = {
+        x: order[row] if row < 256 else row for x, row in words.items()
+    }
     (other / "tokenizer.json").write_text(json.dumps(state))
     tensors = noisy(stored(untied))
     tuned = edited(untied, tmp_path / "tuned", tensors)
@@ -149,7 +156,16 @@ def test_factors_of_an_embedding_keep_their_tokens_in_a_union(untied, tmp_path):
     options = {"target_modules": ["embed_tokens"]}
     adapter = tiny.save_adapter(tmp_path / "adapter", untied, 3, **options)
     b = grown(untied, tmp_path / "b", ["<b>", "<c>", "<d>", "<e>"], LENGTH + 4, 2)
-    ours = merge(untied, [adapter, b], tmp_path / "out", "--tokenizer", "union", "--weights", 1, 0)
+    ours = merge(
+        untied,
+        [adapter, b],
+        tmp_path / "out",
+        "--tokenizer",
+        "union",
+        "--weights",
+        1,
+        0,
+    )
     alone = merge(untied, [adapter], tmp_path / "alone")
     torch.testing.assert_close(ours[EMBEDDING][:LENGTH], alone[EMBEDDING][:LENGTH])
     torch.testing.assert_close(ours[EMBEDDING][LENGTH:], stored(b)[EMBEDDING][LENGTH:])

@@ -41,7 +41,8 @@ def test_radius_is_certified_and_is_the_distance_to_the_centre(states):
     reached = bound.distortion_x(states, centre).mean(-1)
     assert reached.max() == pytest.approx(ball.r2, rel=1e-8, abs=1e-12)
     np.testing.assert_allclose(bound.to_centre(d2, ball.weights), reached, atol=1e-9)
-    assert np.allclose(reached[ball.weights > 1e-9], ball.r2)  # active tasks lie on the sphere
+    # active tasks lie on the sphere
+    assert np.allclose(reached[ball.weights > 1e-9], ball.r2)
 
 
 def test_radius_of_one_two_and_equal_points():
@@ -55,8 +56,11 @@ def test_radius_of_one_two_and_equal_points():
 def test_weights_of_least_norm_where_they_are_not_unique():
     square = np.array([[0, 0], [1, 0], [1, 1], [0, 1.0]])[:, None]
     np.testing.assert_allclose(bound.minimax(distances(square)).weights, 0.25)
-    ends = np.array([0, 0, 0, 1.0])[:, None, None]  # three duplicates share the weight of one
-    np.testing.assert_allclose(bound.minimax(distances(ends)).weights, [1 / 6] * 3 + [1 / 2])
+    # three duplicates share the weight of one
+    ends = np.array([0, 0, 0, 1.0])[:, None, None]
+    np.testing.assert_allclose(
+        bound.minimax(distances(ends)).weights, [1 / 6] * 3 + [1 / 2]
+    )
 
 
 def test_collinear_and_inner_tasks_get_no_weight():
@@ -87,7 +91,8 @@ def test_nearly_flat_records_are_certified():
         ([[0, -1], [-1, 0]], ">= 0"),
         ([[0, 1], [2, 0]], "symmetric"),
         ([[0, np.nan], [np.nan, 0]], "finite"),
-        ([[0, 1, 9], [1, 0, 1], [9, 1, 0]], "no points"),  # 1 + 1 < 3: not even a metric
+        # 1 + 1 < 3: not even a metric
+        ([[0, 1, 9], [1, 0, 1], [9, 1, 0]], "no points"),
     ],
 )
 def test_what_is_no_distance_matrix_is_refused(d2, message):
@@ -101,7 +106,8 @@ def test_classical_scaling_gives_back_flat_points():
     found, share = bound.coordinates(d2)
     assert share == pytest.approx(1)
     np.testing.assert_allclose(distances(found[:, None]), d2, atol=1e-12)
-    assert bound.coordinates(simplex(5))[1] == pytest.approx(1 / 2)  # two of four equal axes
+    # two of four equal axes
+    assert bound.coordinates(simplex(5))[1] == pytest.approx(1 / 2)
     alone, share = bound.coordinates([[0.0]])
     assert alone.tolist() == [[0, 0]] and share == 1
 
@@ -113,7 +119,12 @@ def test_classical_scaling_gives_back_flat_points():
 @given(lattice)
 def test_order_of_the_bounds(states):
     b = bound.bounds(bound.squared_distances(states), width=states.shape[-1])
-    order = [max(b["quarter"], b["dispersion"]), b["r2"], b["mean_pointwise_r2"], b["jung_width"]]
+    order = [
+        max(b["quarter"], b["dispersion"]),
+        b["r2"],
+        b["mean_pointwise_r2"],
+        b["jung_width"],
+    ]
     assert np.all(np.diff(order) >= -1e-9 * (1 + order[-1]))
     assert b["r2"] <= b["jung_tasks"] + 1e-9
 
@@ -129,7 +140,11 @@ def test_width_form_needs_the_distances_of_each_probe():
     states = np.eye(3)[:, :, None]  # d = 1, H_i(x_k) = [i = k]
     b = bound.bounds(bound.squared_distances(states), width=1)
     wrong = distances(states).max() * 1 / (2 * (1 + 1))
-    assert b["r2"] == pytest.approx(2 / 9) and wrong == pytest.approx(1 / 6) and b["r2"] > wrong
+    assert (
+        b["r2"] == pytest.approx(2 / 9)
+        and wrong == pytest.approx(1 / 6)
+        and b["r2"] > wrong
+    )
     assert b["mean_pointwise_r2"] == pytest.approx(1 / 4)
     triangle = distances(states)[..., None]  # same D2, constant in x
     assert bound.radii(triangle).mean() == pytest.approx(2 / 9)
@@ -184,11 +199,14 @@ def test_triangle_bound_and_gap_for_every_affine_merge(seed, raw):
 
 def test_readings_of_a_merge_agree_with_the_identities():
     rng = np.random.default_rng(0)
-    states = rng.standard_normal((3, 10, 2, 4))  # base and two specialists, ten probes, two layers
+    # base and two specialists, ten probes, two layers
+    states = rng.standard_normal((3, 10, 2, 4))
     owner = np.repeat(["red", "blue"], [4, 6])
     merged = np.tanh(states[1] + states[2])
     flipped, rho = rng.random(10) < 0.5, rng.uniform(0, 4, 10)
-    rows = bound.readings(["base", "red", "blue"], states, merged, owner, [0.7, 0.9], flipped, rho)
+    rows = bound.readings(
+        ["base", "red", "blue"], states, merged, owner, [0.7, 0.9], flipped, rho
+    )
     assert len(rows) == 3 * 2 * 2
     share = {"red": 0.4, "blue": 0.6}
     for layer in (0, 1):
@@ -197,7 +215,9 @@ def test_readings_of_a_merge_agree_with_the_identities():
             sum(share[r["probe_task"]] * r["delta"] for r in at if r["model"] == model)
             for model in ("base", "red", "blue")
         ]
-        direct = sum(share[r["probe_task"]] * r["gap2"] for r in at if r["model"] == "base")
+        direct = sum(
+            share[r["probe_task"]] * r["gap2"] for r in at if r["model"] == "base"
+        )
         d2 = bound.squared_distances(states[:, :, layer]).mean(-1)
         assert at[0]["weight"] == pytest.approx(-0.6)
         assert bound.offset2(d2, [-0.6, 0.7, 0.9], delta) == pytest.approx(direct)
@@ -229,7 +249,9 @@ def test_certificate_never_promises_a_flipped_prediction(seed, noise, readout_me
         rho = bound.margin_radius(states, w, b)
         np.testing.assert_array_equal(sure, distance < rho)
         assert flipped.mean() <= (distance >= rho).mean()
-        assert (distance >= rho).mean() <= bound.flips_bound(rho, np.mean(distance**2)) + 1e-12
+        assert (distance >= rho).mean() <= bound.flips_bound(
+            rho, np.mean(distance**2)
+        ) + 1e-12
 
 
 def test_margin_radius_is_the_distance_to_the_boundary():
@@ -270,11 +292,18 @@ def test_relu_pair_has_zero_loss_on_the_segment_and_breaks_the_upper_bound():
     def hidden(w):
         return np.maximum([w * x, x, -x], 0).T
 
-    assert all(np.array_equal(hidden(w) @ [0, 1, -1], np.sign(x)) for w in np.linspace(-2, 2, 9))
+    assert all(
+        np.array_equal(hidden(w) @ [0, 1, -1], np.sign(x))
+        for w in np.linspace(-2, 2, 9)
+    )
     states = np.stack([hidden(2.0), hidden(-2.0)])
     d2 = distances(states)
-    worst = [bound.distortion_x(states, hidden(w)).mean(-1).max() for w in np.linspace(-2, 2, 401)]
-    assert min(worst) == pytest.approx(d2.max() / 2)  # above Delta^2 d / (2 (d + 1)) for every d
+    worst = [
+        bound.distortion_x(states, hidden(w)).mean(-1).max()
+        for w in np.linspace(-2, 2, 401)
+    ]
+    # above Delta^2 d / (2 (d + 1)) for every d
+    assert min(worst) == pytest.approx(d2.max() / 2)
     assert np.argmin(worst) == 200
     delta = bound.distortion_x(states, hidden(0.0)).mean(-1)
     assert bound.offset2(d2, [0.5, 0.5], delta) == pytest.approx(d2.max() / 4)
@@ -294,7 +323,8 @@ def test_bootstrap_and_standard_error_agree():
 
 def test_bootstrap_resamples_within_tasks_only():
     d2_x = np.zeros((2, 2, 6))
-    d2_x[0, 1] = d2_x[1, 0] = [1, 1, 1, 5, 5, 5]  # constant within a task: nothing can vary
+    # constant within a task: nothing can vary
+    d2_x[0, 1] = d2_x[1, 0] = [1, 1, 1, 5, 5, 5]
     draws = [d2[0, 1] for d2 in bound.resampled(d2_x, [0, 0, 0, 1, 1, 1], 20)]
     np.testing.assert_allclose(draws, 3)
 

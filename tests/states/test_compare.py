@@ -19,7 +19,8 @@ def test_pair_table_uses_the_probes_of_the_pairs_own_tasks():
         ["green", "blue"],
     ]
     expected = measures.hidden_sim(
-        STATES[0][[*range(12), *range(24, 36)], -1], STATES[2][[*range(12), *range(24, 36)], -1]
+        STATES[0][[*range(12), *range(24, 36)], -1],
+        STATES[2][[*range(12), *range(24, 36)], -1],
     )
     assert own.hidden_sim[1] == pytest.approx(expected)
     pool = compare.pair_table(STATES, LABELS, layer=0)
@@ -29,7 +30,9 @@ def test_pair_table_uses_the_probes_of_the_pairs_own_tasks():
 
 
 def test_pair_table_on_the_probes_of_other_tasks():
-    other = compare.pair_table(STATES, LABELS, PROBE_TASK, others=True, measures=["cka"])
+    other = compare.pair_table(
+        STATES, LABELS, PROBE_TASK, others=True, measures=["cka"]
+    )
     expected = measures.debiased_cka(STATES[0][24:, -1], STATES[1][24:, -1])
     assert other.cka[0] == pytest.approx(expected)
 
@@ -38,14 +41,20 @@ def test_half_samples_spread_as_means_of_the_probes_do():
     """HiddenSim is a mean over probes: its spread must be s / sqrt(n), within tasks."""
     kls = measures.logit_kls(STATES[:, :, -1], lambda x: x[:, :7])
     asked = {"base": STATES.mean(0), "kls": kls, "draws": 2}
-    assert set(measures.MEASURES) < set(compare.half_samples(STATES, LABELS, PROBE_TASK, **asked))
+    assert set(measures.MEASURES) < set(
+        compare.half_samples(STATES, LABELS, PROBE_TASK, **asked)
+    )
     halves = compare.half_samples(
         STATES, LABELS, PROBE_TASK, draws=300, measures=["hidden_sim"], seed=1
     )
     assert halves.groupby(["task_a", "task_b"]).size().eq(300).all()
-    apart = measures.probe_distances(STATES[0, :24, -1], STATES[1, :24, -1]).reshape(2, 12)
+    apart = measures.probe_distances(STATES[0, :24, -1], STATES[1, :24, -1]).reshape(
+        2, 12
+    )
     expected = np.sqrt((apart.var(axis=1, ddof=1) / 12).sum()) / 2
-    found = halves[(halves.task_a == "red") & (halves.task_b == "green")].hidden_sim.std()
+    found = halves[
+        (halves.task_a == "red") & (halves.task_b == "green")
+    ].hidden_sim.std()
     assert found == pytest.approx(expected, rel=0.15)
 
 
@@ -56,7 +65,9 @@ def test_pair_table_has_the_columns_that_its_inputs_allow():
     kls = measures.logit_kls(STATES[:, :, -1], lambda x: x @ readout.T, block=5)
     full = compare.pair_table(STATES, LABELS, base=STATES.mean(0), kls=kls)
     assert set(measures.MEASURES) < set(full) and full.notna().all(axis=None)
-    expected = measures.logit_kl(STATES[0, :, -1] @ readout.T, STATES[1, :, -1] @ readout.T)
+    expected = measures.logit_kl(
+        STATES[0, :, -1] @ readout.T, STATES[1, :, -1] @ readout.T
+    )
     assert full.logit_kl[0] == pytest.approx(expected)
 
 

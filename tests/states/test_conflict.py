@@ -18,7 +18,8 @@ from helpers.states.conflict import (
     pair_sums,
 )
 
-NAMES = {  # ragged on purpose: less than a block, several, a vector, a scalar-sized tensor
+# ragged on purpose: less than a block, several, a vector, a scalar-sized tensor
+NAMES = {
     "model.layers.0.self_attn.q_proj.weight": (7, 5),
     "model.layers.0.input_layernorm.weight": (11,),
     "model.layers.10.self_attn.q_proj.weight": (13, 9),
@@ -35,7 +36,10 @@ def some_rows(n=3, zeros=0.3, seed=0):
         values = torch.randn(shape, generator=generator)
         return values * (torch.rand(shape, generator=generator) >= zeros)
 
-    return [Row(name, torch.zeros(s), [tau(s) for _ in range(n)]) for name, s in NAMES.items()]
+    return [
+        Row(name, torch.zeros(s), [tau(s) for _ in range(n)])
+        for name, s in NAMES.items()
+    ]
 
 
 def one_row(*vectors):
@@ -58,11 +62,14 @@ def by_definition(vectors_a, vectors_b):
     return {
         "sign_change": opposite.mean(),
         "magnitude_change": abs(a - b).sum() / (size_a + size_b).sum(),
-        "conflict_magnitude": (size_a + size_b)[opposite].sum() / (size_a + size_b).sum(),
+        "conflict_magnitude": (size_a + size_b)[opposite].sum()
+        / (size_a + size_b).sum(),
         "cosine": a @ b / (norm_a * norm_b),
         "cosine_tensors": np.mean(cosines),
         "magnitude_gap": gap.sum() / largest.sum(),
-        "relative_gap": np.divide(gap, largest, where=largest > 0, out=np.zeros_like(gap)).mean(),
+        "relative_gap": np.divide(
+            gap, largest, where=largest > 0, out=np.zeros_like(gap)
+        ).mean(),
         "conflict_min": np.minimum(size_a, size_b)[opposite].sum()
         / np.minimum(size_a, size_b).sum(),
         "norm_ratio": min(norm_a, norm_b) / max(norm_a, norm_b),
@@ -75,18 +82,24 @@ def by_definition(vectors_a, vectors_b):
 
 @pytest.mark.parametrize("zeros", [0.0, 0.4])
 @pytest.mark.parametrize("block", [1 << 15, 8])
-def test_streamed_sums_equal_the_definitions_on_whole_vectors(monkeypatch, zeros, block):
+def test_streamed_sums_equal_the_definitions_on_whole_vectors(
+    monkeypatch, zeros, block
+):
     monkeypatch.setattr(sums, "BLOCK", block)
     rows = some_rows(zeros=zeros)
     table = pair_metrics(iter(rows), LABELS).set_index(["task_a", "task_b"])
     assert len(table) == 3
     for i, j in combinations(range(3), 2):
-        vectors = ([row.taus[k].double().flatten().numpy() for row in rows] for k in (i, j))
+        vectors = (
+            [row.taus[k].double().flatten().numpy() for row in rows] for k in (i, j)
+        )
         expected = by_definition(*vectors)
         got = table.loc[(LABELS[i], LABELS[j])]
         for name, value in expected.items():
             # relative_gap is summed in fp32, which is enough for a mean of ratios
-            assert got[name] == pytest.approx(value, rel=1e-6 if name == "relative_gap" else 1e-12)
+            assert got[name] == pytest.approx(
+                value, rel=1e-6 if name == "relative_gap" else 1e-12
+            )
 
 
 def test_order_of_tensors_and_models_does_not_matter():
@@ -96,7 +109,12 @@ def test_order_of_tensors_and_models_does_not_matter():
     turned = [Row(r.name, r.base, r.taus[::-1]) for r in rows]
     other = pair_metrics(turned, LABELS[::-1]).iloc[::-1].reset_index(drop=True)
     swapped = other.rename(
-        columns={"task_a": "task_b", "task_b": "task_a", "norm_a": "norm_b", "norm_b": "norm_a"}
+        columns={
+            "task_a": "task_b",
+            "task_b": "task_a",
+            "norm_a": "norm_b",
+            "norm_b": "norm_a",
+        }
     )[table.columns]
     pd.testing.assert_frame_equal(swapped, table, rtol=1e-12)
 
@@ -126,7 +144,9 @@ def test_sign_change_example_of_the_paper():
 
 
 def test_primary_metrics_by_hand():
-    table = pair_metrics(one_row([3.0, -1.0, 0.0, 2.0], [1.0, 2.0, 1.0, 2.0]), ["a", "b"])
+    table = pair_metrics(
+        one_row([3.0, -1.0, 0.0, 2.0], [1.0, 2.0, 1.0, 2.0]), ["a", "b"]
+    )
     expected = [1 / 4, 6 / 12, 3 / 12, 5 / np.sqrt(14 * 10)]
     assert table.loc[0, list(PRIMARY)].tolist() == pytest.approx(expected)
 
@@ -147,7 +167,9 @@ def test_constructed_pair(case):
     if case == "disjoint":
         tau[20:] = 0
     table = pair_metrics([Row("w", torch.zeros(40), [tau, other(tau)])], ["a", "b"])
-    assert table.loc[0, list(PRIMARY)].tolist() == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert table.loc[0, list(PRIMARY)].tolist() == pytest.approx(
+        expected, abs=1e-12, nan_ok=True
+    )
 
 
 RNG = np.random.default_rng(5)
@@ -184,7 +206,9 @@ INVARIANCE = {
 
 
 def test_every_metric_of_coordinates_has_a_row_of_the_invariance_table():
-    of_matrices = {f"{side}_{what}" for side in ("left", "right") for what in ("overlap", "chance")}
+    of_matrices = {
+        f"{side}_{what}" for side in ("left", "right") for what in ("overlap", "chance")
+    }
     assert set(INVARIANCE) == set(METRICS) - of_matrices
 
 
@@ -193,7 +217,10 @@ def test_invariance(column, transformation):
     before = pair_metrics(one_row(*PAIR), ["a", "b"]).loc[0]
     change = TRANSFORMATIONS[transformation]
     after = pair_metrics(one_row(*change(*PAIR)), ["a", "b"]).loc[0]
-    stays = {name: int(after[name] == pytest.approx(before[name], rel=1e-5)) for name in INVARIANCE}
+    stays = {
+        name: int(after[name] == pytest.approx(before[name], rel=1e-5))
+        for name in INVARIANCE
+    }
     assert stays == {name: row[column] for name, row in INVARIANCE.items()}
 
 
@@ -223,7 +250,9 @@ def test_subspace_overlap_of_adapters_equals_a_dense_svd(tiny_base, tiny_adapter
         ["tensor", "task_a", "task_b"]
     )
     for row in stream(base, specialists):
-        vectors = [torch.linalg.svd(tau.double(), full_matrices=False) for tau in row.taus]
+        vectors = [
+            torch.linalg.svd(tau.double(), full_matrices=False) for tau in row.taus
+        ]
         for i, j in combinations(range(3), 2):
             got = sums.loc[(row.name, labels[i], labels[j])]
             left = (vectors[i].U[:, :3].T @ vectors[j].U[:, :3]).square().sum().item()
@@ -243,18 +272,26 @@ def test_adapters_streamed_dense_or_lazily_agree_and_only_factors_have_subspaces
     lazy = pair_metrics(views(base, specialists), labels)
     dense = pair_metrics(stream(base, specialists), labels)
     subspace = ["left_overlap", "left_chance", "right_overlap", "right_chance"]
-    assert lazy[subspace].notna().all(axis=None) and dense[subspace].isna().all(axis=None)
-    pd.testing.assert_frame_equal(lazy.drop(columns=subspace), dense.drop(columns=subspace))
+    assert lazy[subspace].notna().all(axis=None) and dense[subspace].isna().all(
+        axis=None
+    )
+    pd.testing.assert_frame_equal(
+        lazy.drop(columns=subspace), dense.drop(columns=subspace)
+    )
 
 
 def test_group_variance_is_the_variance_over_its_members():
     rows = some_rows()
-    whole = np.array([np.concatenate([r.taus[i].flatten() for r in rows]) for i in range(3)])
+    whole = np.array(
+        [np.concatenate([r.taus[i].flatten() for r in rows]) for i in range(3)]
+    )
     pairs = pair_metrics(rows, LABELS)
     raw = whole.var(axis=0).mean()
     assert group_variance(pairs, LABELS) == pytest.approx(raw, rel=1e-6)
     relative = raw / (whole**2).mean()
-    assert group_variance(pairs, LABELS, relative=True) == pytest.approx(relative, rel=1e-6)
+    assert group_variance(pairs, LABELS, relative=True) == pytest.approx(
+        relative, rel=1e-6
+    )
     assert group_variance(pairs, LABELS[:2]) == pytest.approx(pairs.variance[0])
     share = group_variance(pairs, LABELS[:2], relative=True)
     assert share == pytest.approx(pairs.variance_share[0])
@@ -270,9 +307,13 @@ def test_group_variance_is_the_variance_over_its_members():
         ([[1.0, 0, 0], [-1.0, 0, 0], [0, 0, 0.0]], 1),
     ],
 )
-def test_relative_group_variance_of_equal_orthogonal_and_cancelling_vectors(vectors, share):
+def test_relative_group_variance_of_equal_orthogonal_and_cancelling_vectors(
+    vectors, share
+):
     pairs = pair_metrics(one_row(*vectors), LABELS)
-    assert group_variance(pairs, LABELS, relative=True) == pytest.approx(share, abs=1e-12)
+    assert group_variance(pairs, LABELS, relative=True) == pytest.approx(
+        share, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,10 @@ def test_invariance(name, column, transformation):
 
 @pytest.mark.parametrize("name", measures.MEASURES)
 def test_symmetric_and_at_its_best_for_equal_states(name):
-    function, distance = measures.MEASURES[name].function, measures.MEASURES[name].harmful
+    function, distance = (
+        measures.MEASURES[name].function,
+        measures.MEASURES[name].harmful,
+    )
     value = function(*arguments(name, A, B, BASE))
     assert function(*arguments(name, B, A, BASE)) == pytest.approx(value, rel=1e-12)
     best = function(*arguments(name, A, A, BASE))
@@ -76,12 +79,16 @@ def test_symmetric_and_at_its_best_for_equal_states(name):
 def test_hidden_sim_by_hand():
     a, b = np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[4.0, 3.0], [0.0, 2.0]])
     assert measures.hidden_sim(a, b) == pytest.approx((np.sqrt(0.08) + np.sqrt(2)) / 2)
-    assert measures.hidden_sim(a, b, "raw") == pytest.approx((np.sqrt(2) + np.sqrt(5)) / 2)
+    assert measures.hidden_sim(a, b, "raw") == pytest.approx(
+        (np.sqrt(2) + np.sqrt(5)) / 2
+    )
     assert measures.hidden_sim(a, b, "sqrt_d") == pytest.approx((1 + np.sqrt(2.5)) / 2)
     assert measures.hidden_sim(a, b, "norms") == pytest.approx(
         (np.sqrt(2) / 10 + np.sqrt(5) / 3) / 2
     )
-    assert measures.probe_distances(a, b, "raw") == pytest.approx([np.sqrt(2), np.sqrt(5)])
+    assert measures.probe_distances(a, b, "raw") == pytest.approx(
+        [np.sqrt(2), np.sqrt(5)]
+    )
 
 
 def published_arrays():
@@ -94,7 +101,9 @@ def published_arrays():
 def test_debiased_cka_equals_a_published_librarys_value():
     # pytorch-cka 1.1.3: hsic(a a', b b') gives (xy, xx, yy), CKA = xy / sqrt(xx yy). The HSICs of
     # repsim 0.1.5 are the same numbers; its CKA with the "song" estimator is not their ratio.
-    assert measures.debiased_cka(*published_arrays()) == pytest.approx(-0.25038335566865, rel=1e-12)
+    assert measures.debiased_cka(*published_arrays()) == pytest.approx(
+        -0.25038335566865, rel=1e-12
+    )
 
 
 def test_debiased_cka_of_one_state_for_all_probes_is_undefined():
@@ -102,9 +111,12 @@ def test_debiased_cka_of_one_state_for_all_probes_is_undefined():
 
 
 def test_debiased_cka_is_the_ratio_of_u_statistics():
-    def hsic(k, m):  # the definition: mean of the kernel over all ordered 4-tuples of probes
+    # the definition: mean of the kernel over all ordered 4-tuples of probes
+    def hsic(k, m):
         quadruples = permutations(range(len(k)), 4)
-        return np.mean([k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in quadruples])
+        return np.mean(
+            [k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in quadruples]
+        )
 
     a, b = A[:8], B[:8, :6]
     k, m = a @ a.T, b @ b.T
@@ -120,7 +132,9 @@ def test_debiased_cka_of_noise_is_centred_on_zero():
 def test_procrustes_equals_a_published_librarys_value():
     # qc-procrustes 1.1.3: sqrt(orthogonal(a, b, translate=True, scale=True).error).
     a, b = published_arrays()
-    assert measures.procrustes(a, b[:, :5]) == pytest.approx(1.0433294601458496, rel=1e-12)
+    assert measures.procrustes(a, b[:, :5]) == pytest.approx(
+        1.0433294601458496, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("probes", [24, 6])  # more and fewer probes than dimensions
@@ -129,7 +143,9 @@ def test_procrustes_is_the_residual_of_the_best_rotation(probes):
     a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
     rotation, _ = orthogonal_procrustes(a, b)
     residual = np.linalg.norm(a @ rotation - b)
-    assert measures.procrustes(A[:probes], B[:probes]) == pytest.approx(residual, rel=1e-10)
+    assert measures.procrustes(A[:probes], B[:probes]) == pytest.approx(
+        residual, rel=1e-10
+    )
 
 
 def test_rsa_and_knn_by_definition():
@@ -176,6 +192,7 @@ def test_logit_kls_are_those_of_each_pair_and_probe():
     logits = states.astype(float) @ readout.T
     for i, j in [(0, 1), (1, 2), (2, 2)]:
         each = [
-            measures.logit_kl(a[None], b[None]) for a, b in zip(logits[i], logits[j], strict=True)
+            measures.logit_kl(a[None], b[None])
+            for a, b in zip(logits[i], logits[j], strict=True)
         ]
         np.testing.assert_allclose(kls[i, j], each, atol=1e-6)

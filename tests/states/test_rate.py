@@ -27,17 +27,24 @@ def test_rate_of_a_regular_simplex(n):
     d = (1 - p**2 - (1 - p) ** 2 / (n - 1)) / 2
     curved = np.log2(n) - h2(p) - (1 - p) * np.log2(n - 1)
     np.testing.assert_allclose(rate.rate_at(curve, d), curved, atol=1e-3)
-    d0, r0, v = (2 * n - 3) / (2 * n * (n - 1)), (1 - 2 / n) * np.log2(n - 1), (n - 1) / (2 * n)
+    d0, r0, v = (
+        (2 * n - 3) / (2 * n * (n - 1)),
+        (1 - 2 / n) * np.log2(n - 1),
+        (n - 1) / (2 * n),
+    )
     assert d[0] == pytest.approx(d0) and curved[0] == pytest.approx(r0)
     assert rate.rate_at(curve, (d0 + v) / 2) == pytest.approx(r0 / 2, abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["random", "clustered", "collinear", "duplicates", "spread"])
+@pytest.mark.parametrize(
+    "kind", ["random", "clustered", "collinear", "duplicates", "spread"]
+)
 def test_rate_curve_is_certified_convex_and_below_the_number_of_models(kind):
     rng = np.random.default_rng(0)
     states = {
         "random": random_states(0, n=6),
-        "clustered": np.repeat(random_states(1, n=3), 2, 0) + 0.1 * random_states(2, n=6),
+        "clustered": np.repeat(random_states(1, n=3), 2, 0)
+        + 0.1 * random_states(2, n=6),
         "collinear": rng.standard_normal((6, 1, 1)),
         "duplicates": np.repeat(random_states(3, n=3), 2, 0),
         "spread": np.exp(2 * np.arange(5.0))[:, None, None],
@@ -45,7 +52,10 @@ def test_rate_curve_is_certified_convex_and_below_the_number_of_models(kind):
     d2 = distances(states)
     curve = rate.rate_distortion(d2)
     assert curve.gap.max() < 1e-3
-    assert curve.distortion[-1] == pytest.approx(bound.dispersion(d2)) and curve.rate[-1] == 0
+    assert (
+        curve.distortion[-1] == pytest.approx(bound.dispersion(d2))
+        and curve.rate[-1] == 0
+    )
     classes = 3 if kind == "duplicates" else len(d2)
     assert curve.distortion[0] == 0 and curve.rate[0] == pytest.approx(np.log2(classes))
     assert np.all(np.diff(np.diff(curve.rate) / np.diff(curve.distortion)) > -1e-6)
@@ -78,7 +88,10 @@ def test_staircase_partitions_keep_their_promise(states):
     assert rate.models_needed(exact, bound.minimax(d2).r2 * (1 + 1e-9)) == (1, 1)
     for step, rough in zip(exact, heuristic, strict=True):
         for s in (step, rough):
-            assert sorted(sum(s.groups, [])) == list(range(len(d2))) and len(s.groups) <= s.models
+            assert (
+                sorted(sum(s.groups, [])) == list(range(len(d2)))
+                and len(s.groups) <= s.models
+            )
             worst = max(bound.minimax(d2[np.ix_(g, g)]).r2 for g in s.groups)
             assert worst == pytest.approx(s.distortion, abs=1e-12)
         assert step.lower == step.distortion

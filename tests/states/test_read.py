@@ -14,7 +14,8 @@ from transformers import (
 from helpers.states import read
 
 PROMPTS = [[5, 9, 2], [7, 1, 8, 8, 3, 4, 11], [42], [3, 3, 14, 90]]
-INSTRUCTED = [[7, 1, 8], [7, 1, 8, 8, 3, 4, 11], [7, 1, 8, 3], [7, 1, 14, 90]]  # read once
+# read once
+INSTRUCTED = [[7, 1, 8], [7, 1, 8, 8, 3, 4, 11], [7, 1, 8, 3], [7, 1, 14, 90]]
 
 
 def pooled(model, prompts, how, side="right", length=9):
@@ -22,7 +23,11 @@ def pooled(model, prompts, how, side="right", length=9):
     ids = torch.full((len(prompts), length), 256)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        at = slice(0, len(prompt)) if side == "right" else slice(length - len(prompt), length)
+        at = (
+            slice(0, len(prompt))
+            if side == "right"
+            else slice(length - len(prompt), length)
+        )
         ids[row, at], mask[row, at] = torch.tensor(prompt), 1
     ends = [len(p) - 1 if side == "right" else length - 1 for p in prompts]
     with torch.no_grad():
@@ -41,11 +46,18 @@ def test_state_depends_neither_on_batch_nor_on_padding_side(how):
     alone = torch.cat([pooled(model, [p], how, length=len(p)) for p in PROMPTS])
     assert alone.shape == (4, 3, 16) and alone.dtype == torch.float32
     for side in ("right", "left"):
-        torch.testing.assert_close(pooled(model, PROMPTS, how, side), alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            pooled(model, PROMPTS, how, side), alone, rtol=1e-4, atol=1e-5
+        )
 
 
 def bert():
-    size = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 100}
+    size = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "vocab_size": 100,
+    }
     torch.manual_seed(0)
     return BertForMaskedLM(BertConfig(num_hidden_layers=2, **size)).eval()
 
@@ -82,7 +94,9 @@ def test_prompt_states_are_those_of_each_prompt_read_alone(make, how, prompts):
     assert together.dtype == torch.float32 and together.is_contiguous()
     for prompt, states in zip(prompts, together, strict=True):
         ids = torch.tensor([prompt])
-        extra = {"decoder_input_ids": torch.tensor([[0]])} if how == "first_decoder" else {}
+        extra = (
+            {"decoder_input_ids": torch.tensor([[0]])} if how == "first_decoder" else {}
+        )
         with torch.no_grad():
             out = model(ids, output_hidden_states=True, **extra)
         layers = out.decoder_hidden_states if extra else out.hidden_states
@@ -112,15 +126,20 @@ def test_pool_by_hand_and_nan_padding_never_counts():
     mask, last = torch.tensor([[1, 1, 1, 0]]), torch.tensor([2])
     assert read.pool((states,), mask, last, "last").tolist() == [[[6.0, 7.0, 8.0]]]
     assert read.pool((states,), mask, last, "mean").tolist() == [[[3.0, 4.0, 5.0]]]
-    assert read.pool((states,), mask, last, "first_decoder").tolist() == [[[0.0, 1.0, 2.0]]]
+    assert read.pool((states,), mask, last, "first_decoder").tolist() == [
+        [[0.0, 1.0, 2.0]]
+    ]
 
 
 def test_pool_promotes_half_precision_before_the_mean():
     states = torch.ones(1, 3, 2, dtype=torch.bfloat16)
-    states[0, 0] += 2**-7  # one bfloat16 step: the mean, a third of it, would round away
+    # one bfloat16 step: the mean, a third of it, would round away
+    states[0, 0] += 2**-7
     mean = read.pool((states,), torch.ones(1, 3), torch.tensor([2]), "mean")
     assert mean.dtype == torch.float32
-    torch.testing.assert_close(mean, torch.full((1, 1, 2), 1 + 2**-7 / 3), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        mean, torch.full((1, 1, 2), 1 + 2**-7 / 3), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,11 @@ def test_answers_that_look_alike():
 
 
 def segment(curves, alphas=(0.0, 0.5, 1.0)):
-    rows = [(t, a, v) for t, values in curves.items() for a, v in zip(alphas, values, strict=True)]
+    rows = [
+        (t, a, v)
+        for t, values in curves.items()
+        for a, v in zip(alphas, values, strict=True)
+    ]
     return pd.DataFrame(rows, columns=["task", "alpha", "nll"])
 
 
@@ -22,7 +26,9 @@ def test_barrier_of_known_curves():
     assert rivals.barrier(segment({"a": [1, 2, 3], "b": [4, 3, 2]})) == 0  # straight
     assert rivals.barrier(segment({"a": [1, 0, 1], "b": [1, 0, 1]})) == 0  # a valley
     # mean 2, 4, 1: 4 - 1.5
-    assert rivals.barrier(segment({"a": [1, 3, 1], "b": [3, 5, 1]})) == pytest.approx(2.5)
+    assert rivals.barrier(segment({"a": [1, 3, 1], "b": [3, 5, 1]})) == pytest.approx(
+        2.5
+    )
     four = segment({"a": [0, 2, 1, 3]}, (0.0, 0.25, 0.5, 1.0))
     assert rivals.barrier(four) == pytest.approx(1.25)
 

@@ -24,9 +24,12 @@ def test_as_victim_and_as_partner_are_told_apart():
     x = np.add.outer(far, far)
     y = far[:, None] - far + 0.5 * noise[:, None]
     victim, partner = (
-        correlations.correlation(x, y, role, range(10)) for role in ("victim", "partner")
+        correlations.correlation(x, y, role, range(10))
+        for role in ("victim", "partner")
     )
-    assert victim.value == pytest.approx(stats.pearsonr(far, far + 0.5 * noise).statistic)
+    assert victim.value == pytest.approx(
+        stats.pearsonr(far, far + 0.5 * noise).statistic
+    )
     assert partner.value == pytest.approx(-1)
     both = (y + y.T) / 2  # what the mean of a pair would have said
     cancelled = correlations.correlation(x, both, "victim", range(10))
@@ -51,7 +54,8 @@ def test_a_pair_correlation_is_that_of_least_squares_residuals():
     upper = np.nonzero(np.triu(~np.isnan(y)))
     incidence = np.eye(14)[upper[0]] + np.eye(14)[upper[1]]
     left = [
-        m[upper] - incidence @ np.linalg.lstsq(incidence, m[upper])[0] for m in (x, (y + y.T) / 2)
+        m[upper] - incidence @ np.linalg.lstsq(incidence, m[upper])[0]
+        for m in (x, (y + y.T) / 2)
     ]
     found = correlations.correlation(x, y, "pair", range(14))
     assert found.value == pytest.approx(np.corrcoef(left)[0, 1])
@@ -96,7 +100,10 @@ def test_permutation_p_of_task_effects_is_that_of_scipy():
         return abs(products.sum()) / np.sqrt((products**2).sum())
 
     exact = stats.permutation_test(
-        (np.arange(6.0),), studentised, permutation_type="pairings", alternative="greater"
+        (np.arange(6.0),),
+        studentised,
+        permutation_type="pairings",
+        alternative="greater",
     )
     y = b[:, None] + np.zeros(6)
     found = correlations.p_value(a, y, "victim", 4999)

@@ -57,7 +57,8 @@ def test_effects_of_a_sparse_table_without_relations_are_found_exactly(n, seed):
     rng = np.random.default_rng(seed)
     victim, partner = rng.standard_normal((2, n))
     matrix = 3 + victim[:, None] + partner
-    kept = np.abs(np.subtract.outer(range(n), range(n))) <= 2  # a band: each task meets two to four
+    # a band: each task meets two to four
+    kept = np.abs(np.subtract.outer(range(n), range(n))) <= 2
     found = dyads.decompose(np.where(kept, matrix, np.nan))
     assert np.allclose(found.victim, victim - victim.mean())
     assert np.allclose(found.partner, partner - partner.mean())

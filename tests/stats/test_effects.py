@@ -56,7 +56,9 @@ def test_two_families_are_too_few_for_an_interval(values):
 
 def test_a_contrast_of_rules_is_the_paired_t_test_over_tasks():
     tasks = np.random.default_rng(1).standard_normal((3, 10)) + [[0], [0.2], [1]]
-    matrices = {name: np.add.outer(t, t) / 2 for name, t in zip("abc", tasks, strict=True)}
+    matrices = {
+        name: np.add.outer(t, t) / 2 for name, t in zip("abc", tasks, strict=True)
+    }
     found = effects.contrasts(matrices, range(10))
     pairs = [(0, 1), (0, 2), (1, 2)]
     textbook = [stats.ttest_rel(tasks[i], tasks[j]).pvalue for i, j in pairs]

@@ -15,14 +15,18 @@ def own_cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("MERGING_COLLAPSE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_INDEX_URL", "http://user:secret@127.0.0.1:9/simple/")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(archives, "CATALOGUE", {"cache_gb": 0, "packages": {}, "models": {}})
+    monkeypatch.setattr(
+        archives, "CATALOGUE", {"cache_gb": 0, "packages": {}, "models": {}}
+    )
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def index(monkeypatch):
     server = Index()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}
+    )
     thread.start()
     monkeypatch.setenv("PIP_INDEX_URL", server.url)
     yield server

@@ -22,7 +22,9 @@ from helpers.study import bench as benches
 from helpers.study import geometry, plan, scores, visit
 from helpers.study.specialists import Recipe
 
-RECIPE = Recipe(examples=4, epochs=16, batch_size=4, learning_rate=0.05, rank=2, alpha=4)
+RECIPE = Recipe(
+    examples=4, epochs=16, batch_size=4, learning_rate=0.05, rank=2, alpha=4
+)
 TASKS = {x: tiny.toy(x, 4, ("0", "1")) for x in "ab"}
 
 
@@ -150,11 +152,15 @@ def test_score(bench, models, visits):
 def test_states(bench, folder, models, visits):
     model = models[-1]
     names = states.layer_names(model)
-    assert names[-1] == ("block 2" if folder.parent.name.startswith("bart") else "final norm")
+    assert names[-1] == (
+        "block 2" if folder.parent.name.startswith("bart") else "final norm"
+    )
     for x, read in visits[-1].states.items():
         prompts = TASKS[x].splits["probe"]["prompt"]
         for prompt, state in zip(prompts, read, strict=True):
-            out = bare(model, bench.tokenizer(prompt)["input_ids"], output_hidden_states=True)
+            out = bare(
+                model, bench.tokenizer(prompt)["input_ids"], output_hidden_states=True
+            )
             layers = out.get("decoder_hidden_states") or out.hidden_states
             expected = torch.stack([layer[0, -1] for layer in layers])
             assert len(names) == len(state)
@@ -211,7 +217,9 @@ def test_advise(bench, folder, models):
         assert table["kept"].tolist() == kept
 
 
-@pytest.mark.parametrize(("name", "places"), [("gpt2", 1024), ("bart", 512), ("llama", None)])
+@pytest.mark.parametrize(
+    ("name", "places"), [("gpt2", 1024), ("bart", 512), ("llama", None)]
+)
 def test_what_is_longer_than_learned_positions_is_refused(tmp_path, name, places):
     model, tokenizer, _ = benches.load_base(str(zoo.save(tmp_path / "model", name)))
     benches.check_lengths(model, tokenizer, TASKS)
@@ -221,12 +229,16 @@ def test_what_is_longer_than_learned_positions_is_refused(tmp_path, name, places
     if places is None:
         benches.check_lengths(model, tokenizer, long)
     else:
-        with pytest.raises(ValueError, match=f"long has .* positions for {places}: leave"):
+        with pytest.raises(
+            ValueError, match=f"long has .* positions for {places}: leave"
+        ):
             benches.check_lengths(model, tokenizer, long)
 
 
 @pytest.mark.parametrize(("name", "rank"), [("t5", 0), ("t5-own-head", 4), ("bart", 0)])
-def test_an_encoder_decoder_learns_two_tasks_by_lora_or_whole(tmp_path, monkeypatch, name, rank):
+def test_an_encoder_decoder_learns_two_tasks_by_lora_or_whole(
+    tmp_path, monkeypatch, name, rank
+):
     monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "store"))
     place = zoo.save(tmp_path / "model", name)
     untaught = benches.Bench(*benches.load_base(str(place)), TASKS, {})

@@ -90,7 +90,9 @@ def test_no_archive_member_escapes(tmp_path, path):
 
 def test_an_archive_member_of_insane_size_is_refused(tmp_path):
     size = archives.MEMBER_LIMIT + 1
-    assert "would unpack to" in refusal(archives.unpack, io.BytesIO(b""), size, tmp_path, "big")
+    assert "would unpack to" in refusal(
+        archives.unpack, io.BytesIO(b""), size, tmp_path, "big"
+    )
 
 
 # ---------------------------------------------------------------- BIG-bench
@@ -105,8 +107,13 @@ TASKS = {
 
 def task_archive() -> bytes:
     """The tiny tasks as a source archive, among members that must not be taken for tasks."""
-    content = {f"benchmark_tasks/{name}/task.json": task for name, task in TASKS.items()}
-    content |= {"benchmark_tasks/../../evil/task.json": {"examples": [1]}, "task.json": {}}
+    content = {
+        f"benchmark_tasks/{name}/task.json": task for name, task in TASKS.items()
+    }
+    content |= {
+        "benchmark_tasks/../../evil/task.json": {"examples": [1]},
+        "task.json": {},
+    }
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w:gz") as archive:
         for path, task in content.items():
@@ -127,7 +134,11 @@ def bigbench(index) -> Index:
 
 
 def test_bigbench_names_are_the_tasks_with_examples(bigbench):
-    assert archives.bigbench_names() == ["plural", "sums/three_digits", "sums/two_digits"]
+    assert archives.bigbench_names() == [
+        "plural",
+        "sums/three_digits",
+        "sums/two_digits",
+    ]
 
 
 def test_bigbench_tasks_are_taken_out_on_demand(bigbench, own_cache):
@@ -135,7 +146,11 @@ def test_bigbench_tasks_are_taken_out_on_demand(bigbench, own_cache):
     assert json.loads(file.read_text()) == TASKS["sums/two_digits"]
     assert list(own_cache.rglob("task.json")) == [file]
     files = archives.bigbench_files(["sums/three_digits", "plural", "sums/two_digits"])
-    assert [file.parent.name for file in files] == ["three_digits", "plural", "two_digits"]
+    assert [file.parent.name for file in files] == [
+        "three_digits",
+        "plural",
+        "two_digits",
+    ]
     assert bigbench.sent == [None]
 
 
@@ -152,4 +167,6 @@ def test_a_damaged_task_index_is_refused_and_redone(bigbench, own_cache):
 
 
 def test_an_unknown_bigbench_task_is_refused_with_its_neighbours(bigbench):
-    assert "near to it is sums/two_digits" in refusal(archives.bigbench_json, "sums/two_digit")
+    assert "near to it is sums/two_digits" in refusal(
+        archives.bigbench_json, "sums/two_digit"
+    )

@@ -30,7 +30,8 @@ ASKED += plan.merges(["abc"], ["chebyshev"])
 ASKED += plan.solos(ASKED)
 RECIPE = specialists.Recipe(examples=6, epochs=1, batch_size=3, rank=4)
 needs_dask = pytest.mark.skipif(
-    importlib.util.find_spec("distributed") is None, reason="Dask is an extra: .[cluster]"
+    importlib.util.find_spec("distributed") is None,
+    reason="Dask is an extra: .[cluster]",
 )
 
 
@@ -47,7 +48,9 @@ def bench(untrained, tmp_path, monkeypatch):
 
 
 def trained(bench, pool=None) -> Bench:
-    return replace(bench, specialists=visit.train(bench, dict.fromkeys("abc", RECIPE), pool))
+    return replace(
+        bench, specialists=visit.train(bench, dict.fromkeys("abc", RECIPE), pool)
+    )
 
 
 def table(visits) -> pd.DataFrame:
@@ -79,12 +82,15 @@ def test_processes_leave_what_a_serial_run_leaves_and_say_where_one_is_killed(
 ):
     monkeypatch.setenv("OMP_DISPLAY_ENV", "TRUE")
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    told = pytest.raises(RuntimeError, match="run the same command again, with fewer workers")
+    told = pytest.raises(
+        RuntimeError, match="run the same command again, with fewer workers"
+    )
     with told, executor(2) as pool:
         made = trained(bench, pool)
         with ThreadPoolExecutor(2) as here:  # two runs of one study at once
             runs = [here.submit(visit.run, made, ASKED, pool) for _ in range(2)]
-        with pytest.raises(KeyError, match="nobody called"):  # what a call raises is raised
+        # what a call raises is raised
+        with pytest.raises(KeyError, match="nobody called"):
             call_each(bench, refuse, [("a",), ("b",)], pool)
         call_each(bench, die, [()], pool)
     assert re.search(r"OMP_WAIT_POLICY ?= ?'PASSIVE'", capfd.readouterr().err)
@@ -95,7 +101,11 @@ def test_processes_leave_what_a_serial_run_leaves_and_say_where_one_is_killed(
     def fail(*args, **kwargs):
         pytest.fail("computed again")
 
-    for module, name in ((merge, "merge"), (scores, "score"), (specialists, "train_lora")):
+    for module, name in (
+        (merge, "merge"),
+        (scores, "score"),
+        (specialists, "train_lora"),
+    ):
         monkeypatch.setattr(module, name, fail)
     assert len(visit.run(trained(bench), ASKED)) == len(ASKED)
 
@@ -114,7 +124,9 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     script = tmp_path / "waiting.py"
     script.write_text(WAITING_POOL)
     with subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     ) as parent:
         worker = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
@@ -134,7 +146,9 @@ def test_one_worker_is_this_process():
         assert pool is None
 
 
-def test_another_store_than_the_workers_is_told_in_a_sentence(bench, tmp_path, monkeypatch):
+def test_another_store_than_the_workers_is_told_in_a_sentence(
+    bench, tmp_path, monkeypatch
+):
     made = trained(bench)
     monkeypatch.setattr(visit, "call_each", lambda *a: [])
     with pytest.raises(RuntimeError, match="the workers filled another store"):
@@ -151,7 +165,8 @@ def kill_once(bench, rows):
         patch.setattr(store, "cached", partial(logged, store.cached))
         if rows[0].kind == "merge" and not mark.exists():
             mark.touch()
-            visit.visit_group(bench, rows[:1])  # one of its merges is finished, others are not
+            # one of its merges is finished, others are not
+            visit.visit_group(bench, rows[:1])
             os.kill(os.getpid(), signal.SIGKILL)
         return visit.visit_group(bench, rows)
 
@@ -177,14 +192,17 @@ def cluster(tmp_path_factory):
 
 
 @needs_dask
-def test_a_worker_killed_in_the_middle_changes_nothing(untrained, serial, cluster, monkeypatch):
+def test_a_worker_killed_in_the_middle_changes_nothing(
+    untrained, serial, cluster, monkeypatch
+):
     bench = trained(untrained, cluster)
     monkeypatch.setattr(visit, "visit_group", kill_once)
     found = visit.run(bench, ASKED, cluster)
     assert (store.store() / "killed").exists()
     pd.testing.assert_frame_equal(table(found), serial, atol=1e-6)
     computed = (store.store() / "computed").read_text().splitlines()
-    assert len(computed) == len(set(computed)) > len(ASKED)  # nothing finished was done again
+    # nothing finished was done again
+    assert len(computed) == len(set(computed)) > len(ASKED)
 
 
 def lose_scheduler(bench, label):

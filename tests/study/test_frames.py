@@ -8,7 +8,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers import store
-from helpers.study import design, frames, geometry, losses, plan, schema, scores, tasks, visit
+from helpers.study import (
+    design,
+    frames,
+    geometry,
+    losses,
+    plan,
+    schema,
+    scores,
+    tasks,
+    visit,
+)
 from helpers.study.bench import Bench
 
 GIVEN = {
@@ -36,7 +46,9 @@ def study(tiny_base, tiny_adapters, tmp_path_factory):
     score = scores.score
 
     def graded(*about, **options):
-        return score(*about, **options).assign(correct=lambda frame: np.exp(-frame["nll"]))
+        return score(*about, **options).assign(
+            correct=lambda frame: np.exp(-frame["nll"])
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path_factory.mktemp("store")))
@@ -83,16 +95,22 @@ def test_alone_is_what_the_rule_leaves_without_a_partner(study, table):
         if x.row.kind == "solo" and x.row.tasks == ("a",) and x.row.options == {"n": 2}
     )
     merges = frames.merges(visits)
-    ties = merges[(merges["rule"] == "ties") & (merges["arm"] == "default") & (merges["n"] == 2)]
+    ties = merges[
+        (merges["rule"] == "ties") & (merges["arm"] == "default") & (merges["n"] == 2)
+    ]
     rows = table[table["merge"].isin(ties["merge"]) & (table["task"] == "a")]
     assert len(rows) == 2
     np.testing.assert_allclose(rows["nll_solo"], solo.examples["nll"].mean())
 
 
-def test_a_cell_is_ambiguous_where_its_task_collides_with_another_of_the_merge(study, table):
+def test_a_cell_is_ambiguous_where_its_task_collides_with_another_of_the_merge(
+    study, table
+):
     _, visits = study
     assert not table["ambiguous"].any()  # the toy tasks share no prompt
-    collisions = pd.DataFrame({"task_a": ["a", "a"], "task_b": ["c", "b"], "share": [0.9, 0.001]})
+    collisions = pd.DataFrame(
+        {"task_a": ["a", "a"], "task_b": ["c", "b"], "share": [0.9, 0.001]}
+    )
     merges = frames.merges(visits)[["merge", "tasks"]]
     cells = frames.cells(visits, collisions).merge(merges, on="merge")
     both = cells["tasks"].map({"a", "c"}.issubset) & cells["task"].isin(["a", "c"])
@@ -110,7 +128,9 @@ def test_a_score_is_the_mean_of_its_examples(study, table):
     bench, visits = study
     cells = losses.by_cell(frames.merges(visits), frames.examples(visits, bench.tasks))
     for row in table.itertuples():
-        assert row.score == pytest.approx(cells[row.merge, row.task]["correct"].mean(), abs=1e-5)
+        assert row.score == pytest.approx(
+            cells[row.merge, row.task]["correct"].mean(), abs=1e-5
+        )
         own = cells[losses.SPECIALIST, row.task]["correct"].mean()
         assert row.specialist == pytest.approx(own, abs=1e-5)
     references = frames.references(visits, bench.tasks).set_index("task")
@@ -124,8 +144,14 @@ def test_the_tables_are_those_of_the_schema(study, table, tmp_path):
     merges, examples = frames.merges(visits), frames.examples(visits, bench.tasks)
     cells = losses.by_cell(merges, examples)
     written = {"merges": losses.merge_losses(merges, cells)}
-    written |= {"losses": losses.with_intervals(table, cells), "doses": frames.doses(visits)}
-    written |= {"examples": examples.drop(columns="answer"), "costs": visit.costs(visits)}
+    written |= {
+        "losses": losses.with_intervals(table, cells),
+        "doses": frames.doses(visits),
+    }
+    written |= {
+        "examples": examples.drop(columns="answer"),
+        "costs": visit.costs(visits),
+    }
     written["answers"] = frames.answers(examples)
     per_task = written["answers"].groupby(["merge", "task"]).size()
     assert (per_task == frames.KEPT_ANSWERS).all()
@@ -148,7 +174,8 @@ def test_committed_scores_are_found_by_their_keys_when_they_are_scored_again(
     asked = plan.merges(["ab", "ac"], ["linear", "ties"]).keyed(bench.identity)
     held = table[table["merge"].isin(asked.frame["key"])]
     assert len(held) == 4 * 2
-    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path))  # a machine that has none of it
+    # a machine that has none of it
+    monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path))
     sample = asked.select(lambda row: row.tasks == ("a", "b") and row.rule == "ties")
     visits = visit.run(bench, sample + plan.solos(sample))
     again = frames.cells(visits, tasks.collisions(bench.tasks))
@@ -189,7 +216,9 @@ def test_distances_and_distortions_are_those_of_the_states(study):
         if x.row.tasks == ("a", "b") and x.row.rule == "task_arithmetic"
     )
     rows = found[(found["merge"] == pair.key) & (found["model"] == "a")]
-    (last,) = rows[(rows["probe_task"] == "a") & (rows["layer"] == 2)].to_dict("records")
+    (last,) = rows[(rows["probe_task"] == "a") & (rows["layer"] == 2)].to_dict(
+        "records"
+    )
     own = frames.specialists(visits)["a"].states["a"][:, -1]
     moved = (pair.states["a"][:, -1] - own).square().sum(1).mean()
     assert last["delta"] == pytest.approx(float(moved), rel=1e-4)

@@ -33,16 +33,27 @@ def time(text):
 
 
 def ending(n):
-    return "th" if n in (11, 12, 13) or n % 10 not in (1, 2, 3) else ("st", "nd", "rd")[n % 10 - 1]
+    return (
+        "th"
+        if n in (11, 12, 13) or n % 10 not in (1, 2, 3)
+        else ("st", "nd", "rd")[n % 10 - 1]
+    )
 
 
 def numeral(n):
-    return "X" * (n // 10) + ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")[n % 10]
+    return (
+        "X" * (n // 10)
+        + ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")[n % 10]
+    )
 
 
 DIGITS = dict(zip("0123456789", generators.ONES, strict=True))
 BACK = dict(
-    zip(["north", "east", "south", "west"], ["south", "west", "north", "east"], strict=True)
+    zip(
+        ["north", "east", "south", "west"],
+        ["south", "west", "north", "east"],
+        strict=True,
+    )
 )
 WORDS = {word: digit for digit, word in DIGITS.items()}
 SECOND = {
@@ -109,7 +120,9 @@ SECOND = {
     "name_and_age": lambda x: json.dumps({"name": x.split()[0], "age": numbers(x)[0]}),
     "semicolons": lambda x: ";".join(field.split()[1] for field in items(x)),
     "town_field": lambda x: json.loads(x)["town"],
-    "ordinal": lambda x: f"{numbers(x)[0]}{ending(numbers(x)[0])} {x.split()[0].lower()}",
+    "ordinal": lambda x: (
+        f"{numbers(x)[0]}{ending(numbers(x)[0])} {x.split()[0].lower()}"
+    ),
     "roman": lambda x: f"{x.split()[0]} {numeral(numbers(x)[0])}",
     "percent": lambda x: f"{Decimal(x) * 100:.1f}%",
     "decimal": lambda x: f"{Decimal(x[:-1]) / 100:.3f}",
@@ -118,9 +131,12 @@ SECOND = {
     "passive": lambda x: re.sub(r"(\w+) (\w+) (\w+)", r"\3 was \2 by \1", x),
     "whom": lambda x: x.split()[-1],
     "quoted": lambda x: re.sub(r"(\w+) says (.*)", r'"\2", says \1', x),
-    "thanked": lambda x: re.sub(r"(\w+) brought (\w+) at \d+", r"Thank you for the \2, \1!", x),
+    "thanked": lambda x: re.sub(
+        r"(\w+) brought (\w+) at \d+", r"Thank you for the \2, \1!", x
+    ),
     "greeted": lambda x: (
-        f"Good {'morning' if time(x[-5:]).hour < 12 else 'evening'}, " + x.replace(x[-7:], "!")
+        f"Good {'morning' if time(x[-5:]).hour < 12 else 'evening'}, "
+        + x.replace(x[-7:], "!")
     ),
     "way_back": lambda x: " ".join([*x.split()[:2], BACK[x.split()[2]]]),
     "swapped": lambda x: re.sub(r"(\d+), (\d+)", r"\2, \1", x),
@@ -149,7 +165,8 @@ def test_answers_are_those_of_a_second_implementation(name):
 
 def test_draws_are_seeded_and_more_begin_with_the_same():
     few, many, other = (
-        generators.examples("rotated", n, seed) for n, seed in ((20, 0), (50, 0), (20, 1))
+        generators.examples("rotated", n, seed)
+        for n, seed in ((20, 0), (50, 0), (20, 1))
     )
     assert many[:20] == few != other
 
@@ -159,14 +176,18 @@ def test_the_catalogue_names_every_generator_in_a_family_of_at_most_three():
     assert {tasks.short(name) for name in entries} == set(generators.GENERATORS)
     families = [entry["family"] for entry in entries.values()]
     assert all(families.count(family) <= 3 for family in families)
-    assert all(name.split(":")[1].split("/")[0] == e["family"] for name, e in entries.items())
+    assert all(
+        name.split(":")[1].split("/")[0] == e["family"] for name, e in entries.items()
+    )
 
 
 def test_a_generated_task_is_loaded_as_any_other():
     task = tasks.load_task("generated:vowels/doubled_vowels", (40, 8, 8, 8))
     assert task.splits.num_rows == {"train": 40, "dev": 8, "probe": 8, "test": 8}
     assert task.splits["test"][0]["prompt"].startswith(f"{task.instruction}\nInput: ")
-    with pytest.raises(ValueError, match="unknown generated task 'generated:vowels/tripled'"):
+    with pytest.raises(
+        ValueError, match="unknown generated task 'generated:vowels/tripled'"
+    ):
         tasks.check_names(["generated:vowels/tripled"])
     with pytest.raises(ValueError, match="no generator is called 'tripled'"):
         generators.examples("tripled")

@@ -27,14 +27,20 @@ def test_a_merge_is_added_in_fp32_rounded_once_and_taken_back(half):
     asked = plan.merges([tuple(LABELS)], ["ties"], [("ties", "norm")])
     asked += plan.doses(LABELS, [0.5]) + plan.solos(asked)
     found = visit.run(half, asked)[0]
-    assert all(torch.equal(before[name], p) for name, p in half.model.named_parameters())
+    assert all(
+        torch.equal(before[name], p) for name, p in half.model.named_parameters()
+    )
 
     rows = half.rows(LABELS)
     delta, _ = merge.merge(rows, "ties", LABELS)
     with merge.applied(half.model, delta):
-        steps = {x: p.float() - before[x].float() for x, p in half.model.named_parameters()}
+        steps = {
+            x: p.float() - before[x].float() for x, p in half.model.named_parameters()
+        }
         task = TASKS["task1"].splits["test"]
-        expected = scores.score(half.model, half.tokenizer, task, batch_size=half.batch_size)
+        expected = scores.score(
+            half.model, half.tokenizer, task, batch_size=half.batch_size
+        )
     own = found.examples.query("task == 'task1'").drop(columns="task")
     pd.testing.assert_frame_equal(own.reset_index(drop=True), expected)
     for i, dose in enumerate(found.report["own"]):
@@ -44,7 +50,9 @@ def test_a_merge_is_added_in_fp32_rounded_once_and_taken_back(half):
         assert dose == pytest.approx(float(along / square), rel=1e-3)
 
 
-def test_the_forecast_counts_a_model_in_half_precision_once_and_its_changed_blocks_again(half):
+def test_the_forecast_counts_a_model_in_half_precision_once_and_its_changed_blocks_again(
+    half,
+):
     amounts = memory.forecast(half, 2)
     entries = sum(p.numel() for p in half.model.parameters())
     changed = sum(row.base.shape.numel() for row in half.rows(LABELS))

@@ -28,7 +28,9 @@ def test_the_loss_of_known_scores():
 
 
 @given(scores, scores, scores)
-def test_a_loss_is_undefined_exactly_where_the_specialist_has_nothing_to_lose(merged, own, chance):
+def test_a_loss_is_undefined_exactly_where_the_specialist_has_nothing_to_lose(
+    merged, own, chance
+):
     loss = losses.merging_loss(merged, own, chance)
     assert np.isnan(loss) == (own <= chance)
     if own > chance and merged == chance:
@@ -119,7 +121,14 @@ def answers(*rows):
     return frame.assign(example=[f"e{i}" for i in range(len(frame))])
 
 
-KINDS = ["stops", "empty", "partner's answer", "partner's format", "base's answer", "other"]
+KINDS = [
+    "stops",
+    "empty",
+    "partner's answer",
+    "partner's format",
+    "base's answer",
+    "other",
+]
 example = st.tuples(st.booleans(), st.booleans(), st.sampled_from(KINDS)).map(
     lambda row: (float(row[0]), float(row[0] or row[1]), row[2])
 )
@@ -189,8 +198,11 @@ def cells():
 def test_the_parts_of_a_loss_follow_from_its_doses():
     table = losses.loss_table(cells(), REFERENCES, DOSES).set_index(["merge", "task"])
     a, b = table.loc["m1", "a"], table.loc["m1", "b"]
-    assert (a.loss, a.dilution, a.overlap, a.interference) == pytest.approx((-50, -50, 25, -25))
-    assert b.chance_corrected == pytest.approx(-250)  # below chance: more than all is lost
+    assert (a.loss, a.dilution, a.overlap, a.interference) == pytest.approx(
+        (-50, -50, 25, -25)
+    )
+    # below chance: more than all is lost
+    assert b.chance_corrected == pytest.approx(-250)
     parts = table.dilution + table.overlap + table.interference
     np.testing.assert_allclose(parts, table.loss)
     assert table.floor.tolist() == [False, False, True]
@@ -203,7 +215,12 @@ def test_the_parts_of_a_loss_follow_from_its_doses():
 
 def test_intervals_are_joined_and_a_copy_has_those_of_its_twin(rng):
     rows = []
-    for merge, task in (("m1", "a"), ("m1", "b"), ("specialist", "a"), ("specialist", "b")):
+    for merge, task in (
+        ("m1", "a"),
+        ("m1", "b"),
+        ("specialist", "a"),
+        ("specialist", "b"),
+    ):
         correct = (rng.random(40) < 0.6).astype(float)
         rows += [(merge, task, f"e{i}", value) for i, value in enumerate(correct)]
     examples = pd.DataFrame(rows, columns=["merge", "task", "example", "correct"])

@@ -16,11 +16,15 @@ def test_numbers_are_counted_as_they_are_loaded(tiny_base, tmp_path):
     assert memory.parameters(folder) == held, "transformers loads one of the two"
 
 
-def test_a_base_that_does_not_fit_is_refused_before_it_is_loaded(tiny_base, monkeypatch):
+def test_a_base_that_does_not_fit_is_refused_before_it_is_loaded(
+    tiny_base, monkeypatch
+):
     needed = memory.parameters(tiny_base) * 8 / memory.GB
     monkeypatch.setattr(models, "load_model", lambda *a: pytest.fail("loaded"))
     monkeypatch.setattr(memory, "free_gb", lambda device: 0.99 * needed)
-    with pytest.raises(ValueError, match="are free .cpu.: name a smaller model, another DTYPE"):
+    with pytest.raises(
+        ValueError, match="are free .cpu.: name a smaller model, another DTYPE"
+    ):
         bench.load_base(str(tiny_base))
     memory.check_base("tiny", tiny_base, "bfloat16", "cpu")  # three quarters of it
 

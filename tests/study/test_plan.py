@@ -15,7 +15,9 @@ LABELS = list("abcdefg")
 
 
 def test_a_sample_of_groups_is_seeded_and_grows():
-    assert groups.draw(LABELS, 2, 21) == groups.draw(LABELS, 2, 99) == groups.pairs(LABELS)
+    assert (
+        groups.draw(LABELS, 2, 21) == groups.draw(LABELS, 2, 99) == groups.pairs(LABELS)
+    )
     few, more = (groups.draw(LABELS, 4, n, seed=3) for n in (5, 9))
     assert len(few) == 5 and set(few) < set(more)
     assert all(list(group) == sorted(set(group)) for group in more)
@@ -62,7 +64,10 @@ def test_swaps_put_one_newcomer_in_the_place_of_each_member():
     assert enters in "acef" and swaps.equals(groups.swaps(LABELS, [group], seed=3))
     for row in swaps.itertuples():
         assert row.swapped == tuple(sorted({*group, enters} - {row.leaves}))
-    assert len({groups.swaps(LABELS, [group], seed)["enters"][0] for seed in range(20)}) > 1
+    assert (
+        len({groups.swaps(LABELS, [group], seed)["enters"][0] for seed in range(20)})
+        > 1
+    )
     with pytest.raises(ValueError, match="no newcomer"):
         groups.swaps(LABELS, [LABELS])
 
@@ -70,7 +75,9 @@ def test_swaps_put_one_newcomer_in_the_place_of_each_member():
 def test_plans_add_up_and_visit_each_model_once():
     first = plan.doses("ab", [0.5, 1.0]) + plan.doses("ab", [1.0], probed="abc")
     assert len(first) == 4
-    (one,) = first.select(lambda row: row.options == {"dose": 1.0} and row.tasks == ("a",))
+    (one,) = first.select(
+        lambda row: row.options == {"dose": 1.0} and row.tasks == ("a",)
+    )
     assert one.scored == ("a",) and one.probed == ("a", "b", "c")
     assert len(first + first) == 4
     assert len(plan.doses("a", [1.0]) + plan.doses("a", [1.0], split="dev")) == 2
@@ -96,7 +103,9 @@ def test_arms_follow_the_rules_that_are_there():
     assert norm.options == {"density": 0.5} and summed.options == {"scale": 3.0}
     assert not norm.probed and all(row.probed for row in list(made)[:2])
     assert all(row.scored == tuple("abc") and row.seed == 2 for row in made)
-    with pytest.raises(ValueError, match="unknown arm 'length': choose one of norm, dose, sum"):
+    with pytest.raises(
+        ValueError, match="unknown arm 'length': choose one of norm, dose, sum"
+    ):
         plan.merges(["ab"], rules, [("ties", "length")])
 
 
@@ -130,7 +139,9 @@ SIZES = {"test": 10, "dev": 20, "probe": 4}
 
 
 def test_a_cost_is_what_a_hand_counts():
-    asked = design.training("ab", {"a": 100, "b": 50}, epochs=2) + plan.doses("ab", [0.5])
+    asked = design.training("ab", {"a": 100, "b": 50}, epochs=2) + plan.doses(
+        "ab", [0.5]
+    )
     merged = plan.merges(["abc"], ["ties"])
     cost = (asked + merged + plan.solos(merged)).cost(UNITS, SIZES)
     assert cost["visits"].to_dict() == {
@@ -142,7 +153,8 @@ def test_a_cost_is_what_a_hand_counts():
     }
     minutes = cost["minutes"] * 60
     assert minutes["specialist"] == pytest.approx(300 * 2)
-    assert minutes["ability"] == pytest.approx(2 * 20 * 5 * 0.1)  # behind four solved examples
+    # behind four solved examples
+    assert minutes["ability"] == pytest.approx(2 * 20 * 5 * 0.1)
     assert minutes["dose"] == pytest.approx(2 * (1 + 20 * 0.1) + 2 * (1 + 10 * 0.1))
     assert minutes["merge"] == pytest.approx(3 * 3 + 3 * 10 * 0.1 + 3 * 4 * 0.5)
     assert minutes["solo"] == pytest.approx(3 * (3 * 4 + 10 * 0.1))
@@ -154,7 +166,9 @@ def test_a_cost_is_what_a_hand_counts():
 @given(st.integers(2, 6), st.integers(2, 6))
 def test_more_tasks_cost_more(n, m):
     few, more = (LABELS[: min(n, m)], LABELS[: max(n, m)])
-    made = [plan.merges(groups.pairs(x), ["ties"]).cost(UNITS, SIZES) for x in (few, more)]
+    made = [
+        plan.merges(groups.pairs(x), ["ties"]).cost(UNITS, SIZES) for x in (few, more)
+    ]
     assert made[0]["minutes"].sum() <= made[1]["minutes"].sum()
 
 
@@ -170,7 +184,13 @@ def test_units_are_read_from_the_tables_of_a_study(tmp_path):
     for name, text in tables.items():
         (tmp_path / f"{name}.csv").write_text(text)
     units = costs.unit_costs(tmp_path, parameters)["cpu_seconds"]
-    assert units.to_dict() == {"train": 3, "specialist": 0, "scores": 0.1, "merge": 4, "solo": 3}
+    assert units.to_dict() == {
+        "train": 3,
+        "specialist": 0,
+        "scores": 0.1,
+        "merge": 4,
+        "solo": 3,
+    }
 
 
 def test_a_plan_needs_no_torch():
@@ -179,11 +199,25 @@ def test_a_plan_needs_no_torch():
 
 
 def test_a_study_is_planned_from_the_parameters_of_a_profile():
-    given = {"RULES": ["linear", "ties"], "GROUP_RULES": ["chebyshev"], "ARMS": [["ties", "norm"]]}
+    given = {
+        "RULES": ["linear", "ties"],
+        "GROUP_RULES": ["chebyshev"],
+        "ARMS": [["ties", "norm"]],
+    }
     given |= {"PAIRS": 4, "PARTNERS": 0, "STAGES": [], "RELATIVES": True, "CROSS": True}
     given |= {"GROUP_SIZES": [3, 9], "SEED": 1}
-    given |= {"GROUPS_PER_SIZE": 2, "SWAPS": 1, "SWAP_RULES": ["linear"], "GROUP_SEED": 0}
-    given |= {"DOSES": [0.0, 0.5, 1.0], "TASKS": LABELS, "TRAIN_EXAMPLES": 10, "EPOCHS": 1}
+    given |= {
+        "GROUPS_PER_SIZE": 2,
+        "SWAPS": 1,
+        "SWAP_RULES": ["linear"],
+        "GROUP_SEED": 0,
+    }
+    given |= {
+        "DOSES": [0.0, 0.5, 1.0],
+        "TASKS": LABELS,
+        "TRAIN_EXAMPLES": 10,
+        "EPOCHS": 1,
+    }
     families = dict.fromkeys(LABELS, "f") | {x: "g" for x in "ab"}
     drawn = design.drawn(LABELS, families, given)
     assert ("a", "b") in drawn.pairs and len(drawn.larger) == 2
@@ -194,7 +228,9 @@ def test_a_study_is_planned_from_the_parameters_of_a_profile():
     assert set(of_pairs["rule"]) == {"linear", "ties"} and set(merged["seed"]) == {1}
     assert {*drawn.swaps["swapped"]} < set(merged["tasks"])
     assert len(asked.kinds("dose")) == 21 and len(asked.kinds("base")) == 1
-    whole = asked.select(lambda row: row.tasks == ("a",) and row.options == {"dose": 1.0})
+    whole = asked.select(
+        lambda row: row.tasks == ("a",) and row.options == {"dose": 1.0}
+    )
     assert {"a", "b"} <= set(next(iter(whole)).scored)
     alone = design.visits(LABELS, drawn, given | {"CROSS": False})
     assert all(len(row.scored) == 1 for row in alone.kinds("dose"))
@@ -206,7 +242,9 @@ def test_a_study_is_planned_from_the_parameters_of_a_profile():
         design.visits(LABELS, drawn, given | {"ARMS": [["tsv", "norm"]]})
     with pytest.raises(ValueError, match="there is no pair"):
         design.drawn(LABELS[:1], families, given | {"SWAPS": 0})
-    partners = design.drawn(LABELS, families, given | {"PARTNERS": 1, "RELATIVES": False})
+    partners = design.drawn(
+        LABELS, families, given | {"PARTNERS": 1, "RELATIVES": False}
+    )
     assert all(families[a] != families[b] for a, b in partners.pairs)
 
 

@@ -31,10 +31,16 @@ def test_an_adapter_is_kept_once_with_the_task_vector_that_it_has(bench, tiny_ad
             assert torch.equal(here.taus[0][...], there.taus[0][...])
 
 
-def test_every_fault_is_told_before_any_is_kept(bench, tiny_base, tiny_adapters, tmp_path):
+def test_every_fault_is_told_before_any_is_kept(
+    bench, tiny_base, tiny_adapters, tmp_path
+):
     other = tiny.save_base(tmp_path / "other", seed=1)
     elsewhere = tiny.save_adapter(tmp_path / "elsewhere", other, 1)
-    given = {"task1": str(tiny_adapters[0]), "task2": str(elsewhere), "task3": "org/none"}
+    given = {
+        "task1": str(tiny_adapters[0]),
+        "task2": str(elsewhere),
+        "task3": "org/none",
+    }
     with pytest.raises(ValueError) as error:
         ready.adopt(bench, given)
     first, second = str(error.value).splitlines()
@@ -54,7 +60,11 @@ def test_a_gated_adapter_is_told_with_what_to_do(bench, tiny_adapters, monkeypat
         raise GatedRepoError("403", response=MagicMock())
 
     monkeypatch.setattr(models, "snapshot_download", refuse)
-    given = {"task1": str(tiny_adapters[0]), "task2": "org/gated", "task3": str(tiny_adapters[2])}
+    given = {
+        "task1": str(tiny_adapters[0]),
+        "task2": "org/gated",
+        "task3": str(tiny_adapters[2]),
+    }
     with pytest.raises(ValueError) as error:
         ready.check(given, bench.base["name"])
     (told,) = str(error.value).splitlines()

@@ -38,14 +38,21 @@ def greedy_texts(model, tokenizer, prompts, n=4):
 
 def test_nll_is_that_of_a_bare_forward_pass(talker):
     model, tokenizer = talker
-    rows = rows_of(["abc", "a longer prompt", "q"], [["x y"], ["no"], ["zz"]], ["yes", "no"])
+    rows = rows_of(
+        ["abc", "a longer prompt", "q"], [["x y"], ["no"], ["zz"]], ["yes", "no"]
+    )
     scores = evaluate.score(model, tokenizer, rows, batch_size=2)
     for row, nll in zip(rows, scores["nll"], strict=True):
         prompt = tokenizer(row["prompt"])["input_ids"]
-        answer = tokenizer(" " + row["answers"][0])["input_ids"] + [tokenizer.eos_token_id]
+        answer = tokenizer(" " + row["answers"][0])["input_ids"] + [
+            tokenizer.eos_token_id
+        ]
         with torch.no_grad():
             logprobs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-        mine = [logprobs[len(prompt) - 1 + k, token].item() for k, token in enumerate(answer)]
+        mine = [
+            logprobs[len(prompt) - 1 + k, token].item()
+            for k, token in enumerate(answer)
+        ]
         assert nll == pytest.approx(-np.mean(mine), abs=1e-5)
 
 
@@ -77,8 +84,12 @@ def test_generation_pads_on_the_left_without_a_trace(talker):
 
 def test_scores_do_not_depend_on_the_batch(talker):
     model, tokenizer = talker
-    rows = rows_of([f"p{'q' * i}" for i in range(9)], [["a", "bcd"]] * 9, ["a", "bcd", "e"])
-    one, many = (evaluate.score(model, tokenizer, rows, batch_size=size) for size in (1, 9))
+    rows = rows_of(
+        [f"p{'q' * i}" for i in range(9)], [["a", "bcd"]] * 9, ["a", "bcd", "e"]
+    )
+    one, many = (
+        evaluate.score(model, tokenizer, rows, batch_size=size) for size in (1, 9)
+    )
     pd.testing.assert_frame_equal(one, many, atol=1e-5)
 
 
@@ -95,8 +106,15 @@ END = answers.Stop(256, 1)
 def test_any_accepted_answer_counts_and_options_are_told_from_it():
     row = {"id": "0", "answers": ["b", "c"], "options": ["a", "b"]}
     names, wrong = ["b", "c", "a"], [False, True]
-    b, c, a = reading([-0.5, -1.5], wrong), reading([-9.0, 0.0], wrong), reading([-1.0], [False])
-    right_c, right_a = c._replace(best=np.array([True] * 2)), a._replace(best=np.array([True]))
+    b, c, a = (
+        reading([-0.5, -1.5], wrong),
+        reading([-9.0, 0.0], wrong),
+        reading([-1.0], [False]),
+    )
+    right_c, right_a = (
+        c._replace(best=np.array([True] * 2)),
+        a._replace(best=np.array([True])),
+    )
     by_c = evaluate.outcome(row, names, [b, right_c, a], END)
     assert (by_c["correct"], by_c["option_correct"], by_c["invalid"]) == (1.0, 0.0, 1.0)
     assert (by_c["nll"], by_c["nll_answer"]) == (1.0, 0.5)
@@ -111,15 +129,23 @@ def test_any_accepted_answer_counts_and_options_are_told_from_it():
 
 
 def test_the_end_token_is_forbidden_within_the_right_answer_only():
-    stops = reading([0, 0, 0], [True, False, True], [True, True, True], [False, True, False])
+    stops = reading(
+        [0, 0, 0], [True, False, True], [True, True, True], [False, True, False]
+    )
     assert answers.is_forced(stops, END) and answers.followed([stops], END) == [0]
-    empty = stops._replace(best=np.array([False, False, False]), ends=np.array([True] * 3))
+    empty = stops._replace(
+        best=np.array([False, False, False]), ends=np.array([True] * 3)
+    )
     assert answers.is_forced(empty._replace(best=np.array([False, False, True])), END)
     assert not answers.is_forced(empty, END)  # it goes on where the right answer ends
     assert answers.followed([empty], END) == []
     elsewhere = reading([0, 0, 0], [True, False, True])
-    assert not answers.is_forced(elsewhere, END) and answers.followed([elsewhere], END) is None
-    assert answers.followed([elsewhere, stops], END) == [0]  # another candidate shows it
+    assert (
+        not answers.is_forced(elsewhere, END)
+        and answers.followed([elsewhere], END) is None
+    )
+    # another candidate shows it
+    assert answers.followed([elsewhere, stops], END) == [0]
 
 
 def biased(model, tokenizer, towards):
@@ -140,7 +166,9 @@ def test_a_model_that_stops_too_early_is_right_when_the_end_is_forbidden():
     said = greedy_texts(model, tokenizer, prompts, n=2)
     silent = biased(tiny.llama(5), tokenizer, 1e4)
     fill, rows = tokenizer.pad_token_id, range(12)
-    cached = answers.read_prompts(silent, [tokenizer(p)["input_ids"] for p in prompts], fill)
+    cached = answers.read_prompts(
+        silent, [tokenizer(p)["input_ids"] for p in prompts], fill
+    )
     tokens = [[[*ids, tokenizer.eos_token_id]] for ids in said]
     read = answers.readings(silent, cached, tokens, fill, END)
     assert [answers.followed(read[i], END) for i in rows] == [[]] * 12
@@ -199,11 +227,16 @@ def test_a_linear_probe_minimises_its_objective_and_learns_what_is_linear():
     weight = -standard.T @ residual / (0.1 * len(known))
     odds = (logprobs[:, 1] - logprobs[:, 0]).double()
     again = standard @ (weight[:, 1] - weight[:, 0])
-    torch.testing.assert_close(odds - odds.mean(), again - again.mean(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        odds - odds.mean(), again - again.mean(), atol=1e-4, rtol=1e-3
+    )
 
 
 def test_a_classifier_is_graded_by_its_labels():
-    rows = [{"id": str(i), "answers": answers} for i, answers in enumerate((["b"], ["a", "c"]))]
+    rows = [
+        {"id": str(i), "answers": answers}
+        for i, answers in enumerate((["b"], ["a", "c"]))
+    ]
     logprobs = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.3, 0.6]]).log()
     graded = evaluate.graded(rows, ["a", "b", "c"], logprobs)
     assert list(graded["correct"]) == [1.0, 1.0] and graded["invalid"].isna().all()

@@ -32,7 +32,9 @@ def store(tmp_path, monkeypatch):
 
 def train(task, recipe=RECIPE, model=None):
     model = model or tiny.llama(0)
-    return specialists.train(model, tiny.byte_tokenizer(), BASE, task, recipe, quiet=True)
+    return specialists.train(
+        model, tiny.byte_tokenizer(), BASE, task, recipe, quiet=True
+    )
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(store):
@@ -59,7 +61,9 @@ def test_the_folder_is_a_plain_peft_adapter_that_names_its_base(store, tiny_base
     assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".md"}
 
 
-def test_same_seed_same_bits_other_seed_or_task_other_weights(store, monkeypatch, tmp_path):
+def test_same_seed_same_bits_other_seed_or_task_other_weights(
+    store, monkeypatch, tmp_path
+):
     def weights(task="a", **change):
         folder = train(tiny.toy(task), replace(RECIPE, **change))
         return load_file(folder / "adapter_model.safetensors")
@@ -69,7 +73,9 @@ def test_same_seed_same_bits_other_seed_or_task_other_weights(store, monkeypatch
     again = weights()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other_seed[name]) for name in first)
-    assert specialists.recipe_of(train(tiny.toy("a"), replace(RECIPE, seed=1))).seed == 1
+    assert (
+        specialists.recipe_of(train(tiny.toy("a"), replace(RECIPE, seed=1))).seed == 1
+    )
     down = [name for name in first if "lora_A" in name]
     assert not any(torch.allclose(first[name], other_task[name]) for name in down)
 
@@ -85,12 +91,16 @@ def test_the_loss_counts_answer_tokens_only(store, tmp_path):
     model, tokenizer = tiny.llama(0), tiny.byte_tokenizer()
     scores = evaluate.score(model, tokenizer, task.splits["train"])
     sizes = [len(row["answers"][0]) + 2 for row in task.splits["train"]]  # space, end
-    assert log["loss"][0] == pytest.approx((scores["nll"] * sizes).sum() / sum(sizes), abs=1e-4)
+    assert log["loss"][0] == pytest.approx(
+        (scores["nll"] * sizes).sum() / sum(sizes), abs=1e-4
+    )
 
 
 def test_what_is_finished_is_not_trained_again(store, monkeypatch):
     folder = train(tiny.toy("a"))
-    monkeypatch.setattr(specialists, "descend", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        specialists, "descend", lambda *a, **k: pytest.fail("trained again")
+    )
     assert train(tiny.toy("a")) == folder
 
 
@@ -104,7 +114,9 @@ def test_a_killed_training_leaves_nothing_and_can_be_repeated(store):
         "specialists.train(tiny.llama(0), tiny.byte_tokenizer(), {'name': 'tiny', 'digest': '0'},"
         " tiny.toy('a'), specialists.Recipe(8, 1, 4, 0.05, 4), quiet=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ, capture_output=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
     assert not list((store / "specialist").glob("[0-9a-f]*"))
     assert (train(tiny.toy("a"), Recipe(8, 1, 4, 0.05, 4)) / "training.json").exists()
@@ -112,7 +124,13 @@ def test_a_killed_training_leaves_nothing_and_can_be_repeated(store):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("examples", 0), ("epochs", 0), ("batch_size", -1), ("learning_rate", 0.0), ("rank", -1)],
+    [
+        ("examples", 0),
+        ("epochs", 0),
+        ("batch_size", -1),
+        ("learning_rate", 0.0),
+        ("rank", -1),
+    ],
 )
 def test_a_recipe_that_trains_nothing_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
@@ -126,12 +144,15 @@ def test_too_few_examples_are_refused(store):
 
 @pytest.fixture
 def encoder(tmp_path):
-    return AutoModelForSequenceClassification.from_pretrained(tiny.save_encoder(tmp_path / "bert"))
+    return AutoModelForSequenceClassification.from_pretrained(
+        tiny.save_encoder(tmp_path / "bert")
+    )
 
 
 def test_an_encoder_is_tuned_whole_with_a_head_of_its_own(store, encoder):
     recipe = Recipe(examples=8, epochs=40, batch_size=8, learning_rate=0.005, rank=0)
-    folder = train(tiny.toy("a", options=("x", "y", "z")), recipe, encoder)  # by prompt length
+    # by prompt length
+    folder = train(tiny.toy("a", options=("x", "y", "z")), recipe, encoder)
     log = json.loads((folder / "training.json").read_text())
     assert sum(log["loss"][-10:]) < 0.8 * sum(log["loss"][:10])
     opened = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -142,7 +163,9 @@ def test_an_encoder_is_tuned_whole_with_a_head_of_its_own(store, encoder):
         train(tiny.toy("a", options=("no", "yes")), RECIPE, encoder)
 
 
-GOLDEN = json.loads((Path(tiny.__file__).parent / "golden.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads(
+    (Path(tiny.__file__).parent / "golden.json").read_text(encoding="utf-8")
+)
 
 
 def test_a_training_that_computes_something_else_has_a_new_version(store, encoder):
@@ -158,7 +181,9 @@ def test_a_training_that_computes_something_else_has_a_new_version(store, encode
         return {"first_loss": losses[0], "last_loss": losses[-1], "norm": float(norm)}
 
     lora = train(tiny.toy("a"), Recipe(8, 2, 4, 0.01, 4))
-    full = train(tiny.toy("a", options=("no", "yes")), Recipe(8, 2, 4, 0.001, 0), encoder)
+    full = train(
+        tiny.toy("a", options=("no", "yes")), Recipe(8, 2, 4, 0.001, 0), encoder
+    )
     found = {"version": specialists.VERSION, "lora": seen(lora), "full": seen(full)}
     assert found["version"] == GOLDEN["specialist"]["version"]
     for kind in ("lora", "full"):

@@ -33,7 +33,11 @@ def filled(name, frame):
     """The frame with the schema's other columns, undefined."""
     columns = schema.of(name).columns
     for column, of in columns.items():
-        if column not in frame and column not in schema.of(name).optional and "*" not in column:
+        if (
+            column not in frame
+            and column not in schema.of(name).optional
+            and "*" not in column
+        ):
             empty = {"bool": pd.array([pd.NA] * len(frame), "boolean"), "int": 0}
             frame[column] = empty.get(of.type, np.nan if of.type == "float" else None)
     return frame
@@ -67,7 +71,9 @@ def folder(tmp_path):
 
 
 def test_pairs_know_their_tasks_and_direction():
-    cells = pd.DataFrame({"victim": ["a", "b", "a"], "partner": ["b", "a", "c"], "x": [1, 2, 3]})
+    cells = pd.DataFrame(
+        {"victim": ["a", "b", "a"], "partner": ["b", "a", "c"], "x": [1, 2, 3]}
+    )
     pairs = Pairs.from_table(cells, "x")
     assert pairs.tasks == ("a", "b", "c") and pairs.directed
     assert pairs.of("a", "b") == 1 and pairs.of("b", "a") == 2
@@ -83,7 +89,9 @@ def test_pairs_of_undirected_rows_are_symmetric_and_listed_once():
     rows = pd.DataFrame({"task_a": ["a", "b"], "task_b": ["b", "c"], "x": [1.0, 2.0]})
     pairs = Pairs.from_table(rows, "x", tasks=["c", "b", "a"])
     assert pairs.of("a", "b") == pairs.of("b", "a") == 1 and not pairs.directed
-    twice = pd.concat([rows, rows.rename(columns={"task_a": "task_b", "task_b": "task_a"})])
+    twice = pd.concat(
+        [rows, rows.rename(columns={"task_a": "task_b", "task_b": "task_a"})]
+    )
     with pytest.raises(ValueError, match="twice"):
         Pairs.from_table(twice, "x")
     with pytest.raises(ValueError, match="no pair"):
@@ -95,11 +103,14 @@ def test_pairs_of_undirected_rows_are_symmetric_and_listed_once():
 
 def test_a_study_answers_from_its_tables(folder):
     study = Study(folder)
-    assert study.tasks == TASKS and study.families["c"] == "y" and study.prompt == "bare"
+    assert (
+        study.tasks == TASKS and study.families["c"] == "y" and study.prompt == "bare"
+    )
     assert study.arms == ["default", "norm"] == study.scales
     assert len(study.losses) == 27 and study.losses.tasks[0] == ("a", "b")
     assert study.distinct() == ["linear", "ties"]  # slerp's merges are linear's
-    assert study.distinct("norm") == ["ties", "linear"]  # what ties was matched to belongs to it
+    # what ties was matched to belongs to it
+    assert study.distinct("norm") == ["ties", "linear"]
 
 
 def test_cells_and_outcomes_are_of_the_distinct_rules_of_an_arm(folder):
@@ -115,8 +126,11 @@ def test_cells_and_outcomes_are_of_the_distinct_rules_of_an_arm(folder):
     both = study.cells("norm")
     assert set(both.rule) == {"linear", "ties"} and set(both.arm) == {"norm"}
     norm = both[both.rule == "ties"].set_index(["victim", "partner"])["loss"]
-    assert norm["c", "a"] > loss["ties", "c", "a"]  # the norm arm's own, not the default's
-    assert study.outcome("partners").of("a", "b") == pytest.approx(mean.of("a", "b") + 10)
+    # the norm arm's own, not the default's
+    assert norm["c", "a"] > loss["ties", "c", "a"]
+    assert study.outcome("partners").of("a", "b") == pytest.approx(
+        mean.of("a", "b") + 10
+    )
 
 
 def test_an_outcome_is_undefined_where_it_is_under_any_rule(folder):
@@ -128,10 +142,13 @@ def test_an_outcome_is_undefined_where_it_is_under_any_rule(folder):
 
 
 def test_metrics_are_those_that_vary_and_are_defined(folder):
-    rows = [("a", "b", 0.1, 1.0, 3.0), ("a", "c", 0.2, 2.0, 4.0)]  # b with c was not measured
+    # b with c was not measured
+    rows = [("a", "b", 0.1, 1.0, 3.0), ("a", "c", 0.2, 2.0, 4.0)]
     columns = ["task_a", "task_b", "sign_change", "norm_a", "norm_b"]
     pairs = filled("pairs", pd.DataFrame(rows, columns=columns).assign(cosine=0.5))
-    schema.write(folder, "pairs", pairs.assign(hidden_sim=[1.0, 2.0], hidden_sim_low=[0.5, 1.0]))
+    schema.write(
+        folder, "pairs", pairs.assign(hidden_sim=[1.0, 2.0], hidden_sim_low=[0.5, 1.0])
+    )
     study = Study(folder)
     assert set(study.metrics) == {"sign_change", "hidden_sim", "norm"}
     metric = study.metric("norm")
@@ -148,10 +165,19 @@ def test_declared_predictors_count_before_other_readings_of_the_same_name(folder
     schema.write(folder, "task_predictors", filled("task_predictors", tasks))
     assert Study(folder).metrics == ["cross_nll"]
     pairs = filled("pairs", pd.DataFrame(ends))
-    schema.write(folder, "pairs", pairs.assign(cross_nll=[7.0, 8.0], barrier=[3.0, 4.0]))
+    schema.write(
+        folder, "pairs", pairs.assign(cross_nll=[7.0, 8.0], barrier=[3.0, 4.0])
+    )
     study = Study(folder)
-    assert study.metric("cross_nll").of("a", "c") == 2 and study.metric("barrier").of("a", "c") == 4
-    assert study.task_metrics["neutral_movement"].to_dict() == {"a": 0.1, "b": 0.2, "c": 0.3}
+    assert (
+        study.metric("cross_nll").of("a", "c") == 2
+        and study.metric("barrier").of("a", "c") == 4
+    )
+    assert study.task_metrics["neutral_movement"].to_dict() == {
+        "a": 0.1,
+        "b": 0.2,
+        "c": 0.3,
+    }
 
 
 def test_a_folder_without_a_study_is_refused_in_a_sentence(tmp_path, folder):
@@ -169,13 +195,16 @@ def test_a_table_comes_back_as_it_was_written(folder):
     again = merge_rows()
     assert list(merges.tasks) == list(again.tasks)
     assert merges.same_as.isna().tolist() == again.same_as.isna().tolist()
-    digits = merges.head(1).assign(merge="1234567890123456")  # a key of digits is no number
+    # a key of digits is no number
+    digits = merges.head(1).assign(merge="1234567890123456")
     schema.write(folder, "merges", digits)
     assert schema.read(folder, "merges")["merge"][0] == "1234567890123456"
 
 
 def test_an_empty_answer_is_silence_and_na_is_a_word(tmp_path):
-    rows = pd.DataFrame({"merge": "m", "task": "a", "example": ["1", "2"], "answer": ["", "NA"]})
+    rows = pd.DataFrame(
+        {"merge": "m", "task": "a", "example": ["1", "2"], "answer": ["", "NA"]}
+    )
     schema.write(tmp_path, "answers", rows)
     assert schema.read(tmp_path, "answers").answer.tolist() == ["", "NA"]
 

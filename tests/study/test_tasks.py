@@ -28,10 +28,16 @@ def numbered(n):
 
 
 def test_splits_are_disjoint_by_normalised_input_and_stable(tmp_path, monkeypatch):
-    doubled = numbered(40) + [{"input": f"  ITEM   {i} ", "target": str(i)} for i in range(40)]
+    doubled = numbered(40) + [
+        {"input": f"  ITEM   {i} ", "target": str(i)} for i in range(40)
+    ]
     bigbench(tmp_path, monkeypatch, examples=doubled)
     task = load((10, 10, 10, 10))
-    seen = [" ".join(p.casefold().split()) for s in task.splits.values() for p in s["prompt"]]
+    seen = [
+        " ".join(p.casefold().split())
+        for s in task.splits.values()
+        for p in s["prompt"]
+    ]
     assert len(seen) == len(set(seen)) == 40
     fewer = load((5, 10, 10, 10))
     assert fewer.splits["test"]["id"] == task.splits["test"]["id"]
@@ -63,14 +69,20 @@ def test_bigbench_prompts_and_answers(tmp_path, monkeypatch):
 
 
 def test_free_answers_have_no_options_though_scores_are_listed(tmp_path, monkeypatch):
-    example = {"input": "2+2", "target": ["4", "four"], "target_scores": {"4": 1, "banana": 0}}
+    example = {
+        "input": "2+2",
+        "target": ["4", "four"],
+        "target_scores": {"4": 1, "banana": 0},
+    }
     bigbench(tmp_path, monkeypatch, examples=[example])
     row = load((0, 0, 0, 1)).splits["test"][0]
     assert row["prompt"] == "Q: 2+2\nA:"
     assert (row["answers"], row["options"]) == (["4", "four"], [])
 
 
-def test_bigbench_options_are_stripped_and_examples_without_answer_left_out(tmp_path, monkeypatch):
+def test_bigbench_options_are_stripped_and_examples_without_answer_left_out(
+    tmp_path, monkeypatch
+):
     examples = [
         {"input": "sky", "target_scores": {" blue": 1, "red ": 0}},
         {"input": "sea", "target": ""},
@@ -95,13 +107,19 @@ def test_several_tasks_are_loaded_by_label(tmp_path, monkeypatch):
         "a": "bigbench:a",
     }
     assert asked[-1] == ["x/b_json", "a"]
-    with pytest.raises(ValueError, match="tasks bigbench:x/a and sni:a are both called 'a'"):
+    with pytest.raises(
+        ValueError, match="tasks bigbench:x/a and sni:a are both called 'a'"
+    ):
         tasks.load_tasks(["bigbench:x/a", "sni:a"], sizes=(1, 1, 1, 1))
 
 
 def test_an_unknown_metric_is_refused(monkeypatch):
-    monkeypatch.setattr(tasks, "catalogue", lambda: {"bigbench:toy": {"metric": "bleu"}})
-    with pytest.raises(ValueError, match="bigbench:toy has metric 'bleu' in tasks.toml"):
+    monkeypatch.setattr(
+        tasks, "catalogue", lambda: {"bigbench:toy": {"metric": "bleu"}}
+    )
+    with pytest.raises(
+        ValueError, match="bigbench:toy has metric 'bleu' in tasks.toml"
+    ):
         load((1, 1, 1, 1))
 
 
@@ -123,25 +141,39 @@ def test_glue_from_a_folder_tests_on_validation(tmp_path):
     assert not any("validation" in prompt for prompt in task.splits["train"]["prompt"])
     row = task.splits["train"][0]
     assert row["options"] == ["entailment", "unrelated"]
-    assert row["prompt"].endswith("\nSentence: b\nQuestion: entailment or unrelated?\nAnswer:")
+    assert row["prompt"].endswith(
+        "\nSentence: b\nQuestion: entailment or unrelated?\nAnswer:"
+    )
 
 
 def test_natural_instructions(tmp_path):
     rows = [
-        {"id": f"x-{i}", "definition": "Say A or B.", "input": f"text {i}", "output": ["AB"[i % 2]]}
+        {
+            "id": f"x-{i}",
+            "definition": "Say A or B.",
+            "input": f"text {i}",
+            "output": ["AB"[i % 2]],
+        }
         for i in range(30)
     ]
     (tmp_path / "task1_toy.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = tasks.load_task("sni:task1_toy", (10, 5, 5, 10), sources={"sni": str(tmp_path)})
+    task = tasks.load_task(
+        "sni:task1_toy", (10, 5, 5, 10), sources={"sni": str(tmp_path)}
+    )
     row = task.splits["test"][0]
     assert row["prompt"].startswith("Say A or B.\n\nInput: text ")
     assert row["options"] == ["A", "B"] and task.metric == "exact_match"
 
 
 def test_free_natural_instructions_are_graded_by_rouge(tmp_path):
-    rows = [{"definition": "Go on.", "input": str(i), "output": f"so {i}"} for i in range(12)]
+    rows = [
+        {"definition": "Go on.", "input": str(i), "output": f"so {i}"}
+        for i in range(12)
+    ]
     (tmp_path / "task2_toy.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = tasks.load_task("sni:task2_toy", (1, 1, 1, 1), sources={"sni": str(tmp_path)})
+    task = tasks.load_task(
+        "sni:task2_toy", (1, 1, 1, 1), sources={"sni": str(tmp_path)}
+    )
     assert task.splits["test"][0]["options"] == [] and task.metric == "rouge_l"
 
 
@@ -161,9 +193,13 @@ def test_an_unknown_task_is_refused_in_one_sentence(name, says, tmp_path):
 
 def test_too_few_inputs_are_refused(tmp_path, monkeypatch):
     bigbench(tmp_path, monkeypatch, examples=numbered(20))
-    with pytest.raises(ValueError, match="only 8 of the 10 different inputs asked for its dev"):
+    with pytest.raises(
+        ValueError, match="only 8 of the 10 different inputs asked for its dev"
+    ):
         load((5, 10, 6, 6))
-    with pytest.raises(ValueError, match="only 0 of the 10 different inputs asked for its train"):
+    with pytest.raises(
+        ValueError, match="only 0 of the 10 different inputs asked for its train"
+    ):
         load((10, 8, 6, 6))
     assert load((10, 5, 5, 5)).splits.num_rows["train"] == 5
 
@@ -187,7 +223,9 @@ def test_few_shot_shows_training_examples_only(tmp_path, monkeypatch):
     rows = tasks.few_shot(task, "test", shots=2)
     shown = [task.splits["train"][i] for i in range(2)]
     start = "".join(f"{row['prompt']} {row['answers'][0]}\n\n" for row in shown)
-    assert [row["prompt"] for row in rows] == [start + p for p in task.splits["test"]["prompt"]]
+    assert [row["prompt"] for row in rows] == [
+        start + p for p in task.splits["test"]["prompt"]
+    ]
 
 
 def test_every_candidate_task_says_why_it_is_here():
@@ -206,7 +244,11 @@ def test_a_profile_names_tasks_of_the_catalogue(profile):
     tasks.check_names(profile["TASKS"], profile["SOURCES"])
 
 
-@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=5
+    )
+)
 def test_padding_is_masked_by_position(sequences):
     ids, mask = batch.pad(sequences, fill=3)
     for sequence, row, real in zip(sequences, ids, mask, strict=True):
@@ -245,12 +287,16 @@ def test_an_instruction_stands_before_the_same_examples(instructed):
     )
     for name, split in bare.splits.items():
         assert instructed.splits[name]["id"] == split["id"]
-        assert instructed.splits[name]["prompt"] == [f"Count.\n{p}" for p in split["prompt"]]
+        assert instructed.splits[name]["prompt"] == [
+            f"Count.\n{p}" for p in split["prompt"]
+        ]
     assert instructed.digest() != bare.digest()
 
 
 def test_solved_examples_stand_behind_one_instruction(instructed):
-    (prompt, *_) = (row["prompt"] for row in tasks.few_shot(instructed, "test", shots=2))
+    (prompt, *_) = (
+        row["prompt"] for row in tasks.few_shot(instructed, "test", shots=2)
+    )
     bare = tasks.few_shot(load((10, 5, 5, 5)), "test", shots=2)[0]["prompt"]
     assert prompt == f"Count.\n{bare}"
 
@@ -259,14 +305,17 @@ def test_a_task_without_an_instruction_is_refused_but_bare_or_from_a_source_that
     tmp_path, monkeypatch
 ):
     bigbench(tmp_path, monkeypatch, examples=numbered(4))
-    with pytest.raises(ValueError, match=r"bigbench:toy has no instruction in data/tasks.toml"):
+    with pytest.raises(
+        ValueError, match=r"bigbench:toy has no instruction in data/tasks.toml"
+    ):
         load((1, 1, 1, 1), prompt="instructed")
     with pytest.raises(
         ValueError, match="prompt 'long' is unknown: choose one of instructed, bare"
     ):
         load((1, 1, 1, 1), prompt="long")
     lines = [
-        {"id": str(i), "definition": "Copy.", "input": str(i), "output": str(i)} for i in "abcd"
+        {"id": str(i), "definition": "Copy.", "input": str(i), "output": str(i)}
+        for i in "abcd"
     ]
     (tmp_path / "task1.jsonl").write_text("\n".join(map(json.dumps, lines)))
     where = {"sources": {"sni": str(tmp_path)}}
@@ -275,14 +324,17 @@ def test_a_task_without_an_instruction_is_refused_but_bare_or_from_a_source_that
 
 
 def planted(label, answers):
-    rows = [{"id": p, "prompt": p, "answers": a, "options": []} for p, a in answers.items()]
+    rows = [
+        {"id": p, "prompt": p, "answers": a, "options": []} for p, a in answers.items()
+    ]
     return tasks.Task(label, "exact_match", DatasetDict(test=Dataset.from_list(rows)))
 
 
 def test_prompts_with_other_answers_in_two_tasks_collide():
     one = planted("one", {"a b": ["x"], "c": ["y", "z"], "d": ["u"]})
     two = planted("two", {"A  b": ["w"], "c": ["z"], "e": ["v"], "f": ["v"]})
-    three = planted("three", {"c": ["y"], "g": ["x"]})  # agrees with `one`, not with `two`
+    # agrees with `one`, not with `two`
+    three = planted("three", {"c": ["y"], "g": ["x"]})
     table = tasks.collisions({"one": one, "two": two, "three": three})
     assert table.values.tolist() == [
         ["one", "two", 2, 1, 1 / 3],

@@ -20,7 +20,11 @@ from helpers.study import deltas, identity, plan, readings, scores, specialists,
 from helpers.study.bench import Bench
 from helpers.study.plan import Row
 
-RULES = {"linear": {}, "task_arithmetic": {"weights": [0.5, 0.5]}, "ties": {"density": 0.5}}
+RULES = {
+    "linear": {},
+    "task_arithmetic": {"weights": [0.5, 0.5]},
+    "ties": {"density": 0.5},
+}
 TIES = {"ties": RULES["ties"]}
 
 
@@ -72,7 +76,9 @@ def test_a_visit_sees_the_merged_model(bench):
 def test_one_merge_under_two_names_is_read_once(bench, monkeypatch):
     scored = []
     score = scores.score
-    monkeypatch.setattr(scores, "score", lambda *a, **k: scored.append(1) or score(*a, **k))
+    monkeypatch.setattr(
+        scores, "score", lambda *a, **k: scored.append(1) or score(*a, **k)
+    )
     linear, halves, ties = merged(bench, ["ab"], RULES)
     assert halves.same_as == linear.key != halves.key
     assert linear.same_as is None and ties.same_as is None
@@ -82,7 +88,11 @@ def test_one_merge_under_two_names_is_read_once(bench, monkeypatch):
 
 
 def test_nothing_finished_is_done_again(bench, monkeypatch):
-    asked = plan.base("abc", "ab") + plan.doses("abc", [0.0, 1.0]) + plan.merges(["ab"], RULES)
+    asked = (
+        plan.base("abc", "ab")
+        + plan.doses("abc", [0.0, 1.0])
+        + plan.merges(["ab"], RULES)
+    )
     asked += plan.solos(asked)
     assert not asked.keyed(bench.identity).done().any()
     first = visit.run(bench, asked)
@@ -104,7 +114,8 @@ def test_a_lost_or_damaged_visit_is_repeated_with_the_same_numbers(bench, tmp_pa
     lost, cut = sorted((tmp_path / "scores").glob("[0-9a-f]*"))[:2]
     shutil.rmtree(lost)
     (cut / readings.EXAMPLES).write_text("id,correct\n")
-    assert len(asked.keyed(bench.identity).left()) == 1  # what is damaged is found when it is read
+    # what is damaged is found when it is read
+    assert len(asked.keyed(bench.identity).left()) == 1
     with pytest.warns(UserWarning, match="was damaged"):
         again = visit.run(bench, asked)
     for frame, two in zip(frames, again, strict=True):
@@ -139,7 +150,9 @@ def test_a_task_trained_twice_is_two_models_of_one_task(bench):
     assert two.specialists["once"] == first
     assert specialists.recipe_of(two.specialists["twice"]) == replace(recipe, seed=1)
     own = plan.doses(["once", "twice"], probed=["once"])
-    once, twice, average = visit.run(two, own + plan.merges([("once", "twice")], ["linear"]))
+    once, twice, average = visit.run(
+        two, own + plan.merges([("once", "twice")], ["linear"])
+    )
     (alone,) = visit.run(bench, plan.doses("a", probed="a"))
     assert torch.equal(once.states["once"], alone.states["a"])
     assert not torch.allclose(once.states["once"][:, -1], twice.states["once"][:, -1])
@@ -149,7 +162,9 @@ def test_a_task_trained_twice_is_two_models_of_one_task(bench):
 def test_solo_needs_no_partner(bench):
     """What TIES does to a task whose partner changed nothing is what trimming alone does."""
     alone = visit.run(bench, plan.solos(plan.merges(["ab"], TIES)))[0]
-    rows = [r._replace(taus=[r.taus[0], merge.zero(r.base.shape)]) for r in bench.rows("a")]
+    rows = [
+        r._replace(taus=[r.taus[0], merge.zero(r.base.shape)]) for r in bench.rows("a")
+    ]
     delta, _ = merge.merge(rows, "ties", list("ab"), density=0.5)
     with merge.applied(bench.model, delta):
         rows = bench.tasks["a"].splits["test"]
@@ -185,11 +200,15 @@ def test_keys_hold_what_was_asked(bench, tmp_path):
     assert key(of=other) != key() and key(of=other, group="bc") == key(group="bc")
 
 
-def test_machines_that_round_otherwise_name_the_same_merge_alike(bench, tmp_path, monkeypatch):
+def test_machines_that_round_otherwise_name_the_same_merge_alike(
+    bench, tmp_path, monkeypatch
+):
     """Two stores; specialists of equal recipes whose bits differ; batches of other sizes."""
     recipe = specialists.Recipe(examples=6, epochs=1, batch_size=3, rank=4)
     arms = [("ties", "norm"), ("ties", "dose")]
-    asked = plan.doses("abc", [0.5, 1.0]) + plan.merges(["abc"], ["ties", "chebyshev"], arms)
+    asked = plan.doses("abc", [0.5, 1.0]) + plan.merges(
+        ["abc"], ["ties", "chebyshev"], arms
+    )
     asked += plan.solos(asked)
     made = {}
     train = specialists.train_lora
@@ -208,7 +227,9 @@ def test_machines_that_round_otherwise_name_the_same_merge_alike(bench, tmp_path
         trained = replace(bench, specialists=folders, batch_size=batch_size)
         norm = visit.run(trained, asked)[8].report["norm"]
         made[name] = keys_of(trained, asked), [x.name for x in folders.values()], norm
-        assert {"device", "threads", "torch"} <= set(store.seal(folders["a"])["machine"])
+        assert {"device", "threads", "torch"} <= set(
+            store.seal(folders["a"])["machine"]
+        )
     (keys, *_, here), (_, *_, there) = made.values()
     assert made["here"][:2] == made["there"][:2] and len(set(keys)) == len(asked)
     assert here != there and here == pytest.approx(there, rel=1e-3)
@@ -220,7 +241,10 @@ def test_scores_follow_the_examples_and_models_do_not(bench):
     assert longer.identity.model_key(row) == bench.identity.model_key(row)
     for entry in ("score_entry", "state_entry"):
         for x in "ab":
-            one, two = (store.key(*getattr(of.identity, entry)(row, x)) for of in (bench, longer))
+            one, two = (
+                store.key(*getattr(of.identity, entry)(row, x))
+                for of in (bench, longer)
+            )
             assert (one != two) == (x == "a")
 
 
@@ -249,7 +273,9 @@ def test_arms_bring_rules_to_the_scale_of_the_average(bench):
 
 
 def test_a_matched_arm_needs_no_average_in_the_plan(bench):
-    arm = plan.merges(["ab"], TIES, [("ties", "norm")]).select(lambda row: row.arm == "norm")
+    arm = plan.merges(["ab"], TIES, [("ties", "norm")]).select(
+        lambda row: row.arm == "norm"
+    )
     (norm,) = visit.run(bench, arm)
     (la,) = merged(bench, ["ab"], ["linear"])
     assert norm.report["norm"] == pytest.approx(la.report["norm"])
@@ -260,11 +286,17 @@ def test_another_mask_is_the_draw_of_the_next_seed(bench):
     first, mask = merged(bench, ["ab"], ["dare"], arms)
     (second,) = merged(bench, ["ab"], ["dare"], seed=1)
     assert nll(mask) == nll(second) != nll(first)
-    alone = [plan.solos(plan.merges(["ab"], ["dare"], x, s)) for x, s in ((arms, 0), ((), 1))]
+    alone = [
+        plan.solos(plan.merges(["ab"], ["dare"], x, s)) for x, s in ((arms, 0), ((), 1))
+    ]
     of_mask = alone[0].select(lambda row: row.arm == "mask1")
-    for one, two in zip(visit.run(bench, of_mask), visit.run(bench, alone[1]), strict=True):
+    for one, two in zip(
+        visit.run(bench, of_mask), visit.run(bench, alone[1]), strict=True
+    ):
         pd.testing.assert_frame_equal(one.examples, two.examples)
-    with pytest.raises(ValueError, match="ties drops nothing at random: it has no arm 'mask1'"):
+    with pytest.raises(
+        ValueError, match="ties drops nothing at random: it has no arm 'mask1'"
+    ):
         merged(bench, ["ab"], ["ties"], [("ties", "mask1")])
 
 
@@ -278,14 +310,18 @@ def test_a_merge_on_a_grid_has_the_doses_that_are_left_there(bench):
     for name, left in deltas.model(bench, grid.row)[1]().items():
         assert torch.equal(left, change[name])
         stored = base[name].detach() + left
-        torch.testing.assert_close(stored, stored.bfloat16().float(), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            stored, stored.bfloat16().float(), rtol=1e-6, atol=1e-8
+        )
 
 
 def test_states_are_read_where_they_are_wanted(bench):
     arms = [("linear", "norm")]
     silent, scaled = merged(bench, ["ab"], ["linear"], arms, probe=False)
     read, again = merged(bench, ["ab"], ["linear"], arms)
-    assert silent.states == scaled.states == again.states == {} and set(read.states) == {"a", "b"}
+    assert silent.states == scaled.states == again.states == {} and set(
+        read.states
+    ) == {"a", "b"}
     pd.testing.assert_frame_equal(silent.examples, read.examples)
 
 
@@ -294,9 +330,13 @@ def test_chebyshev_weights_are_those_of_the_group_on_its_own_probes(bench, monke
     place = {"a": 0.0, "b": 1.0, "c": 4.0}
     monkeypatch.setattr(readings, "read_all", lambda *a: None)
     monkeypatch.setattr(
-        readings, "states", lambda bench, row, y: torch.full((2, 1, 3), place[row.tasks[0]])
+        readings,
+        "states",
+        lambda bench, row, y: torch.full((2, 1, 3), place[row.tasks[0]]),
     )
-    assert deltas.chebyshev_weights(bench, "abc") == pytest.approx([0.5, 0, 0.5], abs=1e-9)
+    assert deltas.chebyshev_weights(bench, "abc") == pytest.approx(
+        [0.5, 0, 0.5], abs=1e-9
+    )
     assert deltas.chebyshev_weights(bench, "ab") == pytest.approx([0.5, 0.5])
 
 
@@ -311,7 +351,11 @@ def test_a_chebyshev_merge_is_the_linear_one_with_these_weights(bench):
 def test_what_results_cost_is_in_the_store(bench):
     found = visit.run(bench, plan.merges(["ab", "ac"], ["linear"]))
     table = visit.costs(found).set_index(["step", "models"])
-    assert table["count"].to_dict() == {("merge", 2): 2, ("scores", 0): 4, ("states", 0): 4}
+    assert table["count"].to_dict() == {
+        ("merge", 2): 2,
+        ("scores", 0): 4,
+        ("states", 0): 4,
+    }
     assert (table[["seconds", "megabytes"]] > 0).all(axis=None)
 
 
@@ -327,14 +371,18 @@ def test_a_bench_travels_between_notebooks(bench, tmp_path, monkeypatch):
     benches.save_bench(kept, {"sizes": [1, 1, 1, 1], "seed": 0, "sources": {}}, file)
     assert str(tmp_path) not in file.read_text()
     named = {f"toy:{x}": task for x, task in bench.tasks.items()}
-    monkeypatch.setattr(benches, "load_tasks", lambda names, **_: {n[-1]: named[n] for n in names})
+    monkeypatch.setattr(
+        benches, "load_tasks", lambda names, **_: {n[-1]: named[n] for n in names}
+    )
     about = bench.model, bench.tokenizer
     opened = benches.open_bench(file, *about, bench.base)
     assert opened.specialists == folders and list(opened.tasks) == list("abc")
     with pytest.raises(ValueError, match="were made from tiny, not from other"):
         benches.open_bench(file, *about, {"name": "other", "digest": "1"})
     folders["b"].rmdir()
-    with pytest.raises(ValueError, match="b are gone from the store: delete bench.json in run"):
+    with pytest.raises(
+        ValueError, match="b are gone from the store: delete bench.json in run"
+    ):
         benches.open_bench(file, *about, bench.base)
     with pytest.raises(ValueError, match="run notebook 01 with this profile"):
         benches.open_bench(tmp_path / "none.json", *about, bench.base)
@@ -348,7 +396,10 @@ def encoders(tmp_path, monkeypatch):
     monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path / "store"))
     folder = tiny.save_encoder(tmp_path / "bert")
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    toys = {"a": tiny.toy("a", 8, ("no", "yes")), "b": tiny.toy("b", 8, ("x", "y", "z"))}
+    toys = {
+        "a": tiny.toy("a", 8, ("no", "yes")),
+        "b": tiny.toy("b", 8, ("x", "y", "z")),
+    }
     base = {"name": "tiny bert", "digest": "0"}
     bench = Bench(model, tiny.byte_tokenizer(), base, toys, {}, batch_size=4)
     recipe = specialists.Recipe(8, 6, 8, 0.01, rank=0)
@@ -361,15 +412,21 @@ def test_an_encoder_is_visited_with_the_head_of_the_task(encoders):
     before = {name: p.clone() for name, p in encoders.model.named_parameters()}
     for x, task in encoders.tasks.items():
         (found,) = visit.run(encoders, plan.doses(x, probed=x))
-        alone = AutoModelForSequenceClassification.from_pretrained(encoders.specialists[x])
+        alone = AutoModelForSequenceClassification.from_pretrained(
+            encoders.specialists[x]
+        )
         for i, row in enumerate(task.splits["test"]):
             ids = torch.tensor([encode_input(encoders.tokenizer, row["prompt"])])
             with torch.no_grad():
                 logprobs = alone(ids).logits[0].log_softmax(0)
             label = alone.config.label2id[row["answers"][0]]
-            assert found.examples["nll"][i] == pytest.approx(-float(logprobs[label]), abs=1e-4)
+            assert found.examples["nll"][i] == pytest.approx(
+                -float(logprobs[label]), abs=1e-4
+            )
             assert found.examples["correct"][i] == (int(logprobs.argmax()) == label)
-        prompts = [encode_input(encoders.tokenizer, p) for p in task.splits["probe"]["prompt"]]
+        prompts = [
+            encode_input(encoders.tokenizer, p) for p in task.splits["probe"]["prompt"]
+        ]
         expected = prompt_states(alone, prompts, "mean")
         torch.testing.assert_close(found.states[x], expected, atol=1e-5, rtol=1e-4)
     after = dict(encoders.model.named_parameters())
