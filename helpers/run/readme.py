@@ -33,7 +33,9 @@ def notebook_table() -> pd.DataFrame:
         spent = measured(notebook.name) or ("–", "–")
         link = f"[{notebook.name}](notebooks/{notebook.name}.ipynb)"
         rows.append([link, notebook.question, *spent])
-    return pd.DataFrame(rows, columns=["notebook", "question", "minutes", "GB"])
+    return pd.DataFrame(
+        rows, columns=["notebook", "question", "minutes", "peak memory (GB)"]
+    )
 
 
 def found(table: str) -> pd.DataFrame | None:
