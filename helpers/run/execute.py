@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
@@ -45,7 +46,7 @@ def execute(step: Step, part: Path) -> None:
     name = step.notebook.name
     part.parent.mkdir(parents=True, exist_ok=True)
     with (
-        environment(**kernel_variables(step.threads)),
+        patch.dict(os.environ, kernel_variables(step.threads)),
         tempfile.TemporaryDirectory() as folder,
     ):
         try:
@@ -106,20 +107,6 @@ def _told(name: str, error: Any, part: Path) -> str:
         f"{name} failed in In [{error.exec_count}]{where}: {error.ename}: {error.evalue}\n"
         f"Its output so far, with the traceback: {part}"
     )
-
-
-@contextlib.contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Environment variables that the kernel inherits."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -6,15 +6,17 @@ profile's run, the one that its parameters cell names (`shows`).
 """
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import pandas as pd
 
 from helpers.run.chain import run
-from helpers.run.execute import environment, execute
+from helpers.run.execute import execute
 from helpers.run.keys import shown
 from helpers.run.normal import normalised
 from helpers.run.overview import costs
@@ -61,7 +63,8 @@ def refresh(profile: str = "demo", reuse: bool = False) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     own = [book.name for book in notebooks() if not shown(declared(book.path))]
     # What is published on the way does not make the code that ran another one.
-    with environment(MERGING_COLLAPSE_STORE=str(steps), **{REVISION: revision() or ""}):
+    chosen_store = {"MERGING_COLLAPSE_STORE": str(steps), REVISION: revision() or ""}
+    with patch.dict(os.environ, chosen_store):
         run(profile, own)
         _publish_tables(profile, results)
         run(profile)  # now those that show committed tables

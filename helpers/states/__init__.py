@@ -30,7 +30,7 @@ _NAMES = {
         "procrustes",
         "rsa",
     ],
-    "compare": ["MDS_READINGS", "half_samples", "mds", "pair_table"],
+    "compare": ["half_samples", "mds", "pair_table"],
     "conflict": [
         "METRICS",
         "PRIMARY",

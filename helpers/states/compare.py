@@ -107,30 +107,15 @@ def half_samples(
     return pd.concat(tables, ignore_index=True)
 
 
-# Readings of the Merging Difficulty Score: several pair distances in one number. The paper calls it
-# reciprocal and leaves the formula open; the first is primary here.
-MDS_READINGS = {
-    "mean": np.mean,
-    "max": np.max,  # the diameter
-    # the bound's mean squared distance
-    "rms": lambda d: np.sqrt(np.mean(np.square(d))),
-    # of the mean similarity 1 / (1 + d)
-    "reciprocal": lambda d: 1 / np.mean(1 / (1 + d)),
-    "harmonic": lambda d: 1 / np.mean(1 / d),  # ruled by the closest pair
-}
+def mds(distances: ArrayLike) -> float:
+    """Merging Difficulty Score of a group: the mean of the distances of its pairs, (pairs,).
 
-
-def mds(distances: ArrayLike, reading: str = "mean") -> float:
-    """Merging Difficulty Score of a group from the distances of its pairs, (n, n) or (pairs,).
-
-    High means hard to merge (arXiv:2603.09463). `reading` is one of MDS_READINGS. ValueError if a
-    pair of the group has no distance.
+    High means hard to merge (arXiv:2603.09463, which calls it reciprocal and leaves the formula
+    open). ValueError if a pair of the group has no distance.
     """
     distances = np.asarray(distances, dtype=np.float64)
-    if distances.ndim == 2:
-        distances = distances[np.triu_indices(len(distances), 1)]
     if not len(distances) or np.isnan(distances).any():
         raise ValueError(
             "a Merging Difficulty Score needs the distance of every pair of the group"
         )
-    return float(MDS_READINGS[reading](distances))
+    return float(distances.mean())

@@ -146,19 +146,17 @@ def rsa(a: ArrayLike, b: ArrayLike) -> float:
     return float(stats.spearmanr(pdist(a), pdist(b)).statistic)
 
 
-def mutual_knn(a: ArrayLike, b: ArrayLike, k: int | None = None) -> float:
+def mutual_knn(a: ArrayLike, b: ArrayLike) -> float:
     """Mean share of the k nearest probes, by cosine, that both models agree on, in [0, 1].
 
     Huh et al. 2024, arXiv:2405.07987. Chance level k / (n_probes - 1); ties go to the lower index.
-    By default k is 10, or half of the probes if these are fewer than 20.
+    k is 10, or half of the probes if these are fewer than 20.
     """
     a, b = _pair(a, b, same_width=False)
     n = len(a)
-    k = min(10, n // 2) if k is None else k
-    if not 1 <= k < n:
-        raise ValueError(
-            f"mutual k-NN needs 1 <= k < n_probes, got k = {k} and {n} probes"
-        )
+    k = min(10, n // 2)
+    if k < 1:
+        raise ValueError(f"mutual k-NN needs at least 2 probes, got {n}")
     shared = _nearest(a, k) & _nearest(b, k)
     return float(shared.sum() / (n * k))
 

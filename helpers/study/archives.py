@@ -182,11 +182,6 @@ def bigbench_names() -> list[str]:
     return sorted(_bigbench_index())
 
 
-def bigbench_json(task: str) -> Path:
-    """The task.json of one BIG-bench task, taken out of the archive once."""
-    return bigbench_files([task])[0]
-
-
 def bigbench_files(tasks: Iterable[str]) -> list[Path]:
     """The task.json files of several tasks; those missing are taken out in one pass (seconds).
 

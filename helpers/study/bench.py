@@ -64,18 +64,12 @@ class Bench:
     @cached_property
     def identity(self) -> identity.Identity:
         """What the keys of this bench's visits are made of."""
-        tasks = {
-            label: identity.Task(
-                task.name, **{split: task.digest(split) for split in SPLITS}
-            )
-            for label, task in self.tasks.items()
-        }
         trained = {
             label: specialist_key(folder) for label, folder in self.specialists.items()
         }
         dtype = str(self.model.dtype)
         return identity.Identity(
-            self.base["digest"], dtype, self.encoder, tasks, trained
+            self.base["digest"], dtype, self.encoder, self.tasks, trained
         )
 
     def sources(self, labels: Iterable[str]) -> tuple[merge.Source, list[merge.Source]]:

@@ -7,7 +7,10 @@ Their instructions are in data/tasks.toml.
 """
 
 import random
+import sys
+from collections.abc import Callable, Iterable
 from datetime import date, timedelta
+from types import ModuleType
 
 from helpers.study import notations, sentences, words
 from helpers.study.notations import record
@@ -165,33 +168,17 @@ def called(rng: random.Random) -> tuple[str, str]:
     return f"{name} of {a} and {b}", f"{name}({a}, {b})"
 
 
-TASKS = (
-    *words.TASKS,
-    *notations.TASKS,
-    *sentences.TASKS,
-    larger,
-    smaller,
-    parity,
-    spelled,
-    unspelled,
-    successor,
-    grouped,
-    padded,
-    priced,
-    written,
-    month_of,
-    quarter_of,
-    next_weekday,
-    clock,
-    full_hour,
-    initials,
-    surname_first,
-    address,
-    age,
-    town,
-    called,
-)
-GENERATORS = {task.__name__: task for task in TASKS}
+def _generators(rooms: Iterable[ModuleType]) -> dict[str, Callable]:
+    """The functions that give a pair of texts, a question and its answer, by name."""
+    functions = [each for room in rooms for each in vars(room).values()]
+    return {
+        each.__name__: each
+        for each in functions
+        if getattr(each, "__annotations__", {}).get("return") == tuple[str, str]
+    }
+
+
+GENERATORS = _generators((words, notations, sentences, sys.modules[__name__]))
 
 
 def examples(name: str, n: int = EXAMPLES, seed: int = 0) -> list[dict]:

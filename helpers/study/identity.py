@@ -9,20 +9,11 @@ from typing import NamedTuple
 from helpers import merge, store
 from helpers.study import scores
 from helpers.study.plan import MATCHED, Row
+from helpers.study.tasks import Task
 
 VERSION = 1  # raised by hand whenever a visit computes something else
 # the rule of weights at the centre of the specialists' smallest ball
 CHEBYSHEV = "chebyshev"
-
-
-class Task(NamedTuple):
-    """A task as keys know it: its name, and the digest of each split."""
-
-    name: str
-    train: str
-    dev: str
-    probe: str
-    test: str
 
 
 # step, version and determinants, as `store.cached` takes them
@@ -51,7 +42,7 @@ class Identity(NamedTuple):
             return "dose", VERSION, about | {"dose": row.options["dose"]}
         about |= {"seed": row.seed, "options": _options(row)}
         if row.rule == CHEBYSHEV:
-            about["probes"] = [self.tasks[x].probe for x in row.tasks]
+            about["probes"] = [self.tasks[x].digest("probe") for x in row.tasks]
         if row.kind == "solo" and row.arm in MATCHED:
             about["group"] = [[x, self.specialists[x]] for x in row.options["group"]]
         return row.kind, VERSION, about
@@ -64,11 +55,11 @@ class Identity(NamedTuple):
         """The entry of the examples of one task under the model of a row."""
         task = self.tasks[label]
         what = {"model": self.model_key(row), "task": task.name}
-        what |= {"scores": scores.VERSION, "split": getattr(task, row.split)}
+        what |= {"scores": scores.VERSION, "split": task.digest(row.split)}
         what["shots"] = row.options.get("shots", 0)
         probe = self.encoder and row.kind in ("base", "ability")
         if what["shots"] or probe:
-            what["shown"] = task.train
+            what["shown"] = task.digest("train")
         if self.encoder and not probe:
             what["head"] = self.specialists[label]
         return "scores", VERSION, what
@@ -76,7 +67,11 @@ class Identity(NamedTuple):
     def state_entry(self, row: Row, label: str) -> Entry:
         """The entry of the states of a row's model on the probes of one task."""
         task = self.tasks[label]
-        what = {"model": self.model_key(row), "task": task.name, "probe": task.probe}
+        what = {
+            "model": self.model_key(row),
+            "task": task.name,
+            "probe": task.digest("probe"),
+        }
         return "states", VERSION, what
 
     def entries(self, row: Row) -> list[str]:

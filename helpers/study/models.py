@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,9 +17,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from helpers.merge import read_folder
 from helpers.study import archives
 from helpers.study.archives import AssetError
-from helpers.study.packed import converted, model_digest, unpacked, weight_files
+from helpers.study.packed import converted, model_digest, unpacked
 
 DTYPES = ("float32", "bfloat16", "float16")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
@@ -121,9 +121,8 @@ def load_model(
 
 def _local(path: Path) -> Path:
     """The model folder that a local path means, its weights looked at; raises AssetError."""
-    weights = weight_files(path) if path.is_dir() else []
-    if weights:
-        _check_weights(path, weights)
+    if path.is_dir() and any(path.glob("*.safetensors*")):
+        _check_weights(path)
         return path
     if path.suffix == ".safetensors":
         raise AssetError(f"{path} is a file of weights: name its folder.")
@@ -138,20 +137,21 @@ def _local(path: Path) -> Path:
             f"{path} has its weights as pickles only, and unpickling can run any code: save them "
             "as safetensors first."
         )
+    inside = sorted({file.parent.name for file in path.glob("*/*.safetensors")})
+    hint = f"; its folders {', '.join(inside)} have: name one" if inside else ""
     raise AssetError(
-        f"{path} has no weights: neither *.safetensors nor one *.gguf file."
+        f"{path} has no weights: neither *.safetensors nor one *.gguf file{hint}."
     )
 
 
-def _check_weights(folder: Path, weights: list[Path]) -> None:
-    """Raise AssetError for weights without a config, and for a file that is cut short."""
+def _check_weights(folder: Path) -> None:
+    """Raise AssetError for weights without a config, and for files that are cut short."""
     configs = [folder / name for name in ("config.json", "adapter_config.json")]
     if not any(config.exists() for config in configs):
         raise AssetError(
             f"{folder} has safetensors but no config.json: name a model's folder."
         )
-    for file in weights:
-        try:
-            safe_open(file, framework="pt")  # reads the header and compares the size
-        except (SafetensorError, OSError) as error:
-            raise AssetError(f"{file} is missing or damaged: copy it anew.") from error
+    try:
+        read_folder(folder)  # reads the headers and compares the sizes
+    except (ValueError, OSError) as error:
+        raise AssetError(f"{error}; copy it anew.") from error

@@ -172,28 +172,3 @@ def last_four(rng: random.Random) -> tuple[str, str]:
     """The last four digits of a telephone number."""
     question, _ = dashed(rng)
     return question, question[-4:]
-
-
-TASKS = (
-    snake_case,
-    camel_case,
-    constant_case,
-    extension,
-    stem,
-    backup,
-    domain,
-    slug,
-    link,
-    tagged,
-    emphasised,
-    bulleted,
-    name_and_age,
-    semicolons,
-    town_field,
-    ordinal,
-    roman,
-    percent,
-    decimal,
-    dashed,
-    last_four,
-)

@@ -4,13 +4,13 @@ import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from helpers.merge import read_folder
 from helpers.store import digest
 from helpers.study import archives
 from helpers.study.archives import AssetError
@@ -135,37 +135,10 @@ def model_digest(source: Path | str | Mapping[str, torch.Tensor]) -> str:
     there, so tied weights count once in a folder and twice in a live model's state dict.
     """
     total = hashlib.sha256()
-    for name, tensor in _tensors(source):
+    tensors = source if isinstance(source, Mapping) else read_folder(Path(source))
+    for name, tensor in sorted(tensors.items()):
         total.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         total.update(
             tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         )
     return total.hexdigest()
-
-
-def _tensors(
-    source: Path | str | Mapping[str, torch.Tensor],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(source, Mapping):
-        yield from sorted(source.items())
-        return
-    where = {}
-    for file in weight_files(Path(source)):
-        with safe_open(file, framework="pt") as weights:
-            where |= dict.fromkeys(weights.keys(), file)
-    for name, file in sorted(where.items()):
-        with safe_open(file, framework="pt") as weights:
-            yield name, weights.get_tensor(name)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model: those of its index, or model.safetensors.
-
-    Some published folders hold the same weights a second time under another name.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = json.loads(index.read_text())["weight_map"].values()
-        return [folder / shard for shard in sorted(set(shards))]
-    whole = folder / "model.safetensors"
-    return [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))

@@ -6,7 +6,7 @@ torch.
     plan = base(tasks) + doses(tasks, [0, 0.5, 1]) + merges(pairs(tasks), ["linear", "ties"])
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,14 +89,9 @@ class Plan:
     def __add__(self, other: "Plan") -> "Plan":
         return Plan.of([*self, *other])
 
-    def select(self, chosen: Callable[[Row], bool]) -> "Plan":
-        """The visits of which `chosen` holds."""
-        mask = pd.Series([chosen(row) for row in self], self.frame.index, dtype=bool)
-        return Plan(self.frame[mask])
-
     def kinds(self, *kinds: str) -> "Plan":
         """The visits of these kinds."""
-        return self.select(lambda row: row.kind in kinds)
+        return Plan(self.frame[self.frame["kind"].isin(kinds)])
 
     # --- questions ---
 

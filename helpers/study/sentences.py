@@ -134,25 +134,3 @@ def place(rng: random.Random) -> tuple[str, str]:
     """`Ada (Mora)` becomes `Ada lives in Mora.`"""
     name, town = rng.choice(NAMES), word(rng).capitalize()
     return f"{name} ({town})", f"{name} lives in {town}."
-
-
-TASKS = (
-    passive,
-    whom,
-    quoted,
-    thanked,
-    greeted,
-    way_back,
-    swapped,
-    mirrored,
-    flipped,
-    opposite,
-    absolute,
-    rounded,
-    next_term,
-    passed,
-    weather,
-    pens,
-    most,
-    place,
-)

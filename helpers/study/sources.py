@@ -73,7 +73,7 @@ def read_bigbench(path: str, source: str | None) -> tuple[Rows, None]:
 
     The best-scored targets count; examples without any answer are left out.
     """
-    text = archives.bigbench_json(path).read_text(encoding="utf-8")
+    text = archives.bigbench_files([path])[0].read_text(encoding="utf-8")
     task = json.loads(text)
     before = task.get("task_prefix", "") + task.get("example_input_prefix", "\nQ: ")
     after = task.get("example_output_prefix", "\nA: ")

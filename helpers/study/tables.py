@@ -166,14 +166,10 @@ class Study:
     # --- arms and rules ---
 
     @cached_property
-    def arms(self) -> list[str]:
-        """The arms that were merged, "default" first where there is one."""
-        return list(dict.fromkeys(self.merges.arm))
-
-    @cached_property
     def scales(self) -> list[str]:
         """The arms that are a scale of whole rules: the default and the matched ones."""
-        return [arm for arm in self.arms if arm == "default" or arm in REFERENCE]
+        arms = dict.fromkeys(self.merges.arm)
+        return [arm for arm in arms if arm == "default" or arm in REFERENCE]
 
     def in_arm(
         self, arm: str = "default", n: int | None = None, table: str = "losses"

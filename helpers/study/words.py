@@ -158,26 +158,3 @@ def letters(rng: random.Random) -> tuple[str, str]:
     """How many letters a word has."""
     text = word(rng, 3, 8)
     return text, str(len(text))
-
-
-TASKS = (
-    doubled_vowels,
-    starred_vowels,
-    dropped_vowels,
-    upper_first,
-    upper_last,
-    hyphenated,
-    bracketed,
-    suffixed,
-    first_last,
-    second_word,
-    rotated,
-    animal,
-    tool,
-    repeated,
-    joined,
-    contained,
-    earlier,
-    longer,
-    letters,
-)

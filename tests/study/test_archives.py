@@ -142,7 +142,7 @@ def test_bigbench_names_are_the_tasks_with_examples(bigbench):
 
 
 def test_bigbench_tasks_are_taken_out_on_demand(bigbench, own_cache):
-    file = archives.bigbench_json("sums/two_digits")
+    file = archives.bigbench_files(["sums/two_digits"])[0]
     assert json.loads(file.read_text()) == TASKS["sums/two_digits"]
     assert list(own_cache.rglob("task.json")) == [file]
     files = archives.bigbench_files(["sums/three_digits", "plural", "sums/two_digits"])
@@ -155,8 +155,11 @@ def test_bigbench_tasks_are_taken_out_on_demand(bigbench, own_cache):
 
 
 def test_a_changed_task_file_is_written_anew(bigbench):
-    archives.bigbench_json("plural").write_text("{}")
-    assert json.loads(archives.bigbench_json("plural").read_text()) == TASKS["plural"]
+    archives.bigbench_files(["plural"])[0].write_text("{}")
+    assert (
+        json.loads(archives.bigbench_files(["plural"])[0].read_text())
+        == TASKS["plural"]
+    )
 
 
 def test_a_damaged_task_index_is_refused_and_redone(bigbench, own_cache):
@@ -168,5 +171,5 @@ def test_a_damaged_task_index_is_refused_and_redone(bigbench, own_cache):
 
 def test_an_unknown_bigbench_task_is_refused_with_its_neighbours(bigbench):
     assert "near to it is sums/two_digits" in refusal(
-        archives.bigbench_json, "sums/two_digit"
+        archives.bigbench_files, ["sums/two_digit"]
     )

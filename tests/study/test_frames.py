@@ -176,7 +176,9 @@ def test_committed_scores_are_found_by_their_keys_when_they_are_scored_again(
     assert len(held) == 4 * 2
     # a machine that has none of it
     monkeypatch.setenv("MERGING_COLLAPSE_STORE", str(tmp_path))
-    sample = asked.select(lambda row: row.tasks == ("a", "b") and row.rule == "ties")
+    sample = plan.Plan.of(
+        row for row in asked if row.tasks == ("a", "b") and row.rule == "ties"
+    )
     visits = visit.run(bench, sample + plan.solos(sample))
     again = frames.cells(visits, tasks.collisions(bench.tasks))
     both = again.merge(held, on=["merge", "task"], suffixes=("", "_committed"))

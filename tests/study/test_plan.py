@@ -75,9 +75,8 @@ def test_swaps_put_one_newcomer_in_the_place_of_each_member():
 def test_plans_add_up_and_visit_each_model_once():
     first = plan.doses("ab", [0.5, 1.0]) + plan.doses("ab", [1.0], probed="abc")
     assert len(first) == 4
-    (one,) = first.select(
-        lambda row: row.options == {"dose": 1.0} and row.tasks == ("a",)
-    )
+    whole = [row for row in first if row.options == {"dose": 1.0}]
+    (one,) = (row for row in whole if row.tasks == ("a",))
     assert one.scored == ("a",) and one.probed == ("a", "b", "c")
     assert len(first + first) == 4
     assert len(plan.doses("a", [1.0]) + plan.doses("a", [1.0], split="dev")) == 2
@@ -228,10 +227,8 @@ def test_a_study_is_planned_from_the_parameters_of_a_profile():
     assert set(of_pairs["rule"]) == {"linear", "ties"} and set(merged["seed"]) == {1}
     assert {*drawn.swaps["swapped"]} < set(merged["tasks"])
     assert len(asked.kinds("dose")) == 21 and len(asked.kinds("base")) == 1
-    whole = asked.select(
-        lambda row: row.tasks == ("a",) and row.options == {"dose": 1.0}
-    )
-    assert {"a", "b"} <= set(next(iter(whole)).scored)
+    whole = (row for row in asked if row.options == {"dose": 1.0})
+    assert {"a", "b"} <= set(next(x for x in whole if x.tasks == ("a",)).scored)
     alone = design.visits(LABELS, drawn, given | {"CROSS": False})
     assert all(len(row.scored) == 1 for row in alone.kinds("dose"))
     cost = design.whole(given).cost(UNITS, SIZES)

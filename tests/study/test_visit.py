@@ -259,10 +259,8 @@ def test_arms_bring_rules_to_the_scale_of_the_average(bench):
     assert dose.report["own_mean"] == pytest.approx(la.report["own_mean"])
     assert summed.report["norm"] == pytest.approx(3 * ties.report["norm"])
     # alone, the rule is run at the factor that matching gave the merge, not matched again
-    alone = plan.solos(plan.merges(["abc"], TIES, [("ties", "norm")])).select(
-        lambda row: row.arm == "norm" and row.tasks == ("a",)
-    )
-    (row,) = alone
+    alone = plan.solos(plan.merges(["abc"], TIES, [("ties", "norm")]))
+    (row,) = (row for row in alone if row.arm == "norm" and row.tasks == ("a",))
     factor = norm.report["norm"] / ties.report["norm"]
     assert deltas.recipe(bench, row) == {
         "rule": "ties",
@@ -273,9 +271,8 @@ def test_arms_bring_rules_to_the_scale_of_the_average(bench):
 
 
 def test_a_matched_arm_needs_no_average_in_the_plan(bench):
-    arm = plan.merges(["ab"], TIES, [("ties", "norm")]).select(
-        lambda row: row.arm == "norm"
-    )
+    both = plan.merges(["ab"], TIES, [("ties", "norm")])
+    arm = plan.Plan.of(row for row in both if row.arm == "norm")
     (norm,) = visit.run(bench, arm)
     (la,) = merged(bench, ["ab"], ["linear"])
     assert norm.report["norm"] == pytest.approx(la.report["norm"])
@@ -289,7 +286,7 @@ def test_another_mask_is_the_draw_of_the_next_seed(bench):
     alone = [
         plan.solos(plan.merges(["ab"], ["dare"], x, s)) for x, s in ((arms, 0), ((), 1))
     ]
-    of_mask = alone[0].select(lambda row: row.arm == "mask1")
+    of_mask = plan.Plan.of(row for row in alone[0] if row.arm == "mask1")
     for one, two in zip(
         visit.run(bench, of_mask), visit.run(bench, alone[1]), strict=True
     ):
