@@ -7,7 +7,7 @@ computes anew. What counts is what is loaded.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +35,7 @@ class Anatomy(NamedTuple):
     transposed: Mapping[str, bool]
     vocabulary: frozenset[str]  # tensors with a row for each token
     settings: Mapping[str, Any]  # the configuration, as the class reads it
+    layers: int | None  # of the part that reads text
     renamings: Sequence[Any]  # transformers' own, of names in older files
 
     def loaded(self, name: str) -> str:
@@ -107,7 +108,8 @@ def _anatomy(text: str, architecture: str) -> Anatomy | None:
         return None
     stated = json.loads(text)
     _check_counts(stated)
-    config = config_class.from_dict(stated)
+    # infinity and NaN, which JSON does not have, as transformers writes them
+    config = config_class.from_dict(config_class._decode_special_floats(stated))
     with torch.device("meta"):
         model = model_class(config)
     names = model.state_dict().keys()
@@ -131,6 +133,7 @@ def _anatomy(text: str, architecture: str) -> Anatomy | None:
         transposed,
         frozenset(_vocabulary(model)),
         config.to_dict(),
+        getattr(config.get_text_config(), "num_hidden_layers", None),
         _renamings(model),
     )
 
@@ -145,13 +148,12 @@ def _check_counts(config: Mapping[str, Any]) -> None:
 
 
 def _renamings(model: torch.nn.Module) -> list[Any]:
-    """How transformers renames old files' tensors; none where it also stacks them, as experts."""
+    """How transformers renames old files' tensors; not how it stacks them, as experts."""
     from transformers import conversion_mapping, core_model_loading
 
     transforms = conversion_mapping.get_model_conversion_mapping(model)
-    if any(isinstance(x, core_model_loading.WeightConverter) for x in transforms):
-        return []
-    return transforms
+    stacks = core_model_loading.WeightConverter
+    return [x for x in transforms if not isinstance(x, stacks)]
 
 
 def _vocabulary(model: torch.nn.Module) -> list[str]:
@@ -201,22 +203,27 @@ def as_loaded(
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
-def layers_of(names: Sequence[str]) -> int:
-    """How many layers a model with tensors of these names has."""
-    found = [LAYER.search(name) for name in names]
-    return 1 + max((int(match[1]) for match in found if match), default=0)
+def layers_of(names: Iterable[str]) -> Mapping[str, int]:
+    """How many layers each stack of a model has, by what its tensors' names begin with."""
+    counts: dict[str, int] = {}
+    for name in names:
+        if match := LAYER.search(name):
+            stack = name[: match.start(1)]
+            counts[stack] = max(counts.get(stack, 0), int(match[1]) + 1)
+    return counts
 
 
-def depths(names: Sequence[str], layers: int, after: float = 1.0) -> dict[str, float]:
-    """How deep each tensor lies: its layer's number / (layers - 1), 1 of a single layer; embeddings
-    0, what comes after the layers `after`."""
+def depths(names: Sequence[str], after: float = 1.0) -> dict[str, float]:
+    """How deep each tensor lies in its stack: its layer's number / (layers - 1), 1 of a single
+    layer; embeddings 0, what comes after the layers `after`."""
+    layers = layers_of(names)
     deep = {}
     for name in names:
         match = LAYER.search(name)
         if match:
-            deep[name] = min(int(match[1]) / (layers - 1), 1.0) if layers > 1 else 1.0
+            last = layers[name[: match.start(1)]] - 1
+            deep[name] = int(match[1]) / last if last else 1.0
         else:
-            deep[name] = (
-                0.0 if re.search(r"embed|(^|\.)wte\.|(^|\.)shared\.", name) else after
-            )
+            embeds = re.search(r"embed|(^|\.)wte\.|(^|\.)shared\.", name)
+            deep[name] = 0.0 if embeds else after
     return deep

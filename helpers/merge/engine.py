@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from helpers.merge import rules
-from helpers.merge.anatomy import depths, layers_of
+from helpers.merge.anatomy import depths
 from helpers.merge.blocks import Block, Taus, gram_matrix, in_blocks, kernel_of
 from helpers.merge.plans import RULES, MergePlan, plan
 from helpers.merge.report import Report, Tally, own_doses, summary
@@ -93,7 +93,7 @@ def merge_tensors(
         chosen = chosen._replace(cuts=cuts)
     if chosen.lines is not None and chosen.depths is None:
         names = [row.name for row in passes()]
-        chosen = chosen._replace(depths=depths(names, layers_of(names)))
+        chosen = chosen._replace(depths=depths(names))
 
     def merged(item: tuple[int, Row]) -> tuple[Row, Tensor, dict[str, Any]]:
         position, row = item

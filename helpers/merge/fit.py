@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from helpers.merge.adapters import Adapter, turned
 from helpers.merge.anatomy import LAYER
 from helpers.merge.sources import Source
+from helpers.merge.ties import equal
 from helpers.merge.weights import FLOATS
 
 HEADS = ("merge", "base")
@@ -26,38 +26,6 @@ def check(
     return fitted(base, named(base, specialists, heads))
 
 
-def untied(base: Source, specialists: Sequence[Source]) -> Source:
-    """The base with a tensor of its own for each copy of a tied one that a specialist has apart.
-
-    A checkpoint has it where the two differ; an adapter where it saved another value for one alone,
-    as PEFT's module is then no longer the other's. Raises ValueError where an adapter changes what
-    another one has apart by factors or tokens, which mean both.
-    """
-    apart = {}
-    for specialist in specialists:
-        for copy, original in base.anatomy.ties.items() if base.anatomy else ():
-            if copy not in base.tensors and _is_apart(base, specialist, copy, original):
-                apart[copy] = original
-    for specialist in specialists:
-        tokens = specialist.adapter.tokens if specialist.adapter else {}
-        both = [x for x in (*specialist.factors, *tokens) if x in apart.values()]
-        if both:
-            raise ValueError(
-                f"specialist {specialist.label} adapts {both[0]} and its copies, which another "
-                "specialist no longer ties: merge it into its base first"
-            )
-    own = {copy: base.tensors[original] for copy, original in apart.items()}
-    return base._replace(tensors=dict(base.tensors) | own)
-
-
-def _is_apart(base: Source, specialist: Source, copy: str, original: str) -> bool:
-    stored = {base.anatomy.loaded(name): x for name, x in specialist.tensors.items()}
-    pair = [stored[name] for name in (copy, original) if name in stored]
-    if len(pair) == 1 and specialist.adapter is not None:
-        pair.append(base.tensors[original])
-    return len(pair) == 2 and not equal(*reversed(pair))
-
-
 def named(
     base: Source, specialists: Sequence[Source], heads: str = "merge"
 ) -> list[Source]:
@@ -68,6 +36,7 @@ def named(
     _check_bases(base, specialists)
     _check_plain("the base", base)
     merged = _body(base) if heads == "base" else base.tensors.keys() - base.recomputed
+    known = base.anatomy.names if base.anatomy else base.tensors.keys()
     skipped = base.tensors.keys() - merged if heads == "base" else None
     under_base_names = []
     for specialist in specialists:
@@ -82,7 +51,11 @@ def named(
                     name: x for name, x in specialist.tensors.items() if name in merged
                 }
                 specialist = specialist._replace(tensors=body)
-            _check_names(who, base, merged, specialist)
+            # what its class or the base's does not load, such as a pooler, stays as it is
+            asked = merged & (known | specialist.tensors.keys())
+            if heads == "base" and (own := specialist.anatomy):
+                asked = {name for name in asked if own.loaded(name) in own.names}
+            _check_names(who, base, asked, specialist)
         under_base_names.append(specialist)
     return under_base_names
 
@@ -139,11 +112,6 @@ def _check_bases(base: Source, specialists: Sequence[Source]) -> None:
                 f"specialist {other.label} was trained from another base than {than}: their "
                 "recorded digests differ"
             )
-
-
-def equal(base: Tensor, tuned: Tensor) -> bool:
-    """Whether a tensor holds the base's values, rounded to its own grid where that is coarser."""
-    return torch.equal(base[...].to(tuned.dtype), tuned[...].to(base.device))
 
 
 # Names -------------------------------------------------------------------------------------------
@@ -214,6 +182,9 @@ def _adapter_names(
                 continue  # equal to the original (`untied`)
             _check_known(who, base, base_name)
             parts[field][base_name] = value
+    for copy, original in body.ties.items() if body else ():
+        if copy in base.tensors and original in parts["biases"]:
+            parts["biases"].setdefault(copy, parts["biases"][original])
     flipped = set(map(loaded, adapter.transposed))
     stored = {name for name in parts["factors"] if turns.get(name, name in flipped)}
     for name in stored ^ (flipped & parts["factors"].keys()):

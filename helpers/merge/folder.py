@@ -8,7 +8,7 @@ folder is written under another name and renamed when it is complete.
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers.merge import engine, surroundings, vocabulary
-from helpers.merge.anatomy import config_of, depths, layers_of
+from helpers.merge import copying, engine, surroundings, vocabulary
+from helpers.merge.anatomy import config_of, depths
 from helpers.merge.card import model_card, name_of, provenance
 from helpers.merge.cost import print_cost
-from helpers.merge.fit import fitted, named, untied
+from helpers.merge.fit import fitted, named
 from helpers.merge.parts import complete_or_absent
 from helpers.merge.plans import MergePlan, plan
 from helpers.merge.recipe import DTYPES, Recipe, flat, is_layered, numbers
@@ -28,6 +28,7 @@ from helpers.merge.report import Report, summary
 from helpers.merge.rounding import Grid, grid
 from helpers.merge.shards import Layout, layout, write_tensors
 from helpers.merge.sources import Source, open_base, open_specialist
+from helpers.merge.ties import untied
 from helpers.merge.vectors import Row, rows_of
 
 THREADS = 4  # tensors that are merged at once, at most: each takes the memory of one
@@ -42,6 +43,8 @@ class Inputs(NamedTuple):
     names: list[str]
     rows: int | None  # of the merge's embedding, where they are others than the base's
     tokenizer: Path  # the folder whose tokenizer is copied
+    words: Collection[str]  # the tokens of the merge
+    labels: dict[str, str] | None  # of the models' heads, where the base's has no names
 
 
 def merge_to_folder(
@@ -105,7 +108,18 @@ def _open(recipe: Recipe, folder_of: Callable[[str], Path], force: bool) -> Inpu
         print(f"forced: {reason}")
     rows = None if whole is base else target.rows
     tokenizer = folders[choice] if isinstance(choice, int) else folders[0]
-    return Inputs(whole, models, folders, names, rows, tokenizer)
+    words = (target.tokens or vocabulary.words_of(tokenizer)).keys()
+    labels = _labels(recipe, whole, models, folders)
+    return Inputs(whole, models, folders, names, rows, tokenizer, words, labels)
+
+
+def _labels(
+    recipe: Recipe, base: Source, models: list[Source], folders: list[Path]
+) -> dict[str, str] | None:
+    """The labels of the models' heads, where these are merged and the base's have no names."""
+    of_base, *of_models = map(surroundings.labels_of, [base, *models], folders)
+    named = [labels for labels in of_models if labels is not None]
+    return named[0] if named and of_base is None and recipe.heads == "merge" else None
 
 
 def _tokenizer(
@@ -114,13 +128,21 @@ def _tokenizer(
     """Whose tokenizer the merge takes: as the recipe says, or the number of a folder."""
     if recipe.tokenizer in (None, "base", "union"):
         return recipe.tokenizer
-    for i, pair in enumerate(zip(recipe.models, names, strict=True), 1):
-        if recipe.tokenizer in pair:
-            if not surroundings.belonging(folders[i], surroundings.TOKENIZER):
-                raise ValueError(
-                    f"{pair[1]} has no tokenizer that the merge could take"
-                )
-            return i
+    wanted = Path(recipe.tokenizer)  # as paths: "model/" is "model"
+    if wanted == Path(recipe.base):
+        return "base"
+    models = enumerate(zip(recipe.models, names, strict=True), 1)
+    found = [i for i, pair in models if wanted in map(Path, pair)]
+    if len(found) > 1:
+        raise ValueError(
+            f"--tokenizer {wanted} may be several models: give the whole path"
+        )
+    for i in found:
+        if not copying.belonging(folders[i], copying.TOKENIZER):
+            raise ValueError(
+                f"{names[i - 1]} has no tokenizer that the merge could take"
+            )
+        return i
     raise ValueError(
         f"--tokenizer {recipe.tokenizer} is neither base, union nor one of the models"
     )
@@ -136,14 +158,18 @@ def plan_of(recipe: Recipe) -> MergePlan:
 
 def _copy_surroundings(recipe: Recipe, inputs: Inputs, part: Path) -> None:
     base, tokenizer = inputs.folders[0], inputs.tokenizer
-    surroundings.copy_surroundings(base, tokenizer, part, recipe.dtype, inputs.rows)
+    copying.copy_surroundings(base, tokenizer, part, recipe.dtype, inputs.rows)
     untied = (
         inputs.base.anatomy
         and inputs.base.anatomy.ties.keys() & inputs.base.tensors.keys()
     )
     # of encoder-decoders transformers reads another formula in this setting
     if untied and not config_of(part).get("is_encoder_decoder"):
-        surroundings.edit(part / "config.json", {"tie_word_embeddings": False})
+        copying.edit(part / "config.json", {"tie_word_embeddings": False})
+    if inputs.labels:
+        numbers = {name: int(key) for key, name in inputs.labels.items()}
+        labels = {"id2label": inputs.labels, "label2id": numbers}
+        copying.edit(part / "config.json", labels)
     if recipe.tokenizer == "union":
         union = vocabulary.united(base, inputs.folders[1:])
         union.save(str(part / "tokenizer.json"))
@@ -164,17 +190,17 @@ def _by_tensor(
     recipe: Recipe, chosen: MergePlan, base: Source, folder: Path
 ) -> MergePlan:
     """The plan with its numbers by tensor, where the recipe has them."""
-    layers = config_of(folder).get("num_hidden_layers")
+    layers = base.anatomy.layers if base.anatomy else None
+    layers = layers or config_of(folder).get("num_hidden_layers")
     if recipe.layers is not None and recipe.layers != layers:
         raise ValueError(
             f"a slice has {recipe.layers} layers, the base {layers}: only all of them"
         )
     names = list(base.tensors)
-    count = layers if isinstance(layers, int) else layers_of(names)
     entries = sum(
         x.shape.numel() for x in base.tensors.values() if x.is_floating_point()
     )
-    chosen = chosen._replace(entries=entries, depths=depths(names, count))
+    chosen = chosen._replace(entries=entries, depths=depths(names))
     if not is_layered(recipe):
         return chosen
     if recipe.options.get("scope") == "model" and is_layered(
@@ -184,7 +210,10 @@ def _by_tensor(
             "density must be one number a model where scope is model, not by tensor"
         )
     # mergekit 0.1.5 reads settings along the depth at 0 for all that lies outside the layers
-    return chosen._replace(at_tensor=numbers(recipe, depths(names, count, after=0.0)))
+    numbers_of = numbers(recipe, depths(names, after=0.0))
+    for name in names:
+        numbers_of(name)  # a filter that is missing is noticed before any work
+    return chosen._replace(at_tensor=numbers_of)
 
 
 def _checked_place(out: Path) -> Path:
@@ -229,7 +258,9 @@ def _print_notes(inputs: Inputs) -> None:
         print(
             f"note: embeddings have {inputs.rows} rows; models without one have the base's there"
         )
-    for note in surroundings.losses(base, inputs.folders[0], inputs.tokenizer, models):
+    for note in surroundings.losses(
+        base, inputs.folders[0], inputs.tokenizer, inputs.words, models
+    ):
         print(f"note: {note}")
 
 

@@ -4,8 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, StrictBool, ValidationError
+from pydantic import ValidationError
 
+from helpers.merge.configuration import (
+    Configuration,
+    Entry,
+    Parameters,
+    UniqueKeys,
+)
 from helpers.merge.plans import options_of
 from helpers.merge.recipe import (
     DTYPES,
@@ -31,42 +37,6 @@ MERGEKIT = {
 Models = list[tuple[str, dict[str, Any]]]  # name and parameters of each
 
 
-class Parameters(BaseModel, extra="forbid"):
-    weight: Setting = None
-    density: Setting = None
-    gamma: Setting = None
-    t: Setting = None
-    scale: Setting = Field(None, alias="lambda")
-    normalize: StrictBool = None
-    rescale: StrictBool = None
-    int8_mask: StrictBool = None
-
-    def stated(self) -> dict[str, Any]:
-        return self.model_dump(exclude_unset=True)
-
-
-class Entry(BaseModel, extra="forbid"):
-    model: Any
-    parameters: Parameters | None = None
-    layer_range: Any = None
-
-
-class Slice(BaseModel, extra="forbid"):
-    sources: list[Entry] = Field(min_length=1)
-
-
-class Configuration(BaseModel, extra="forbid"):
-    merge_method: Any
-    models: list[Entry] | None = Field(None, min_length=1)
-    slices: list[Slice] | None = Field(None, min_length=1)
-    base_model: Any = None
-    parameters: Parameters | None = None
-    dtype: Any = None
-    out_dtype: Any = None
-    tokenizer_source: Any = None
-    tokenizer: Any = None
-
-
 def read_mergekit(file: Path) -> Recipe:
     """The recipe of a mergekit configuration, with the defaults of mergekit 0.1.5.
 
@@ -75,7 +45,7 @@ def read_mergekit(file: Path) -> Recipe:
     """
     text = read_text(file)
     try:
-        config = yaml.load(text, _Loader)
+        config = yaml.load(text, UniqueKeys)
         if not isinstance(config, dict):
             raise ValueError(
                 "a configuration is a mapping with merge_method and models"
@@ -86,17 +56,6 @@ def read_mergekit(file: Path) -> Recipe:
         raise ValueError(f"{file}: {first_fault(error)}") from error
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file}: {one_line(error)}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data alone, each key once."""
-
-    def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1 and name != "<<":
-                raise ValueError(f"{name} is stated twice in one mapping")
-        return super().construct_mapping(node, deep)
 
 
 def _check_method(name: Any) -> None:
@@ -113,9 +72,13 @@ def _check_method(name: Any) -> None:
 def _recipe(config: Configuration) -> Recipe:
     name = config.merge_method
     rule, normalizes, implied = MERGEKIT[name]
-    shared = config.parameters.stated() if config.parameters else {}
+    shared = _parameters(config.parameters, {})
     entries, layers = _entries(config)
-    base, models = _with_base(name, config.base_model, entries, shared)
+    base_model = config.base_model
+    for part in config.slices or ():
+        shared = _parameters(part.parameters, shared)
+        base_model = part.base_model if base_model is None else base_model
+    base, models = _with_base(name, base_model, entries, shared)
     normalize = shared.get("normalize", normalizes)
     if shared.get("rescale", "rescale" in implied) != ("rescale" in implied):
         raise ValueError(f"rescale: {shared['rescale']} is not supported for {name}")
@@ -154,6 +117,8 @@ def _recipe(config: Configuration) -> Recipe:
 
 def _dtype(config: Configuration) -> str | None:
     dtype = config.out_dtype or config.dtype
+    if isinstance(dtype, str):
+        dtype = dtype.removeprefix("torch.")
     if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
         raise ValueError(f"dtype {dtype} is not supported: {', '.join(DTYPES)} are")
     return dtype
@@ -201,10 +166,22 @@ def _with_base(
     if stated is None and name != "linear":
         raise ValueError(f"{name} needs a base_model")
     base = None if stated is None else _model_name(stated, None)
+    of_adapters = {
+        _parts(entry.model)[0] for entry in entries if _parts(entry.model)[1]
+    }
+    if (
+        base is None
+        and len(of_adapters) == 1
+        and all(_parts(x.model)[1] for x in entries)
+    ):
+        base = of_adapters.pop()  # of linear: the base of all, which is not averaged
+        names = [_model_name(entry.model, base) for entry in entries]
+        own = [_parameters(entry.parameters, shared) for entry in entries]
+        return base, list(zip(names, own, strict=True))
     models: Models = []
     for entry in entries:
-        own = entry.parameters.stated() if entry.parameters else {}
-        models.append((_model_name(entry.model, base), shared | own))
+        own = _parameters(entry.parameters, shared)
+        models.append((_model_name(entry.model, base), own))
     if base is None:
         return models[0][0], models  # of linear: any base gives the same weighted mean
     listed = [model for model, _ in models]
@@ -224,18 +201,57 @@ def _with_base(
 
 def _model_name(stated: Any, base: str | None) -> str:
     """A model's name; of mergekit's base+adapter and {model, lora} the adapter's."""
+    of, adapter = _parts(stated)
+    if adapter and (base is None or Path(of) != Path(base)):
+        raise ValueError(
+            f"{of}+{adapter}: only adapters of the base_model are supported"
+        )
+    return adapter or of
+
+
+def _parts(stated: Any) -> tuple[str, str]:
+    """A model's name and its adapter's, empty for none."""
+    lora = None
     if isinstance(stated, dict):
-        of = stated.get("model", stated)
         lora = stated.get("lora")
-        of = of.get("path") if isinstance(of, dict) else of
-        lora = lora.get("path") if isinstance(lora, dict) else lora
-        stated = of if lora is None else f"{of}+{lora}"
+        stated = stated.get("model", stated)
+    stated = _at_revision(stated)
     if not isinstance(stated, str) or not stated:
         raise ValueError(f"a model is named by text, not by {stated!r}")
-    of, plus, adapter = stated.partition("+")
-    if plus and of != base:
-        raise ValueError(f"{stated}: only adapters of the base_model are supported")
-    return adapter or stated
+    if lora is not None:
+        return stated, _at_revision(lora)
+    of, _, adapter = stated.partition("+")
+    return of, adapter
+
+
+def _at_revision(stated: Any) -> Any:
+    """Of mergekit's {path, revision} the name that this engine has for it."""
+    if not isinstance(stated, dict):
+        return stated
+    path, revision = stated.get("path"), stated.get("revision")
+    return f"{path}@{revision}" if path and revision else path
+
+
+def _parameters(own: Parameters | None, shared: dict[str, Any]) -> dict[str, Any]:
+    """A part's parameters before those of the whole, which hold where no filter matches."""
+    stated = own.stated() if own else {}
+    for name in stated.keys() & shared.keys():
+        stated[name] = _closed(stated[name], shared[name])
+    return shared | stated
+
+
+def _closed(setting: Setting, default: Setting) -> Setting:
+    """A setting with a default for the tensors that none of its filters matches."""
+    if not isinstance(setting, list) or not isinstance(setting[0], dict):
+        return setting
+    if any(condition["filter"] in (None, "*") for condition in setting):
+        return setting
+    return [*setting, *_conditions(default)]
+
+
+def _conditions(setting: Setting) -> list[dict[str, Any]]:
+    filtered = isinstance(setting, list) and isinstance(setting[0], dict)
+    return setting if filtered else [{"filter": None, "value": setting}]
 
 
 # Numbers -----------------------------------------------------------------------------------------
@@ -277,7 +293,8 @@ def _options(name: str, rule: str, normalize: bool, models: Models) -> dict[str,
     if name in ("ties", "dare_ties"):
         options["combine"] = "mean" if normalize else "sum"
     if "density" in options_of(rule):
-        densities = [_simple(own.get("density", 1.0)) for _, own in models]
+        stated = [_closed(own.get("density", 1.0), 1.0) for _, own in models]
+        densities = list(map(_simple, stated))
         alike = all(x == densities[0] for x in densities)
         one_number = not isinstance(densities[0], list)
         options["density"] = densities[0] if alike and one_number else densities

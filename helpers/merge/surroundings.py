@@ -1,14 +1,11 @@
-"""What belongs to a model beside its weights, and do the specialists' agree with the base's?
+"""Does what lies beside the specialists' weights agree with what lies beside the base's?
 
 What makes a merge meaningless is refused unless it is forced: another vocabulary, another function
 of the same weights, a model that no fine-tuning led to. What the merge loses is said.
 """
 
-import json
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,111 +13,29 @@ import numpy as np
 
 from helpers.merge.anatomy import config_of
 from helpers.merge.blocks import products
+from helpers.merge.card import name_of
 from helpers.merge.sources import Source
 from helpers.merge.vocabulary import words_of
 from helpers.merge.weights import json_if_there, read_text
 
-TOKENIZER = (
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-BELONGS = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "modules.json",
-    "*sentence*_config.json",
-    "config_sentence_transformers.json",
-    "[0-9]_*/config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "COPYING*",
-    "USE_POLICY*",
-)
 # Of a configuration, what does not change the function of the weights, or is compared apart.
 HARMLESS = re.compile(
     r"_.*|architectures|auto_map|(torch_)?dtype|transformers_(version|weights)|use_cache"
     r"|tie_word_embeddings|vocab_size|max_position_embeddings|initializer_\w+|quantization_config"
     r"|\w+_token_id|id2label|label2id|num_labels|problem_type|finetuning_task|output_\w+|return_\w+"
     r"|\w*dropout\w*|\w*layerdrop|\w*pdrop|drop_path\w*|gradient_checkpointing|pretraining_tp"
-    r"|router_\w*coef|task_specific_params|unsloth\w*"
+    r"|router_\w*coef|task_specific_params|unsloth\w*|tokenizer_class|deterministic_\w+"
+    r"|ctc_\w+|apply_spec_augment|mask_(time|feature)_\w+|sparse_\w+|forced_\w+"
+    r"|(begin_)?suppress_tokens"
 )
+# What tensors' shapes say as well: without it a class works it out.
+SHAPES = ("head_dim", "n_inner")
+WINDOWS = ("max_window_layers", "sliding_window")  # of use, if windows are used
+ENDS = ("generation_config.json", "config.json")  # where a model's end token stands
 # cosine to the base's weights below which a model was not fine-tuned from it
 RELATED = 0.5
 SAMPLED = 16  # rows of a tensor, by which that is told
 QUANTISED = re.compile(r"(4|8)-?bit|bnb|gptq|awq|int[48]|fp8", re.IGNORECASE)
-
-
-# Copying -----------------------------------------------------------------------------------------
-
-
-def belonging(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """A folder's files that match, relative to it, sorted; of folders in it one level."""
-    files = [
-        file.relative_to(folder) for file in (*folder.glob("*"), *folder.glob("*/*"))
-    ]
-    return sorted(
-        file
-        for file in files
-        if (folder / file).is_file()
-        and any(fnmatch(file.as_posix(), x) for x in patterns)
-    )
-
-
-def copy_surroundings(
-    base: Path, tokenizer: Path, out: Path, dtype: str | None, vocabulary: int | None
-) -> None:
-    """Config, licence and the like of the base, and a model's tokenizer with the ids that it ends
-    answers with: only what belongs. vocabulary: how many rows the merge's embedding has.
-    """
-    for folder, patterns in (
-        (base, BELONGS),
-        (tokenizer, (*TOKENIZER, "generation_config.json")),
-    ):
-        for file in belonging(folder, patterns):
-            (out / file).parent.mkdir(exist_ok=True)
-            shutil.copyfile(folder / file, out / file)
-    config = config_of(out)
-    stale = ["auto_map", "quantization_config", "transformers_weights"]
-    changes = {
-        key: x for key, x in config_of(tokenizer).items() if key.endswith("_token_id")
-    }
-    if dtype is not None:
-        changes["dtype"] = dtype
-        stale.append("torch_dtype")
-    if vocabulary is not None and "vocab_size" in config:
-        changes["vocab_size"] = vocabulary
-    text = config.get("text_config")
-    if vocabulary is not None and isinstance(text, dict) and "vocab_size" in text:
-        changes["text_config"] = text | {"vocab_size": vocabulary}
-    edit(out / "config.json", changes, stale)
-
-
-def edit(file: Path, changes: dict[str, Any], without: Sequence[str] = ()) -> None:
-    """Change a configuration; where there is nothing to change, its bytes stay."""
-    config = config_of(file.parent)
-    changed = {
-        key: value for key, value in config.items() if key not in without
-    } | changes
-    if file.is_file() and changed != config:
-        file.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
-
-
-# Comparing ---------------------------------------------------------------------------------------
 
 
 Models = Sequence[tuple[str, Path, Source]]  # name, folder and weights of each
@@ -133,9 +48,12 @@ def objections(
 
     by_token: whether rows of embeddings are matched by token.
     """
+    known = {
+        number: (token, "the base") for token, number in words_of(base_folder).items()
+    }
     for name, folder, source in models:
         if not by_token:
-            yield from _other_vocabulary(name, base_folder, folder)
+            yield from _other_vocabulary(name, known, words_of(folder))
         if source.adapter is None:
             # as classes read them, with their defaults
             read = base.anatomy and source.anatomy
@@ -148,20 +66,19 @@ def objections(
             )
             yield from _unrelated(name, base, source)
     if heads == "merge":
-        yield from _other_labels(models)
+        yield from _other_labels(base, base_folder, models)
 
 
-def _other_vocabulary(name: str, base: Path, folder: Path) -> Iterator[str]:
-    vocabularies = [words_of(place) for place in (base, folder)]
-    tokens, others = (
-        {number: token for token, number in x.items()} for x in vocabularies
-    )
-    for number in sorted(tokens.keys() & others.keys()):
-        if tokens[number] != others[number]:
+def _other_vocabulary(
+    name: str, known: dict[int, tuple[str, str]], words: dict[str, int]
+) -> Iterator[str]:
+    """known: of each row its token, and who has it; the model's own rows are added."""
+    for token, number in sorted(words.items(), key=lambda pair: pair[1]):
+        there, whose = known.setdefault(number, (token, name))
+        if there != token:
             yield (
-                f"{name} has another vocabulary than the base (token {number} is "
-                f"{others[number]!r}, not {tokens[number]!r}): --tokenizer base, or a model's "
-                "name, matches rows by token"
+                f"{name} has another vocabulary than {whose} (token {number} is {token!r}, "
+                f"not {there!r}): --tokenizer base, or a model's name, matches rows by token"
             )
             return
 
@@ -170,6 +87,8 @@ def _other_function(
     name: str, base: dict[str, Any], other: dict[str, Any]
 ) -> Iterator[str]:
     for key in sorted(base.keys() & other.keys()):
+        if key.endswith(SHAPES) and None in (base[key], other[key]):
+            continue
         if base[key] != other[key]:
             yield (
                 f"{name} computes something else with the same weights: {key} of its config is "
@@ -183,29 +102,39 @@ def _flat(config: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if HARMLESS.fullmatch(str(key)):
             continue
+        if key in WINDOWS and not config.get("use_sliding_window", True):
+            continue
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value
 
 
-def _other_labels(models: Models) -> Iterator[str]:
+def _other_labels(base: Source, folder: Path, models: Models) -> Iterator[str]:
     """Heads of one size can be of two tasks."""
-    first = None
-    for name, folder, source in models:
-        config = config_of(folder)
-        if source.adapter is not None or "Classification" not in str(
-            config.get("architectures")
-        ):
-            continue
-        labels = config.get("id2label")
-        if first is None:
-            first = name, labels
-        elif labels != first[1]:
+    named = [("the base", labels_of(base, folder))]
+    named += [(name, labels_of(source, place)) for name, place, source in models]
+    stated = [(name, labels) for name, labels in named if labels is not None]
+    for name, labels in stated[1:]:
+        first, others = stated[0]
+        if labels != others:
             yield (
-                f"{name} has the labels {labels}, {first[0]} {first[1]}: their heads mean other "
+                f"{name} has the labels {labels}, {first} {others}: their heads mean other "
                 "things; --heads base leaves the base's"
             )
+
+
+def labels_of(source: Source, folder: Path) -> dict[str, str] | None:
+    """What a model's classification head tells apart; None without one, or without names."""
+    config = config_of(folder)
+    if source.adapter is not None or "Classification" not in str(
+        config.get("architectures")
+    ):
+        return None
+    read = source.anatomy.settings if source.anatomy else config
+    labels = {str(key): name for key, name in (read.get("id2label") or {}).items()}
+    unnamed = {key: f"LABEL_{key}" for key in labels}
+    return None if labels == unnamed else labels
 
 
 def _unrelated(name: str, base: Source, source: Source) -> Iterator[str]:
@@ -231,9 +160,16 @@ def _unrelated(name: str, base: Source, source: Source) -> Iterator[str]:
 
 
 def losses(
-    weights: Source, base: Path, tokenizer: Path, models: Models
+    weights: Source,
+    base: Path,
+    tokenizer: Path,
+    words: Collection[str],
+    models: Models,
 ) -> Iterator[str]:
-    """What a merge leaves behind, or what is odd about its models: one sentence each."""
+    """What a merge leaves behind, or what is odd about its models: one sentence each.
+
+    tokenizer: the folder whose tokenizer the merge has; words: all of the merge's tokens.
+    """
     template = _template(tokenizer)
     for name, folder, source in models:
         if _template(folder) not in (None, template):
@@ -241,12 +177,17 @@ def losses(
                 f"{name} has a chat template that is not the merge's: --tokenizer {name} takes its "
                 "tokenizer, template and end tokens"
             )
-        for file in ("generation_config.json", "config.json"):
-            merged, own = _eos(tokenizer / file), _eos(folder / file)
-            if merged is None:
-                merged = _eos(base / file)
-            if own is not None and own != merged:
-                yield f"{name} ends answers with token {own}, the merge with {merged} ({file})"
+        for i, file in enumerate(ENDS):
+            own = _eos([folder], [file])
+            ends = _eos([tokenizer, base], ENDS[i:])
+            if own is not None and own != ends:
+                yield f"{name} ends answers with token {own}, the merge with {ends} ({file})"
+        lacking = words_of(folder).keys() - words
+        if words and lacking:
+            yield (
+                f"{name} has tokens that the merge's tokenizer lacks, {min(lacking)!r} among "
+                "them: --tokenizer union keeps them"
+            )
         if source.adapter is not None:
             yield from _other_base(name, source.adapter.base, base)
         if source.adapter is None and _is_coarser(source, weights):
@@ -270,8 +211,11 @@ def _template(folder: Path) -> str | None:
     return json_if_there(folder / "tokenizer_config.json").get("chat_template")
 
 
-def _eos(file: Path) -> Any:
-    return json_if_there(file).get("eos_token_id")
+def _eos(folders: Sequence[Path], files: Sequence[str]) -> Any:
+    """The first token stated to end answers."""
+    stated = (json_if_there(folder / file) for folder in folders for file in files)
+    ends = (content.get("eos_token_id") for content in stated)
+    return next((token for token in ends if token is not None), None)
 
 
 def _other_base(name: str, recorded: Any, base: Path) -> Iterator[str]:
@@ -279,5 +223,5 @@ def _other_base(name: str, recorded: Any, base: Path) -> Iterator[str]:
         return
     if QUANTISED.search(recorded):
         yield f"{name} was trained on {recorded}, rounded to few bits: on this base it may do less"
-    elif Path(recorded).name.lower() != base.resolve().name.lower():
-        yield f"{name} says that it was trained on {recorded}, not on {base.name}"
+    elif Path(recorded).name.lower() != Path(name_of(str(base))).name.lower():
+        yield f"{name} says that it was trained on {recorded}, not on {name_of(str(base))}"

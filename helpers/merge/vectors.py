@@ -17,8 +17,9 @@ from torch import Tensor
 
 from helpers.merge.adapters import Adapter
 from helpers.merge.blocks import Factors, Lazy, row_blocks, zero
-from helpers.merge.fit import check, equal, untied
+from helpers.merge.fit import check
 from helpers.merge.sources import Source
+from helpers.merge.ties import equal, untied
 
 
 class Row(NamedTuple):

@@ -67,7 +67,8 @@ def words_of(folder: Path) -> dict[str, int]:
         return tokenizer.get_vocab()
     listed = folder / "vocab.txt"
     if listed.is_file():
-        return {token: row for row, token in enumerate(read_text(listed).splitlines())}
+        lines = read_text(listed).removesuffix("\n").split("\n")
+        return {token: row for row, token in enumerate(lines)}
     words = json_if_there(folder / "vocab.json")
     return {token: row for token, row in words.items() if isinstance(row, int)}
 
@@ -150,6 +151,9 @@ def by_token(
             _numbers(target, *pair) for pair in zip(tokens[1:], owned, strict=True)
         ]
         own = _numbers(target, tokens[0], stored)
+        for model, words in zip(models, tokens[1:], strict=True):
+            if model.adapter is not None:  # it may have trained rows of the padding
+                own = own.where(own >= 0, _numbers(target, words, stored))
         nobody = (own < 0) & torch.stack([x < 0 for x in numbers]).all(0)
         if nobody.any():
             raise ValueError(f"row {int(nobody.nonzero()[0])} of {name} is in no model")
