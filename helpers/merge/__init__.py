@@ -2,7 +2,7 @@
 
 Imports none of the other rooms. Read in this order: blocks, weights, adapters, vectors (what is
 merged); selection, rules, spherical, spectral, plans (how); engine, report (the merge); recipe,
-folder, cost, card, command (from a stated merge to a model on disk).
+folder, cost, copying, card, command (from a stated merge to a model on disk).
 """
 
 from helpers.merge.blocks import Factors, Lazy, gram_matrix, row_blocks, zero

@@ -1,5 +1,6 @@
 """What form has a mergekit file? Its parts and their types, as mergekit 0.1.5 reads them."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
@@ -63,3 +64,36 @@ class Configuration(BaseModel, extra="forbid"):
     out_dtype: Any = None
     tokenizer_source: Any = None
     tokenizer: Any = None
+
+
+def model_name(stated: Any, base: str | None) -> str:
+    """A model's name; of mergekit's base+adapter and {model, lora} the adapter's."""
+    of, adapter = parts(stated)
+    if adapter and (base is None or Path(of) != Path(base)):
+        raise ValueError(
+            f"{of}+{adapter}: only adapters of the base_model are supported"
+        )
+    return adapter or of
+
+
+def parts(stated: Any) -> tuple[str, str]:
+    """A model's name and its adapter's, empty for none."""
+    lora = None
+    if isinstance(stated, dict):
+        lora = stated.get("lora")
+        stated = stated.get("model", stated)
+    stated = _at_revision(stated)
+    if not isinstance(stated, str) or not stated:
+        raise ValueError(f"a model is named by text, not by {stated!r}")
+    if lora is not None:
+        return stated, _at_revision(lora)
+    of, _, adapter = stated.partition("+")
+    return of, adapter
+
+
+def _at_revision(stated: Any) -> Any:
+    """Of mergekit's {path, revision} the name that this engine has for it."""
+    if not isinstance(stated, dict):
+        return stated
+    path, revision = stated.get("path"), stated.get("revision")
+    return f"{path}@{revision}" if path and revision else path

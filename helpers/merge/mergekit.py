@@ -11,6 +11,8 @@ from helpers.merge.configuration import (
     Entry,
     Parameters,
     UniqueKeys,
+    model_name,
+    parts,
 )
 from helpers.merge.plans import options_of
 from helpers.merge.recipe import (
@@ -137,7 +139,7 @@ def _tokenizer(config: Configuration) -> str | None:
         source = config.tokenizer["source"]
     if source is None or source in ("base", "union"):
         return source
-    return _model_name(source, None)
+    return model_name(source, None)
 
 
 def _entries(config: Configuration) -> tuple[list[Entry], int | None]:
@@ -165,23 +167,21 @@ def _with_base(
     """The base and the models with a task vector, or of an average all that are averaged."""
     if stated is None and name != "linear":
         raise ValueError(f"{name} needs a base_model")
-    base = None if stated is None else _model_name(stated, None)
-    of_adapters = {
-        _parts(entry.model)[0] for entry in entries if _parts(entry.model)[1]
-    }
+    base = None if stated is None else model_name(stated, None)
+    of_adapters = {parts(entry.model)[0] for entry in entries if parts(entry.model)[1]}
     if (
         base is None
         and len(of_adapters) == 1
-        and all(_parts(x.model)[1] for x in entries)
+        and all(parts(x.model)[1] for x in entries)
     ):
         base = of_adapters.pop()  # of linear: the base of all, which is not averaged
-        names = [_model_name(entry.model, base) for entry in entries]
+        names = [model_name(entry.model, base) for entry in entries]
         own = [_parameters(entry.parameters, shared) for entry in entries]
         return base, list(zip(names, own, strict=True))
     models: Models = []
     for entry in entries:
         own = _parameters(entry.parameters, shared)
-        models.append((_model_name(entry.model, base), own))
+        models.append((model_name(entry.model, base), own))
     if base is None:
         return models[0][0], models  # of linear: any base gives the same weighted mean
     listed = [model for model, _ in models]
@@ -197,39 +197,6 @@ def _with_base(
             f"no model is listed but the base: {name} adds up what others changed"
         )
     return base, changed
-
-
-def _model_name(stated: Any, base: str | None) -> str:
-    """A model's name; of mergekit's base+adapter and {model, lora} the adapter's."""
-    of, adapter = _parts(stated)
-    if adapter and (base is None or Path(of) != Path(base)):
-        raise ValueError(
-            f"{of}+{adapter}: only adapters of the base_model are supported"
-        )
-    return adapter or of
-
-
-def _parts(stated: Any) -> tuple[str, str]:
-    """A model's name and its adapter's, empty for none."""
-    lora = None
-    if isinstance(stated, dict):
-        lora = stated.get("lora")
-        stated = stated.get("model", stated)
-    stated = _at_revision(stated)
-    if not isinstance(stated, str) or not stated:
-        raise ValueError(f"a model is named by text, not by {stated!r}")
-    if lora is not None:
-        return stated, _at_revision(lora)
-    of, _, adapter = stated.partition("+")
-    return of, adapter
-
-
-def _at_revision(stated: Any) -> Any:
-    """Of mergekit's {path, revision} the name that this engine has for it."""
-    if not isinstance(stated, dict):
-        return stated
-    path, revision = stated.get("path"), stated.get("revision")
-    return f"{path}@{revision}" if path and revision else path
 
 
 def _parameters(own: Parameters | None, shared: dict[str, Any]) -> dict[str, Any]:
