@@ -7,8 +7,16 @@ folder, cost, copying, card, command (from a stated merge to a model on disk).
 
 from helpers.merge.blocks import Factors, Lazy, gram_matrix, row_blocks, zero
 from helpers.merge.command import main
-from helpers.merge.engine import MATCHES, dose, matched, merge, merge_tensors, rounded
-from helpers.merge.folder import check_device, merge_to_folder
+from helpers.merge.engine import (
+    MATCHES,
+    check_device,
+    dose,
+    matched,
+    merge,
+    merge_tensors,
+    rounded,
+)
+from helpers.merge.folder import merge_to_folder
 from helpers.merge.mergekit import MERGEKIT, read_mergekit
 from helpers.merge.plans import RULES, MergePlan, check_rule, options_of, plan
 from helpers.merge.recipe import DTYPES, Recipe

@@ -140,6 +140,7 @@ def products(blocks: Sequence[Tensor]) -> np.ndarray:
     total = np.zeros((len(blocks), len(blocks)))
     for pieces in zip(*flat, strict=True):
         for i, x in enumerate(pieces):
-            total[i, : i + 1] += [float(x @ y) for y in pieces[: i + 1]]
-            total[: i + 1, i] = total[i, : i + 1]
-    return total
+            for j, y in enumerate(pieces[: i + 1]):
+                total[i, j] += float(x @ y)
+    lower = np.tril(total, -1)
+    return total + lower.T

@@ -92,8 +92,8 @@ def copy_surroundings(
 def edit(file: Path, changes: dict[str, Any], without: Sequence[str] = ()) -> None:
     """Change a configuration; where there is nothing to change, its bytes stay."""
     config = json_if_there(file)
-    changed = {
-        key: value for key, value in config.items() if key not in without
-    } | changes
+    changed = {key: value for key, value in config.items() if key not in without}
+    changed |= changes
     if file.is_file() and changed != config:
-        file.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(changed, indent=2)
+        file.write_text(text + "\n", encoding="utf-8")

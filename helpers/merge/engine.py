@@ -4,6 +4,7 @@ Two ways to one result: `merge` holds the merged change of the whole model, `mer
 one tensor at a time, so that a folder can be written in the memory of its largest tensor.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -85,11 +86,13 @@ def merge_tensors(
     """
     passes = _passes(rows)
     if chosen.options.get("scope") == "model":
+
+        def task_vectors() -> Iterator[Taus]:
+            return (row.taus for row in passes())
+
         n = len(chosen.labels)
         densities = rules.each(chosen.options["density"], n)
-        cuts = model_cuts(
-            lambda: (row.taus for row in passes()), densities, chosen.entries
-        )
+        cuts = model_cuts(task_vectors, densities, chosen.entries)
         chosen = chosen._replace(cuts=cuts)
     if chosen.lines is not None and chosen.depths is None:
         names = [row.name for row in passes()]
@@ -101,7 +104,10 @@ def merge_tensors(
 
     # no name here or in `_in_order` holds on to what is given
     items = enumerate(passes())
-    yield from map(merged, items) if threads < 2 else _in_order(merged, items, threads)
+    if threads < 2:
+        yield from map(merged, items)
+    else:
+        yield from _in_order(merged, items, threads)
 
 
 def _in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
@@ -179,10 +185,11 @@ def _calibrated(
 
 def _check_finite(row: Row, labels: Sequence[str], products: np.ndarray) -> None:
     for label, square in zip(labels, products.diagonal(), strict=True):
-        if not np.isfinite(square):
-            finite = row.base is None or bool(row.base[...].isfinite().all())
-            blamed = label if finite else "the base"
-            raise ValueError(f"{row.name}: {blamed} holds NaN or infinite values")
+        if np.isfinite(square):
+            continue
+        finite = row.base is None or bool(row.base[...].isfinite().all())
+        blamed = label if finite else "the base"
+        raise ValueError(f"{row.name}: {blamed} holds NaN or infinite values")
 
 
 # Another scale -----------------------------------------------------------------------------------
@@ -256,3 +263,18 @@ def rounded(
             changes[name] = change
     products = sum(gram_matrix([*row.taus, steps[row.name]]) for row in _passes(rows)())
     return changes, own_doses(products[-1, :-1], products.diagonal()[:-1])
+
+
+def check_device(device: str, others: Sequence[str] = ()) -> None:
+    """Raise ValueError unless torch has this device here; `others` than cpu and cuda may do too."""
+    if device not in ("cpu", *others) and not re.fullmatch(r"cuda(:\d+)?", device):
+        names = ", ".join(["cpu", "cuda", "cuda:1", *others])
+        raise ValueError(f"device must be one of {names}, not {device!r}")
+    kind, _, number = device.partition(":")
+    missing = False
+    if kind == "cuda":
+        missing = int(number or 0) >= torch.cuda.device_count()
+    if kind == "mps":
+        missing = not torch.backends.mps.is_available()
+    if missing:
+        raise ValueError(f"torch finds no device {device} on this machine: use cpu")

@@ -7,8 +7,7 @@ folder is written under another name and renamed when it is complete.
 
 import json
 import os
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +62,7 @@ def merge_to_folder(
     place = _checked_place(out)
     chosen = plan_of(recipe)
     engine.check_match(recipe.match)
-    check_device(device)
+    engine.check_device(device)
     inputs = _open(recipe, folder_of, force)
     base = inputs.base
     chosen = _by_tensor(recipe, chosen, base, inputs.folders[0])
@@ -117,9 +116,10 @@ def _labels(
     recipe: Recipe, base: Source, models: list[Source], folders: list[Path]
 ) -> dict[str, str] | None:
     """The labels of the models' heads, where these are merged and the base's have no names."""
-    of_base, *of_models = map(surroundings.labels_of, [base, *models], folders)
-    named = [labels for labels in of_models if labels is not None]
-    return named[0] if named and of_base is None and recipe.heads == "merge" else None
+    if recipe.heads != "merge" or surroundings.labels_of(base, folders[0]):
+        return None
+    of_models = map(surroundings.labels_of, models, folders[1:])
+    return next((labels for labels in of_models if labels), None)
 
 
 def _tokenizer(
@@ -152,8 +152,16 @@ def plan_of(recipe: Recipe) -> MergePlan:
     """The checked plan, with the first number of what differs by tensor."""
     first = flat(recipe)
     labels = [str(i) for i in range(1, len(recipe.models) + 1)]
-    choices = first.weights, first.seed, first.scale, first.svc, first.lines
-    return plan(first.rule, labels, *choices, **first.options)
+    return plan(
+        first.rule,
+        labels,
+        first.weights,
+        first.seed,
+        first.scale,
+        first.svc,
+        first.lines,
+        **first.options,
+    )
 
 
 def _copy_surroundings(recipe: Recipe, inputs: Inputs, part: Path) -> None:
@@ -178,9 +186,12 @@ def _copy_surroundings(recipe: Recipe, inputs: Inputs, part: Path) -> None:
 def _write_report(
     part: Path, recipe: Recipe, report: Report, about: dict[str, Any], name: str
 ) -> None:
-    stated = {"weights": recipe.weights} if is_layered(recipe) else {}
-    earlier = {"method": recipe.rule}  # what rule was called, for readers of that time
-    text = json.dumps(report.as_dict() | stated | about | earlier)
+    content = report.as_dict()
+    if is_layered(recipe):
+        content["weights"] = recipe.weights
+    content |= about
+    content["method"] = recipe.rule  # what rule was called, for readers of that time
+    text = json.dumps(content)
     (part / "merge_report.json").write_text(text + "\n", encoding="utf-8")
     card = model_card(recipe, report, name)
     (part / "README.md").write_text(card, encoding="utf-8")
@@ -226,18 +237,6 @@ def _checked_place(out: Path) -> Path:
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{place} cannot be written to: name another --out")
     return place
-
-
-def check_device(device: str, others: Sequence[str] = ()) -> None:
-    """Raise ValueError unless torch has this device here; `others` than cpu and cuda may do too."""
-    if device not in ("cpu", *others) and not re.fullmatch(r"cuda(:\d+)?", device):
-        names = ", ".join(["cpu", "cuda", "cuda:1", *others])
-        raise ValueError(f"device must be one of {names}, not {device!r}")
-    kind, _, number = device.partition(":")
-    missing = kind == "cuda" and int(number or 0) >= torch.cuda.device_count()
-    missing |= kind == "mps" and not torch.backends.mps.is_available()
-    if missing:
-        raise ValueError(f"torch finds no device {device} on this machine: use cpu")
 
 
 def _print_notes(inputs: Inputs) -> None:

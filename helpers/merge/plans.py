@@ -88,7 +88,8 @@ def _ties_state(row: Row, plan: MergePlan):
     tied = 0
     for tau, cut in zip(row.taus, plan.cuts, strict=True):
         for part, _ in row_blocks(tau.shape, tau.device):
-            tied += int((tau[part].abs() == cut.threshold).sum())
+            magnitudes = tau[part].abs()
+            tied += int((magnitudes == cut.threshold).sum())
     return {"cuts": plan.cuts}, {"tied": tied}
 
 

@@ -188,8 +188,10 @@ def numbers(
 def _with_numbers(recipe: Recipe, number_of: Callable[[Setting], float]) -> Recipe:
     options = dict(recipe.options)
     if isinstance(options.get("density"), list):
-        options["density"] = [number_of(setting) for setting in options["density"]]
-    weights = recipe.weights and [number_of(setting) for setting in recipe.weights]
+        options["density"] = list(map(number_of, options["density"]))
+    weights = recipe.weights
+    if weights:
+        weights = list(map(number_of, weights))
     return normalized(recipe._replace(weights=weights, options=options))
 
 

@@ -93,7 +93,8 @@ class Report:
     def ingredient(self) -> list[float]:
         coefficients = RULES[self.plan.rule].coefficients
         if coefficients and self.plan.is_uniform:
-            return [self.plan.scale * c for c in coefficients(self.plan.weights)]
+            given = coefficients(self.plan.weights)
+            return [self.plan.scale * coefficient for coefficient in given]
         inverse = np.linalg.pinv(self.gram, rcond=1e-10, hermitian=True)
         return (inverse @ self.dots).tolist()
 
@@ -146,8 +147,10 @@ class Report:
 
     def as_row(self) -> dict[str, Any]:
         """The totals, flat: one row of a table of merges."""
-        own = [c for c in self.own if c is not None]
-        rounded = {"left": self.left, "cos_written": self.cos_written}
+        own = [dose for dose in self.own if dose is not None]
+        rounded = {}
+        if self.is_rounded:
+            rounded = {"left": self.left, "cos_written": self.cos_written}
         steps = {f"{key}_steps": count for key, count in self.slerp.items()}
         return {
             "rule": self.plan.rule,
@@ -161,16 +164,18 @@ class Report:
             "ingredient_mean": float(np.mean(self.ingredient)),
             "own_mean": float(np.mean(own)) if own else None,
             "rho2": self.rho2,
-            **(rounded if self.is_rounded else {}),
+            **rounded,
         }
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, JSON-able."""
-        data = {"per_tensor": self.per_tensor, "sketch": self.sketch}
-        totals = {"ingredient": self.ingredient, "own": self.own, "norms": self.norms}
+        content = self.plan.choices()
+        content |= {"per_tensor": self.per_tensor, "sketch": self.sketch}
+        content |= self.as_row()
+        content |= {"ingredient": self.ingredient, "own": self.own, "norms": self.norms}
         if self.is_rounded:
-            totals["asked"] = self.asked
-        return self.plan.choices() | data | self.as_row() | totals
+            content["asked"] = self.asked
+        return content
 
 
 def _ratio(a: float, b: float) -> float:
@@ -179,7 +184,10 @@ def _ratio(a: float, b: float) -> float:
 
 def own_doses(dots: np.ndarray, squares: np.ndarray) -> list[float | None]:
     """<x, tau_i> / ||tau_i||^2 from the products and the squares, None where tau_i = 0."""
-    return [float(b / g) if g > 0 else None for b, g in zip(dots, squares, strict=True)]
+    doses = []
+    for dot, square in zip(dots, squares, strict=True):
+        doses.append(float(dot / square) if square > 0 else None)
+    return doses
 
 
 def summary(plan: MergePlan, records: Iterable[dict[str, Any]]) -> Report:
@@ -245,8 +253,10 @@ def _sketch(delta: Tensor) -> np.ndarray:
     """A linear summary, about as long as the tensor: entries summed by index modulo 251."""
     whole = delta.numel() // SKETCH * SKETCH
     flat = delta.reshape(-1)
-    folded = flat[:whole].view(-1, SKETCH).sum(0).double()
-    folded[: delta.numel() - whole] += flat[whole:]
+    rows = flat[:whole].view(-1, SKETCH)
+    rest = flat[whole:]
+    folded = rows.sum(0).double()
+    folded[: len(rest)] += rest
     return folded.cpu().numpy()
 
 
@@ -264,7 +274,8 @@ def delta_digest(delta: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(delta):
         tensor = delta[name].detach().cpu().contiguous()
-        about = [name, str(tensor.dtype), list(tensor.shape)]
-        digest.update(json.dumps(about).encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+        about = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
+        content = tensor.view(-1).view(torch.uint8)
+        digest.update(about.encode())
+        digest.update(content.numpy())
     return digest.hexdigest()

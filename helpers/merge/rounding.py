@@ -48,9 +48,11 @@ def _stochastic(values: Tensor, dtype: torch.dtype, bits: np.random.PCG64) -> Te
     upper = lower + 1
     low = lower.view(dtype).float()
     step = upper.view(dtype).float() - low
-    draws = bits.random_raw((values.numel() + 1) // 2).view(np.uint32)[: values.numel()]
-    chance = torch.from_numpy(draws / 2.0**32).to(values).view(values.shape)
-    up = (values - low) / step > chance
+    pairs = bits.random_raw((values.numel() + 1) // 2)
+    draws = pairs.view(np.uint32)[: values.numel()]
+    chance = torch.from_numpy(draws / 2.0**32).to(values)
+    way = (values - low) / step
+    up = way > chance.view(values.shape)
     rounded = torch.where(up, upper, lower).view(dtype)
     # what overflows is to be seen
     return torch.where(nearest.isfinite(), rounded, nearest)

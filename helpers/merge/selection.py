@@ -88,7 +88,8 @@ def _cut_inside(tau: Tensor | Lazy, k: int, parts: list[np.ndarray]) -> Cut:
     rest = len(values) - k
     # Magnitudes order as their bits, which are selected twice as fast.
     threshold = np.partition(values.view(np.int32), rest).view(np.float32)[rest]
-    tied = np.cumsum([np.count_nonzero(part == threshold) for part in parts])
+    counts = [np.count_nonzero(part == threshold) for part in parts]
+    tied = np.cumsum(counts)  # up to the end of each block
     quota = k - np.count_nonzero(values > threshold)
     last = tau.shape.numel() - 1
     if quota < tied[-1]:
@@ -100,10 +101,11 @@ def dense_cut(tau: Tensor, k: int) -> Cut:
     """The cut that keeps exactly k of a dense tensor's entries, 0 < k < numel: the definition."""
     values = tau.abs().flatten()
     # on a GPU much faster than kthvalue
-    kth = values.topk(k, sorted=False).values.min()
+    kept = values.topk(k, sorted=False).values
+    kth = kept.min()
     counts = [(values > kth).sum(), (values == kth).sum()]
-    transfer = torch.stack([x.double() for x in (kth, *counts)])  # once
-    threshold, above, tied = transfer.tolist()
+    numbers = [number.double() for number in (kth, *counts)]
+    threshold, above, tied = torch.stack(numbers).tolist()  # one transfer
     if threshold == 0:
         return Cut(0.0, -1, int(tied))
     quota = k - int(above)
@@ -120,7 +122,8 @@ def _place(
     i = int(np.searchsorted(tied, quota))
     before = tied[i - 1] if i else 0
     rows, offset = next(islice(row_blocks(tau.shape, tau.device), i, None))
-    places = np.flatnonzero(tau[rows].abs().cpu().numpy() == threshold)
+    magnitudes = tau[rows].abs().cpu().numpy()
+    places = np.flatnonzero(magnitudes == threshold)
     return offset + int(places[quota - before - 1])
 
 
@@ -160,7 +163,8 @@ def _order(magnitudes: np.ndarray) -> Callable[[int], np.float32]:
 
     def magnitude(place: int) -> np.float32:
         upper = ordered[place]
-        lowers = np.sort(bits[uppers == upper].astype(np.uint16), kind="stable")
+        alike = bits[uppers == upper].astype(np.uint16)
+        lowers = np.sort(alike, kind="stable")
         lower = lowers[place - np.searchsorted(ordered, upper)]
         return np.uint32(int(upper) << 16 | int(lower)).view(np.float32)
 
@@ -243,7 +247,8 @@ def _magnitude_bits(rows: Iterable[Taus]) -> Iterator[tuple[int, np.ndarray]]:
         for i, tau in enumerate(taus):
             for part, _ in row_blocks(tau.shape, tau.device):
                 magnitudes = tau[part].abs().reshape(-1)
-                yield i, magnitudes.cpu().numpy().view(np.uint32)
+                values = magnitudes.cpu().numpy()
+                yield i, values.view(np.uint32)
 
 
 # At random ---------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ def singular_triplets(taus: Taus, weights: Weights) -> tuple[Tensor, Tensor, Ten
         right = right.T
     else:
         left, values, right = _of_factors(factors, weights)
-    rank = int((values > 1e-5 * values[0]).sum())
+    kept = values > 1e-5 * values[0]
+    rank = int(kept.sum())
     return left[:, :rank], values[:rank], right[:, :rank]
 
 
@@ -39,7 +40,8 @@ def _of_factors(factors: Sequence, weights: Weights) -> tuple[Tensor, Tensor, Te
         ins.append(A.double().cpu())
     q_out, r_out = torch.linalg.qr(torch.cat(outs, dim=1))
     q_in, r_in = torch.linalg.qr(torch.cat(ins).T)
-    left, values, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
+    core = r_out @ r_in.T
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
     return q_out @ left, values, q_in @ right.T
 
 
@@ -157,9 +159,11 @@ def svc(delta: Tensor, taus: Taus, alpha: float = 1.0) -> Tensor:
     for tau in taus:
         own = left.T @ tau[...]
         square = own.square().sum(1)
-        along = (values[:, None] * right * own).sum(1) / square.clamp(min=1e-30)
+        product = (values[:, None] * right * own).sum(1)
+        along = product / square.clamp(min=1e-30)
         factors += torch.where(square > 0, along, 0).clamp(min=alpha)
-    return (left * (values * len(taus) / factors)) @ right
+    calibrated = values * len(taus) / factors
+    return (left * calibrated) @ right
 
 
 def _first(triplets: Sequence[Tensor], rank: int) -> list[Tensor]:

@@ -64,10 +64,11 @@ def model_arc(taus: Taus, weights: Weights, base: Tensor | Lazy) -> Arc:
     """The arc between the models theta_0 + tau_i."""
     n = len(taus)
     models = np.hstack([np.ones((n, 1)), np.eye(n)])
-    gram = models @ gram_matrix([base, *taus]) @ models.T
-    coefficients, lerp = spherical(gram, weights)
-    on_base = 0.0 if lerp == n - 1 else float(coefficients.sum()) - 1
-    return Arc(on_base, coefficients.tolist(), {"lerp": lerp, "slerp": n - 1 - lerp})
+    products = gram_matrix([base, *taus])
+    coefficients, lerp = spherical(models @ products @ models.T, weights)
+    steps = {"lerp": lerp, "slerp": n - 1 - lerp}
+    on_base = float(coefficients.sum()) - 1 if steps["slerp"] else 0.0
+    return Arc(on_base, coefficients.tolist(), steps)
 
 
 def task_arc(taus: Taus, weights: Weights) -> Arc:

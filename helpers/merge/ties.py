@@ -38,11 +38,16 @@ def untied(base: Source, specialists: Sequence[Source]) -> Source:
 
 
 def _is_apart(base: Source, specialist: Source, copy: str, original: str) -> bool:
-    stored = {base.anatomy.loaded(name): x for name, x in specialist.tensors.items()}
+    """Whether a specialist has a value for the copy that is not the original's."""
+    loaded = base.anatomy.loaded
+    stored = {loaded(name): tensor for name, tensor in specialist.tensors.items()}
     pair = [stored[name] for name in (copy, original) if name in stored]
     if len(pair) == 1 and specialist.adapter is not None:
-        pair.append(base.tensors[original])
-    return len(pair) == 2 and not equal(*reversed(pair))
+        pair.append(base.tensors[original])  # an adapter leaves what it does not save
+    if len(pair) < 2:
+        return False
+    first, second = pair
+    return not equal(second, first)
 
 
 def equal(base: Tensor, tuned: Tensor) -> bool:

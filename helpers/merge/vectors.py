@@ -150,17 +150,19 @@ def _whole_change(name: str, origin: Lazy, change: Lazy, adapter: Adapter) -> La
 
     @cache
     def column_norms() -> Tensor:
-        blocks = row_blocks(shape, device)
-        return sum(
-            (origin[x] + change[x]).double().square().sum(0) for x, _ in blocks
-        ).sqrt()
+        squares = 0.0
+        for rows, _ in row_blocks(shape, device):
+            tuned = (origin[rows] + change[rows]).double()
+            squares = squares + tuned.square().sum(0)
+        return squares.sqrt()
 
     def read(rows) -> Tensor:
         tuned = origin[rows] + change[rows]
         if magnitude is not None and by_columns:
             tuned = tuned * (magnitude.to(device) / column_norms().float())
         elif magnitude is not None:
-            factor = magnitude[rows].to(device) / torch.linalg.vector_norm(tuned, dim=1)
+            norms = torch.linalg.vector_norm(tuned, dim=1)
+            factor = magnitude[rows].to(device) / norms
             tuned = tuned * factor[:, None]
         if bias is not None:
             tuned = tuned + bias[rows].to(device)
@@ -180,9 +182,11 @@ def _reader(base: Source, device: str) -> Callable[[str, Any], Tensor]:
     last = threading.local()  # each thread is at a tensor of its own
 
     def read(name: str, rows: Any) -> Tensor:
-        if getattr(last, "asked", None) != (name, rows):
+        asked = name, rows
+        if getattr(last, "asked", None) != asked:
             block = base.tensors[name][rows]
-            last.asked, last.block = (name, rows), block.to(device, torch.float32)
+            last.block = block.to(device, torch.float32)
+            last.asked = asked
         return last.block
 
     return read

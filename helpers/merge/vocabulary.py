@@ -154,21 +154,24 @@ def by_token(
         for model, words in zip(models, tokens[1:], strict=True):
             if model.adapter is not None:  # it may have trained rows of the padding
                 own = own.where(own >= 0, _numbers(target, words, stored))
-        nobody = (own < 0) & torch.stack([x < 0 for x in numbers]).all(0)
+        lacking = torch.stack([own, *numbers]) < 0
+        nobody = lacking.all(0)
         if nobody.any():
-            raise ValueError(f"row {int(nobody.nonzero()[0])} of {name} is in no model")
-        aligned[name] = Gathered(stored, own, _mean(owned, numbers))
+            first = int(nobody.nonzero()[0])
+            raise ValueError(f"row {first} of {name} is in no model")
+        whole = Gathered(stored, own, _mean(owned, numbers))
+        aligned[name] = whole
         for i, tensor in enumerate(owned):
             if tensor is not None:
-                replaced[i][name] = Gathered(
-                    tensor, numbers[i], aligned[name].__getitem__
-                )
-    whole = base._replace(tensors=dict(base.tensors) | aligned)
-    moved = []
+                moved = Gathered(tensor, numbers[i], whole.__getitem__)
+                replaced[i][name] = moved
+    of_base = dict(base.tensors) | aligned
+    others = []
     for model, tensors, words in zip(models, replaced, tokens[1:], strict=True):
         model = _moved_parts(model, base, target, words)
-        moved.append(model._replace(tensors=dict(model.tensors) | tensors))
-    return whole, moved
+        own = dict(model.tensors) | tensors
+        others.append(model._replace(tensors=own))
+    return base._replace(tensors=of_base), others
 
 
 def _numbers(
@@ -198,7 +201,8 @@ def _mean(
             if tensor is not None:
                 own = places[which]
                 present = (own >= 0).view(-1, *[1] * (tensor.ndim - 1))
-                total = total + tensor[own.clamp(min=0)].float() * present
+                stored = tensor[own.clamp(min=0)].float()
+                total = total + stored * present
                 owners = owners + present
         return total / owners
 
