@@ -128,7 +128,8 @@ def _checkpoint_names(base: Source, specialist: Source) -> Source:
         if body.is_recomputed(loaded) or name in specialist.recomputed:
             continue
         tensors[loaded] = tensor
-    for copy, original in body.ties.items():
+    ties = dict(specialist.anatomy.ties if specialist.anatomy else {}) | body.ties
+    for copy, original in ties.items():
         if copy in base.tensors and original in tensors:
             tensors.setdefault(copy, tensors[original])
         elif copy in tensors:  # equal to the original (`untied`)

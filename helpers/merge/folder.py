@@ -21,8 +21,8 @@ from helpers.merge.card import model_card, name_of, provenance
 from helpers.merge.cost import print_cost
 from helpers.merge.fit import fitted, named
 from helpers.merge.parts import complete_or_absent
-from helpers.merge.plans import MergePlan, plan
-from helpers.merge.recipe import DTYPES, Recipe, flat, is_layered, numbers
+from helpers.merge.plans import MergePlan
+from helpers.merge.recipe import DTYPES, Recipe, is_layered, numbers, plan_of
 from helpers.merge.report import Report, summary
 from helpers.merge.rounding import Grid, grid
 from helpers.merge.shards import Layout, layout, write_tensors
@@ -148,22 +148,6 @@ def _tokenizer(
     )
 
 
-def plan_of(recipe: Recipe) -> MergePlan:
-    """The checked plan, with the first number of what differs by tensor."""
-    first = flat(recipe)
-    labels = [str(i) for i in range(1, len(recipe.models) + 1)]
-    return plan(
-        first.rule,
-        labels,
-        first.weights,
-        first.seed,
-        first.scale,
-        first.svc,
-        first.lines,
-        **first.options,
-    )
-
-
 def _copy_surroundings(recipe: Recipe, inputs: Inputs, part: Path) -> None:
     base, tokenizer = inputs.folders[0], inputs.tokenizer
     copying.copy_surroundings(base, tokenizer, part, recipe.dtype, inputs.rows)
@@ -201,8 +185,8 @@ def _by_tensor(
     recipe: Recipe, chosen: MergePlan, base: Source, folder: Path
 ) -> MergePlan:
     """The plan with its numbers by tensor, where the recipe has them."""
-    layers = base.anatomy.layers if base.anatomy else None
-    layers = layers or config_of(folder).get("num_hidden_layers")
+    known = base.anatomy and base.anatomy.layers
+    layers = known or config_of(folder).get("num_hidden_layers")
     if recipe.layers is not None and recipe.layers != layers:
         raise ValueError(
             f"a slice has {recipe.layers} layers, the base {layers}: only all of them"
@@ -229,6 +213,10 @@ def _by_tensor(
 
 def _checked_place(out: Path) -> Path:
     """The nearest folder above `out` that exists; ValueError if nothing can be made there."""
+    try:
+        str(out).encode()  # safetensors writes no other names
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{str(out)!r} is no UTF-8: name another --out") from error
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists: name another folder, or remove it")
     place = next(folder for folder in out.absolute().parents if folder.exists())

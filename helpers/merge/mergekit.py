@@ -10,6 +10,7 @@ from helpers.merge.configuration import (
     Configuration,
     Entry,
     Parameters,
+    Slice,
     UniqueKeys,
     model_name,
     parts,
@@ -148,17 +149,32 @@ def _entries(config: Configuration) -> tuple[list[Entry], int | None]:
         if config.models is None:
             raise ValueError("no models are listed: models is a list of {model: …}")
         return config.models, None
-    if len(config.slices) != 1:
+    first = config.slices[0]
+    layers = 0
+    if any(_content(part) != _content(first) for part in config.slices):
         raise ValueError(
-            "several slices stack layers to another depth: only one, of the whole"
+            "several slices must be the whole model together, each of the same models with "
+            "the same parameters: others stack layers to another depth"
         )
-    sources = config.slices[0].sources
-    whole = sources[0].layer_range
-    if any(x.layer_range != whole for x in sources) or not isinstance(whole, list):
+    for part in config.slices:
+        layers = _end(part, layers)
+    return first.sources, layers
+
+
+def _content(part: Slice) -> dict[str, Any]:
+    """All that a slice states but its layers."""
+    return part.model_dump(exclude={"sources": {"__all__": {"layer_range"}}})
+
+
+def _end(part: Slice, start: int) -> int:
+    """The layer at which a slice ends that begins at `start`."""
+    stated = [source.layer_range for source in part.sources]
+    whole = stated[0]
+    if not isinstance(whole, list) or any(other != whole for other in stated):
         raise ValueError("the sources of a slice need one layer_range: [0, n]")
-    if len(whole) != 2 or whole[0] != 0 or type(whole[1]) is not int:
+    if len(whole) != 2 or whole[0] != start or type(whole[1]) is not int:
         raise ValueError(f"layer_range {whole} is no whole model: [0, n] is")
-    return sources, whole[1]
+    return whole[1]
 
 
 def _with_base(

@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from helpers.merge.fit import HEADS
+from helpers.merge.plans import MergePlan, plan
 from helpers.merge.rounding import MODES
 from helpers.merge.weights import one_line, read_text
 
@@ -169,6 +170,22 @@ def is_layered(recipe: Recipe) -> bool:
 def flat(recipe: Recipe) -> Recipe:
     """The recipe with the first number of each setting: for checks before the tensors are known."""
     return _with_numbers(recipe, _first)
+
+
+def plan_of(recipe: Recipe) -> MergePlan:
+    """The checked plan, with the first number of what differs by tensor."""
+    first = flat(recipe)
+    labels = [str(i) for i in range(1, len(recipe.models) + 1)]
+    return plan(
+        first.rule,
+        labels,
+        first.weights,
+        first.seed,
+        first.scale,
+        first.svc,
+        first.lines,
+        **first.options,
+    )
 
 
 def numbers(

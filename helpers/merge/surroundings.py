@@ -207,8 +207,12 @@ def _is_coarser(source: Source, base: Source) -> bool:
 def _template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return read_text(file)
-    return json_if_there(folder / "tokenizer_config.json").get("chat_template")
+        return "\n".join(read_text(file).splitlines())
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        template = json_if_there(folder / name).get("chat_template")
+        if template is not None:
+            return template
+    return None
 
 
 def _eos(folders: Sequence[Path], files: Sequence[str]) -> Any:

@@ -69,12 +69,16 @@ def _places(index: Path) -> dict[str, str]:
         )
     for place in places.values():
         _inside(index, place)
-    return places
+    return {name: Path(place).name for name, place in places.items()}
 
 
 def _inside(stating: Path, name: Any) -> Path:
     """The file beside `stating` that it names; ValueError if the name leads elsewhere."""
-    if not isinstance(name, str) or Path(name).name != name:
+    if (
+        not isinstance(name, str)
+        or name in ("", "..")
+        or Path(name) != Path(Path(name).name)
+    ):
         raise ValueError(f"{stating} names {name!r}, which is no file beside it")
     return stating.parent / name
 

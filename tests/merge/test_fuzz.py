@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import merge as merging
 from helpers.advise.prompts import read_prompts
-from helpers.merge.folder import plan_of
-from helpers.merge.recipe import read_recipe
+from helpers.merge.recipe import plan_of, read_recipe
 
 often = settings(
     max_examples=int(os.environ.get("FUZZ", "40")),

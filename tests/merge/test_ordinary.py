@@ -357,3 +357,39 @@ def test_slices_count_the_layers_as_the_class_does(tmp_path):
     ours = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in load_file(model / "model.safetensors").items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_slices_that_are_the_whole_together_are_its_models(tmp_path):
+    source = "{{model: a, layer_range: {0}, parameters: {{weight: {1}}}}}"
+    parts = [f"{{sources: [{source.format(x, 1)}]}}" for x in ("[0, 1]", "[1, 4]")]
+    recipe = read(tmp_path, f"{TASK}slices: [{', '.join(parts)}]")
+    assert (recipe.models, recipe.weights, recipe.layers) == (["a"], [1], 4)
+    for last in (source.format("[2, 4]", 1), source.format("[1, 4]", 2)):
+        with pytest.raises(ValueError, match="whole model"):
+            read(tmp_path, f"{TASK}slices: [{parts[0]}, {{sources: [{last}]}}]")
+
+
+def test_a_tied_model_has_a_head_beside_an_untied_base(tmp_path):
+    base = saved(tiny.llama(tie_word_embeddings=False), tmp_path / "base")
+    model = saved(tiny.llama(seed=1), tmp_path / "model")
+    out = merge(base, [model], tmp_path / "out", "--force")
+    tokens = torch.arange(9)[None]
+    of = transformers.AutoModelForCausalLM
+    ours, theirs = (of.from_pretrained(x)(tokens).logits for x in (out, model))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_an_index_may_write_files_beside_it_with_a_dot(tmp_path):
+    base = tiny.save_base(tmp_path / "base", max_shard_size="20KB")
+    model = shutil.copytree(base, tmp_path / "model")
+    index = "model.safetensors.index.json"
+    places = json.loads((model / index).read_text())["weight_map"]
+    setting(model, index, weight_map={x: f"./{file}" for x, file in places.items()})
+    with pytest.raises(ValueError, match="no model differs"):  # it was read
+        merge(base, [model], tmp_path / "out")
+
+
+def test_a_name_that_no_file_can_have_is_refused_first(tiny_base, tmp_path):
+    model = tuned(tiny_base, tmp_path / "model")
+    with pytest.raises(ValueError, match="is no UTF-8"):
+        merge(tiny_base, [model], f"{tmp_path}/caf\udce9")
