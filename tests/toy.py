@@ -1,20 +1,12 @@
 """A project of two small notebooks, for the tests of the runner."""
 
+import sys
 import textwrap
 
 import nbformat
 
 from helpers import store
-from helpers.run import (
-    chain,
-    execute,
-    forecast,
-    keys,
-    overview,
-    profiles,
-    publish,
-    readme,
-)
+from helpers.run import publish  # with it all of the room that knows the ROOT
 
 NOTEBOOKS = """
 [[notebook]]
@@ -131,18 +123,11 @@ def make(folder, monkeypatch):
     (folder / "README.md").write_text(README)
     write(folder / "notebooks" / "01_make.ipynb", MAKE)
     write(folder / "notebooks" / "02_read.ipynb", READ)
-    for module in (
-        store,
-        chain,
-        execute,
-        forecast,
-        keys,
-        overview,
-        profiles,
-        publish,
-        readme,
-    ):
-        monkeypatch.setattr(module, "ROOT", folder)
+    room = publish.__package__
+    modules = [module for name, module in sys.modules.items() if name.startswith(room)]
+    for module in (store, *modules):
+        if hasattr(module, "ROOT"):
+            monkeypatch.setattr(module, "ROOT", folder)
     return folder
 
 

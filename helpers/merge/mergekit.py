@@ -183,17 +183,7 @@ def _with_base(
     """The base and the models with a task vector, or of an average all that are averaged."""
     if stated is None and name != "linear":
         raise ValueError(f"{name} needs a base_model")
-    base = None if stated is None else model_name(stated, None)
-    of_adapters = {parts(entry.model)[0] for entry in entries if parts(entry.model)[1]}
-    if (
-        base is None
-        and len(of_adapters) == 1
-        and all(parts(x.model)[1] for x in entries)
-    ):
-        base = of_adapters.pop()  # of linear: the base of all, which is not averaged
-        names = [model_name(entry.model, base) for entry in entries]
-        own = [_parameters(entry.parameters, shared) for entry in entries]
-        return base, list(zip(names, own, strict=True))
+    base = _common_base(entries) if stated is None else model_name(stated, None)
     models: Models = []
     for entry in entries:
         own = _parameters(entry.parameters, shared)
@@ -202,7 +192,7 @@ def _with_base(
         return models[0][0], models  # of linear: any base gives the same weighted mean
     listed = [model for model, _ in models]
     if name in ("linear", "slerp"):
-        if base not in listed:
+        if base not in listed and stated is not None:
             # mergekit takes the base as one more model
             models.append((base, dict(shared)))
         return base, models
@@ -213,6 +203,15 @@ def _with_base(
             f"no model is listed but the base: {name} adds up what others changed"
         )
     return base, changed
+
+
+def _common_base(entries: list[Entry]) -> str | None:
+    """The base of models that are all its adapters; it is not averaged."""
+    bases = set()
+    for entry in entries:
+        base, adapter = parts(entry.model)
+        bases.add(base if adapter else None)
+    return bases.pop() if len(bases) == 1 else None
 
 
 def _parameters(own: Parameters | None, shared: dict[str, Any]) -> dict[str, Any]:

@@ -67,9 +67,7 @@ def _places(index: Path) -> dict[str, str]:
         raise ValueError(
             f"{index} has no weight_map of tensors and files: copy it again"
         )
-    for place in places.values():
-        _inside(index, place)
-    return {name: Path(place).name for name, place in places.items()}
+    return {name: _inside(index, place).name for name, place in places.items()}
 
 
 def _inside(stating: Path, name: Any) -> Path:

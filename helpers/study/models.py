@@ -154,4 +154,4 @@ def _check_weights(folder: Path) -> None:
     try:
         read_folder(folder)  # reads the headers and compares the sizes
     except (ValueError, OSError) as error:
-        raise AssetError(f"{error}; copy it anew.") from error
+        raise AssetError(f"{error}.") from error

@@ -439,6 +439,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def asked(rule, *models):
+    """The command for models in folders of these names, less --out."""
+    return ["--rule", rule, "--base", "base", "--models", *models, "--force"]
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("rule", ["linear", "ties", "dare", "iso_c"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -456,17 +461,7 @@ def test_threads_make_the_same_file_and_report(tmp_path, monkeypatch, rule, dtyp
     files, reports = [], []
     for threads in (1, 2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        command = [
-            "--rule",
-            rule,
-            "--base",
-            "base",
-            "--models",
-            "one",
-            "two",
-            "three",
-            "--force",
-        ]
+        command = asked(rule, "one", "two", "three")
         merging.main([*command, "--dtype", dtype, "--out", f"out{threads}"])
         files.append((tmp_path / f"out{threads}" / "model.safetensors").read_bytes())
         report = json.loads(
@@ -486,16 +481,7 @@ def test_a_thread_that_meets_nan_stops_the_merge(tmp_path, monkeypatch):
         save_file(tensors, tmp_path / model / "model.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    command = [
-        "--rule",
-        "linear",
-        "--base",
-        "base",
-        "--models",
-        "one",
-        "two",
-        "--force",
-    ]
+    command = asked("linear", "one", "two")
     with pytest.raises(ValueError, match="w4: .* holds NaN"):
         merging.main([*command, "--out", "out"])
     assert not (tmp_path / "out").exists()
@@ -511,17 +497,7 @@ def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path, rule):
         (tmp_path / model).mkdir()
         tensors = {f"w{i}": torch.randn(shape, generator=generator) for i in range(8)}
         save_file(tensors, tmp_path / model / "model.safetensors")
-    command = [
-        "--rule",
-        rule,
-        "--base",
-        "base",
-        "--models",
-        "one",
-        "two",
-        "three",
-        "--force",
-    ]
+    command = asked(rule, "one", "two", "three")
     run = [sys.executable, "-c", MEASURE, *command, "--out", "out"]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
     # a model has 64 MB
