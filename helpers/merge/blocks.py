@@ -24,15 +24,18 @@ class Factors(NamedTuple):
 
 @dataclass(eq=False)
 class Lazy:
-    """A tensor that is dense (fp32) only in the rows asked for: `lazy[lo:hi]`, or `lazy[...]`."""
+    """A tensor that is dense (fp32) only in the rows asked for: `lazy[lo:hi]`, or `lazy[...]`.
+
+    read: gives these rows, as torch does in `out`, or in memory of their own where it is None.
+    """
 
     shape: torch.Size
     device: str
-    read: Callable[[Any], Tensor]
+    read: Callable[[Any, Tensor | None], Tensor]
     factors: Factors | None = None
 
     def __getitem__(self, rows) -> Tensor:
-        return self.read(rows)
+        return self.read(rows, None)
 
 
 Taus = Sequence[Tensor | Lazy]
@@ -42,14 +45,19 @@ def zero(shape: torch.Size, device: str = "cpu") -> Lazy:
     """The task vector of a specialist that left this tensor alone."""
     nothing = torch.zeros((), device=device).expand(shape)
     factors = Factors(1.0, nothing[:, :1], nothing[:1]) if len(shape) == 2 else None
-    return Lazy(shape, device, lambda rows: nothing[rows].clone(), factors)
+
+    def read(rows, out: Tensor | None) -> Tensor:
+        return nothing[rows].clone() if out is None else out.zero_()
+
+    return Lazy(shape, device, read, factors)
 
 
 class Block(NamedTuple):
-    """Rows of a tensor: what to index it by, and the flat index of their first entry."""
+    """Rows of a tensor: what to index it by, the flat index of their first entry, their shape."""
 
     rows: Any
     offset: int
+    shape: torch.Size
 
 
 def row_blocks(
@@ -63,13 +71,37 @@ def row_blocks(
     numel = shape.numel()
     block = BLOCK.get(torch.device(device).type, 1 << 24)
     if numel <= block:
-        yield Block(..., 0)
+        yield Block(..., 0, shape)
         return
     width = numel // shape[0]
     step = max(2, block // width // 2 * 2)
     for start in range(0, shape[0], step):
         end = min(start + step, shape[0])
-        yield Block(slice(start, end), start * width)
+        part = torch.Size([end - start, *shape[1:]])
+        yield Block(slice(start, end), start * width, part)
+
+
+def stacked(tensors: Taus, free: int = 0) -> Iterator[tuple[Block, Tensor]]:
+    """Each block of n tensors of one shape, flat, as the rows of a matrix, fp32; below these rows
+    are `free` more.
+
+    It is the same memory every time: to give it back and ask for it again would take as long as
+    the arithmetic.
+    """
+    shape, device = tensors[0].shape, tensors[0].device
+    memory = None
+    for at in row_blocks(shape, device):
+        entries = at.shape.numel()
+        if memory is None:
+            memory = torch.empty(len(tensors) + free, entries, device=device)
+        stack = memory[:, :entries]
+        for tensor, row in zip(tensors, stack, strict=False):
+            block = row.view(at.shape)
+            if isinstance(tensor, Lazy):
+                tensor.read(at.rows, block)
+            else:
+                block.copy_(tensor[at.rows])
+        yield at, stack
 
 
 # Rules that work block by block ------------------------------------------------------------------
@@ -81,19 +113,21 @@ Kernel = Callable[[list[Tensor], Block], Tensor]
 def in_blocks(
     kernel: Kernel,
     taus: Taus,
-    finish: Callable[[list[Tensor], Block], Tensor] = lambda blocks, at: blocks[-1],
+    finish: Callable[[Tensor, Block], Tensor] = lambda stack, at: stack[-2],
 ) -> Tensor:
-    """The dense result of a kernel on all blocks, or what `finish` makes of [*taus, result]."""
-    shape = taus[0].shape
+    """The dense result of a kernel on all blocks, or what `finish` makes of it.
+
+    finish: of a stack of the task vectors, the result and a free row, it gives a block, flat.
+    """
+    n = len(taus)
     result = None
-    for block in row_blocks(shape, taus[0].device):
-        parts = [tau[block.rows] for tau in taus]
-        part = finish([*parts, kernel(parts, block)], block)
-        if part.shape == shape:
-            return part
+    for at, stack in stacked(taus, free=2):
+        blocks = [row.view(at.shape) for row in stack[:n]]
+        stack[n].view(at.shape).copy_(kernel(blocks, at))
+        part = finish(stack, at)
         if result is None:
-            result = torch.empty(shape, dtype=part.dtype, device=part.device)
-        result[block.rows] = part
+            result = torch.empty(taus[0].shape, dtype=part.dtype, device=part.device)
+        result.view(-1)[at.offset : at.offset + len(part)] = part
     return result
 
 
@@ -123,24 +157,23 @@ def kernel_of(
 
 def gram_matrix(tensors: Taus) -> np.ndarray:
     """All inner products <x_i, x_j> of n tensors of one shape, (n, n): see `products`."""
-    blocks = row_blocks(tensors[0].shape, tensors[0].device)
-    return sum(products([tensor[at.rows] for tensor in tensors]) for at in blocks)
+    return sum(products(stack) for _, stack in stacked(tensors))
 
 
-def products(blocks: Sequence[Tensor]) -> np.ndarray:
-    """All inner products of n dense tensors of one shape, (n, n): over PIECE entries in fp32, the
-    sums of these in fp64.
+def products(rows: Tensor) -> np.ndarray:
+    """All inner products of the n rows of a matrix, (n, n): over PIECE entries in fp32, the sums of
+    these in fp64.
 
-    Within 1e-6 of the product of the norms. Each pair is a dot product of its own: a product of
-    matrices as thin as these takes twice as long.
+    Within 1e-6 of the product of the norms.
     """
-    flat = [block.reshape(-1).float().split(PIECE) for block in blocks]
-    if not blocks[0].is_cuda:  # where NumPy's dot is faster than torch's
-        flat = [[piece.numpy() for piece in pieces] for pieces in flat]
-    total = np.zeros((len(blocks), len(blocks)))
-    for pieces in zip(*flat, strict=True):
-        for i, x in enumerate(pieces):
-            for j, y in enumerate(pieces[: i + 1]):
-                total[i, j] += float(x @ y)
+    pieces = rows.split(PIECE, dim=1)
+    if rows.is_cuda:
+        return sum((piece @ piece.T).double() for piece in pieces).cpu().numpy()
+    n = len(rows)
+    total = np.zeros((n, n))
+    # Row by row, half of them: the whole product of a matrix as thin as this takes longer.
+    for piece in (piece.numpy() for piece in pieces):
+        for i in range(n):
+            total[i, : i + 1] += piece[: i + 1] @ piece[i]
     lower = np.tril(total, -1)
     return total + lower.T

@@ -154,15 +154,18 @@ def _merge_tensor(
     models = len(chosen.labels)
     tally = Tally(models)
 
-    def finish(blocks: list[Tensor], at: Block) -> Tensor:
+    def finish(stack: Tensor, at: Block) -> Tensor:
+        delta, written = stack[-2:]
         if chosen.scale != 1:
-            blocks[-1] = blocks[-1] * chosen.scale
+            delta.mul_(chosen.scale)
         if grid is None:
-            tally.add(blocks, at)
-            return blocks[-1]
-        base = row.base[at.rows]
-        merged = grid(base + blocks[-1])
-        tally.add([*blocks, merged.float() - base] if grid.is_coarse else blocks, at)
+            tally.add(stack[:-1], at)
+            return delta
+        base = row.base[at.rows].reshape(-1)
+        merged = grid(base + delta)
+        if grid.is_coarse:
+            torch.sub(merged, base, out=written)
+        tally.add(stack if grid.is_coarse else stack[:-1], at)
         return merged
 
     kernel = kernel_of(formula, row.taus, chosen.weights, **chosen.options | arguments)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 from torch import Tensor
 
 from helpers.merge import rules, spectral, spherical
-from helpers.merge.blocks import row_blocks
+from helpers.merge.blocks import stacked
 from helpers.merge.selection import Cut, stream_seed
 from helpers.merge.vectors import Row
 
@@ -87,9 +87,8 @@ def _ties_state(row: Row, plan: MergePlan):
         return {"cuts": cuts}, {"tied": sum(cut.tied for cut in cuts)}
     tied = 0
     for tau, cut in zip(row.taus, plan.cuts, strict=True):
-        for part, _ in row_blocks(tau.shape, tau.device):
-            magnitudes = tau[part].abs()
-            tied += int((magnitudes == cut.threshold).sum())
+        for _, (block,) in stacked([tau]):
+            tied += int((block.abs_() == cut.threshold).sum())
     return {"cuts": plan.cuts}, {"tied": tied}
 
 

@@ -208,14 +208,14 @@ class Tally:
         self.products = np.zeros(())
         self.sketch = np.zeros(SKETCH)
 
-    def add(self, blocks: Sequence[Tensor], at: Block) -> None:
-        """blocks: of the task vectors, of the delta and, on a coarse grid, of what the merge in the
-        file differs by from the base.
+    def add(self, stack: Tensor, at: Block) -> None:
+        """stack: a block of the task vectors, of the delta and, on a coarse grid, of what the merge
+        in the file differs by from the base.
         """
-        delta = blocks[self.models]
+        delta = stack[self.models]
         self.numel += delta.numel()
         self.nonzero += _nonzero(delta)
-        self.products = self.products + products(blocks)
+        self.products = self.products + products(stack)
         self.sketch += np.roll(_sketch(delta), at.offset)
 
     def record(self, name: str, position: int) -> dict[str, Any]:
@@ -252,9 +252,8 @@ def _nonzero(delta: Tensor) -> int:
 def _sketch(delta: Tensor) -> np.ndarray:
     """A linear summary, about as long as the tensor: entries summed by index modulo 251."""
     whole = delta.numel() // SKETCH * SKETCH
-    flat = delta.reshape(-1)
-    rows = flat[:whole].view(-1, SKETCH)
-    rest = flat[whole:]
+    rows = delta[:whole].view(-1, SKETCH)
+    rest = delta[whole:]
     folded = rows.sum(0).double()
     folded[: len(rest)] += rest
     return folded.cpu().numpy()

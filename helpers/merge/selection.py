@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from helpers.merge.blocks import BLOCK, Lazy, Taus, row_blocks
+from helpers.merge.blocks import BLOCK, Lazy, Taus, row_blocks, stacked
 
 SMALLEST = np.nextafter(np.float32(0), np.float32(1))
 INFINITE = np.float32(np.inf)
@@ -121,10 +121,10 @@ def _place(
     """Flat index of the quota-th entry at the threshold; `tied` of them end with each block."""
     i = int(np.searchsorted(tied, quota))
     before = tied[i - 1] if i else 0
-    rows, offset = next(islice(row_blocks(tau.shape, tau.device), i, None))
-    magnitudes = tau[rows].abs().cpu().numpy()
+    at = next(islice(row_blocks(tau.shape, tau.device), i, None))
+    magnitudes = tau[at.rows].abs().cpu().numpy()
     places = np.flatnonzero(magnitudes == threshold)
-    return offset + int(places[quota - before - 1])
+    return at.offset + int(places[quota - before - 1])
 
 
 def _brackets(tau: Tensor | Lazy, k: int) -> Iterator[tuple[np.float32, np.float32]]:
@@ -133,7 +133,7 @@ def _brackets(tau: Tensor | Lazy, k: int) -> Iterator[tuple[np.float32, np.float
     The first is as wide as the sampled rows differ: five standard errors of the threshold's rank.
     """
     if tau.shape.numel() > BLOCK["cpu"]:
-        step = max(1, tau.shape[0] // 128)
+        step = max(1, tau.shape[0] // 32)
         rows = tau[::step].abs().cpu().numpy()
         n = rows.size
         magnitude = _order(rows)
@@ -177,8 +177,8 @@ def _between(
     """How many magnitudes exceed `high`; those in [low, high], by block."""
     above = 0
     parts = []
-    for rows, _ in row_blocks(tau.shape, tau.device):
-        magnitudes = tau[rows].abs().reshape(-1).cpu().numpy()
+    for _, (block,) in stacked([tau]):
+        magnitudes = block.abs_().numpy()
         over = magnitudes > high
         inside = (magnitudes >= low) ^ over
         above += np.count_nonzero(over)
@@ -245,10 +245,9 @@ def _magnitude_bits(rows: Iterable[Taus]) -> Iterator[tuple[int, np.ndarray]]:
     """(model, bits of the magnitudes) of one block at a time."""
     for taus in rows:
         for i, tau in enumerate(taus):
-            for part, _ in row_blocks(tau.shape, tau.device):
-                magnitudes = tau[part].abs().reshape(-1)
-                values = magnitudes.cpu().numpy()
-                yield i, values.view(np.uint32)
+            for _, (block,) in stacked([tau]):
+                magnitudes = block.abs_().cpu().numpy()
+                yield i, magnitudes.view(np.uint32)
 
 
 # At random ---------------------------------------------------------------------------------------
@@ -277,8 +276,8 @@ def drop_factor(tau: Tensor | Lazy, seed: int, density: float, rescale: str) -> 
         return 1 / density if density > 0 else 0.0
     bits = np.random.PCG64(seed)
     before = after = 0.0
-    for rows, _ in row_blocks(tau.shape, tau.device):
-        block = tau[rows].abs()
+    for _, (block,) in stacked([tau]):
+        block.abs_()
         before += float(block.sum())
         after += float(drop(block, bits, density).sum())
     return before / after if min(before, after) >= 1e-7 else 1.0

@@ -98,8 +98,8 @@ def _write_tensor(
     file: IO[bytes], name: str, stored: Tensor, merged: Tensor | None, grid: Grid
 ) -> None:
     """The merged tensor or, where there is none, the stored one on the grid, a block at a time."""
-    for rows, _ in row_blocks(stored.shape):
-        block = stored[rows] if merged is None else merged[rows].cpu()
+    for at in row_blocks(stored.shape):
+        block = stored[at.rows] if merged is None else merged[at.rows].cpu()
         if merged is None and block.is_floating_point():
             cast = block.to(grid.dtype)
             if not cast.isfinite().all():

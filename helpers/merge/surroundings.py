@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from helpers.merge.anatomy import config_of
-from helpers.merge.blocks import products
+from helpers.merge.blocks import gram_matrix
 from helpers.merge.card import name_of
 from helpers.merge.sources import Source
 from helpers.merge.vocabulary import words_of
@@ -34,7 +34,7 @@ WINDOWS = ("max_window_layers", "sliding_window")  # of use, if windows are used
 ENDS = ("generation_config.json", "config.json")  # where a model's end token stands
 # cosine to the base's weights below which a model was not fine-tuned from it
 RELATED = 0.5
-SAMPLED = 16  # rows of a tensor, by which that is told
+SAMPLED = 16  # matrices and rows of each, by which that is told
 QUANTISED = re.compile(r"(4|8)-?bit|bnb|gptq|awq|int[48]|fp8", re.IGNORECASE)
 
 
@@ -138,18 +138,16 @@ def labels_of(source: Source, folder: Path) -> dict[str, str] | None:
 
 
 def _unrelated(name: str, base: Source, source: Source) -> Iterator[str]:
-    """By the cosine of a sample of rows of every matrix: near 1 after fine-tuning, else near 0."""
-    total = np.zeros((2, 2))
+    """By the cosine of a sample of rows of some matrices: near 1 after fine-tuning, else near 0."""
+    matrices = []
     for key in sorted(base.tensors.keys() & source.tensors.keys()):
-        origin, tuned = base.tensors[key], source.tensors[key]
-        if (
-            origin.ndim != 2
-            or origin.shape != tuned.shape
-            or not origin.is_floating_point()
-        ):
-            continue
+        pair = base.tensors[key], source.tensors[key]
+        if pair[0].ndim == 2 and pair[0].shape == pair[1].shape:
+            matrices.append(pair)
+    total = np.zeros((2, 2))
+    for origin, tuned in matrices[:: max(1, len(matrices) // SAMPLED)]:
         step = max(1, origin.shape[0] // SAMPLED)
-        total += products([origin[::step], tuned[::step]])
+        total += gram_matrix([origin[::step], tuned[::step]])
     lengths = np.sqrt(total[0, 0] * total[1, 1])
     if total[0, 1] < RELATED * lengths:
         cosine = total[0, 1] / lengths

@@ -110,7 +110,11 @@ def _task_vector(
         return zero(shape, device)
     scaling, B, A = factors.scaling, factors.B.to(device), factors.A.to(device)
     low_rank = Factors(scaling, B, A)
-    return Lazy(shape, device, lambda rows: (B[rows] @ A).mul_(scaling), low_rank)
+
+    def product(rows, out: Tensor | None) -> Tensor:
+        return torch.matmul(B[rows], A, out=out).mul_(scaling)
+
+    return Lazy(shape, device, product, low_rank)
 
 
 def _saved_change(
@@ -123,7 +127,7 @@ def _saved_change(
     device = origin.device
     coarse = saved.dtype != stored and saved.dtype.itemsize < 4
 
-    def difference(rows) -> Tensor:
+    def difference(rows, out: Tensor | None) -> Tensor:
         base = origin[rows]
         block = saved[rows].to(device)
         tuned = block.to(torch.float32)
@@ -133,7 +137,7 @@ def _saved_change(
             tuned = tuned + (factors.B[rows] @ factors.A).mul_(factors.scaling).to(
                 device
             )
-        return tuned - base
+        return torch.sub(tuned, base, out=out)
 
     return Lazy(origin.shape, device, difference)
 
@@ -151,12 +155,12 @@ def _whole_change(name: str, origin: Lazy, change: Lazy, adapter: Adapter) -> La
     @cache
     def column_norms() -> Tensor:
         squares = 0.0
-        for rows, _ in row_blocks(shape, device):
-            tuned = (origin[rows] + change[rows]).double()
+        for at in row_blocks(shape, device):
+            tuned = (origin[at.rows] + change[at.rows]).double()
             squares = squares + tuned.square().sum(0)
         return squares.sqrt()
 
-    def read(rows) -> Tensor:
+    def read(rows, out: Tensor | None) -> Tensor:
         tuned = origin[rows] + change[rows]
         if magnitude is not None and by_columns:
             tuned = tuned * (magnitude.to(device) / column_norms().float())
@@ -170,7 +174,7 @@ def _whole_change(name: str, origin: Lazy, change: Lazy, adapter: Adapter) -> La
             here = torch.arange(shape[0])[rows]
             at, token = (here[:, None] == numbers).nonzero(as_tuple=True)
             tuned[at.to(device)] = values[token].to(device)
-        return tuned - origin[rows]
+        return torch.sub(tuned, origin[rows], out=out)
 
     return Lazy(shape, device, read)
 
@@ -181,13 +185,13 @@ def _reader(base: Source, device: str) -> Callable[[str, Any], Tensor]:
     """
     last = threading.local()  # each thread is at a tensor of its own
 
-    def read(name: str, rows: Any) -> Tensor:
+    def read(name: str, rows: Any, out: Tensor | None) -> Tensor:
         asked = name, rows
         if getattr(last, "asked", None) != asked:
             block = base.tensors[name][rows]
             last.block = block.to(device, torch.float32)
             last.asked = asked
-        return last.block
+        return last.block if out is None else out.copy_(last.block)
 
     return read
 

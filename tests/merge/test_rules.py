@@ -346,7 +346,7 @@ def low_rank(n, shape=(20, 12), rank=2, seed=0):
             for s in ((shape[0], rank), (rank, shape[1]))
         )
         factors = merging.Factors(0.5, B, A)
-        read = lambda rows, B=B, A=A: 0.5 * (B[rows] @ A)  # noqa: E731
+        read = lambda rows, out, B=B, A=A: torch.mul(0.5, B[rows] @ A, out=out)  # noqa: E731
         lazy.append(merging.Lazy(torch.Size(shape), "cpu", read, factors))
     return lazy, [tau[...] for tau in lazy]
 

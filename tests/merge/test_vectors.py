@@ -210,10 +210,11 @@ def test_row_blocks_cover_a_tensor_once_with_even_blocks():
         numel, covered = torch.Size(shape).numel(), 0
         whole = torch.empty(shape, dtype=torch.uint8)
         parts = list(blocks.row_blocks(torch.Size(shape)))
-        for i, (rows, offset) in enumerate(parts):
-            assert offset == covered
-            covered += whole[rows].numel()
-            assert i == len(parts) - 1 or whole[rows].numel() % 2 == 0
+        for i, part in enumerate(parts):
+            assert part.offset == covered
+            assert whole[part.rows].shape == part.shape
+            covered += part.shape.numel()
+            assert i == len(parts) - 1 or part.shape.numel() % 2 == 0
         assert covered == numel
 
 
