@@ -13,7 +13,7 @@ from helpers.advise import advise, page, sentence
 from helpers.advise.merges import Merge, alone, retention
 from helpers.advise.panel import open_panel
 from helpers.advise.trials import applied, references, trial, try_pairs
-from helpers.merge import Lazy
+from helpers.merge import blocks
 from helpers.study.bench import Bench, load_base
 from helpers.study.executor import executor
 
@@ -98,7 +98,7 @@ def test_a_partner_that_undoes_a_model_is_noticed(panel):
 
 def test_trials_are_remembered_and_new_prompts_are_not_confused(panel, monkeypatch):
     first = trial(panel, Merge(("task1", "task3")))
-    monkeypatch.setattr(Lazy, "__getitem__", None)  # nothing may be merged again
+    monkeypatch.setattr(blocks, "row_blocks", None)  # nothing may be merged again
     again = trial(panel, Merge(("task1", "task3")))
     assert again.equals(first)
     with pytest.raises(TypeError):
