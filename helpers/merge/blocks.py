@@ -89,12 +89,13 @@ def stacked(tensors: Taus, free: int = 0) -> Iterator[tuple[Block, Tensor]]:
     the arithmetic.
     """
     shape, device = tensors[0].shape, tensors[0].device
-    memory = None
-    for at in row_blocks(shape, device):
-        entries = at.shape.numel()
-        if memory is None:
-            memory = torch.empty(len(tensors) + free, entries, device=device)
-        stack = memory[:, :entries]
+    blocks = list(row_blocks(shape, device))
+    largest = blocks[0].shape.numel()
+    memory = torch.empty(
+        len(tensors) + free, largest, dtype=torch.float32, device=device
+    )
+    for at in blocks:
+        stack = memory[:, : at.shape.numel()]
         for tensor, row in zip(tensors, stack, strict=False):
             block = row.view(at.shape)
             if isinstance(tensor, Lazy):
@@ -166,14 +167,10 @@ def products(rows: Tensor) -> np.ndarray:
 
     Within 1e-6 of the product of the norms.
     """
-    n = len(rows)
-    total = np.zeros((n, n))
-    for piece in rows.split(PIECE, dim=1):
-        if rows.is_cuda:
-            total += (piece @ piece.T).double().cpu().numpy()
-        else:
-            total += _products(piece.numpy())
-    return total
+    pieces = rows.split(PIECE, dim=1)
+    if rows.is_cuda:  # one transfer
+        return sum((piece @ piece.T).double() for piece in pieces).cpu().numpy()
+    return sum(_products(piece.numpy()) for piece in pieces)
 
 
 def _products(rows: np.ndarray) -> np.ndarray:

@@ -178,7 +178,7 @@ def _between(
     above = 0
     parts = []
     for _, (block,) in stacked([tau]):
-        magnitudes = block.abs_().numpy()
+        magnitudes = block.abs_().cpu().numpy()
         over = magnitudes > high
         inside = (magnitudes >= low) ^ over
         above += np.count_nonzero(over)

@@ -141,9 +141,10 @@ def _unrelated(name: str, base: Source, source: Source) -> Iterator[str]:
     """By the cosine of a sample of rows of some matrices: near 1 after fine-tuning, else near 0."""
     matrices = []
     for key in sorted(base.tensors.keys() & source.tensors.keys()):
-        pair = base.tensors[key], source.tensors[key]
-        if pair[0].ndim == 2 and pair[0].shape == pair[1].shape:
-            matrices.append(pair)
+        origin, tuned = base.tensors[key], source.tensors[key]
+        alike = origin.ndim == 2 and origin.shape == tuned.shape
+        if alike and origin.is_floating_point():
+            matrices.append((origin, tuned))
     total = np.zeros((2, 2))
     for origin, tuned in matrices[:: max(1, len(matrices) // SAMPLED)]:
         step = max(1, origin.shape[0] // SAMPLED)

@@ -68,5 +68,5 @@ def test_a_model_that_accelerate_places_is_the_same(half, tiny_base):
 
 def test_the_figures_of_a_gpu_are_measured_at_tiny_shapes_too():
     found = bench_gpu.measure("cpu", bench_gpu.TINY, tokens=8, prompts=4, members=2)
-    assert found["matmul_tflops"] > 0 and found["share_of_matmul"] > 0
+    assert found["matmul_tflops"] > 0 and 0 < found["share_of_matmul"] < 1
     assert all(found[f"{rule}_seconds"] > 0 for rule in bench_gpu.RULES)
