@@ -115,6 +115,8 @@ def recipe(bench: Bench, row: Row) -> dict[str, Any]:
         chosen["seed"] += int(row.arm.removeprefix("mask"))
     if row.arm in MATCHED:
         chosen |= _matched(bench, row)
+    if "own_dose" in row.options:
+        chosen |= {"match": "dose", "scale": row.options["own_dose"]}
     if row.rule == CHEBYSHEV:
         weights = chebyshev_weights(bench, row.tasks)
         chosen |= {"rule": "linear", "weights": weights}

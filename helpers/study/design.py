@@ -21,6 +21,7 @@ PARAMETERS = (
     "CROSS",
     "GROUP_SIZES",
     "GROUPS_PER_SIZE",
+    "GROUP_DOSE",
     "SWAPS",
     "SWAP_RULES",
     "GROUP_SEED",
@@ -72,7 +73,8 @@ def visits(tasks: Iterable[str], chosen: Groups, given: Mapping[str, Any]) -> Pl
     """Every visit of a study but `plan.solos`: base, doses, merges of pairs and groups, swaps.
 
     With CROSS specialists are scored on the tasks of their partners as well: what they say there
-    tells whose answer a merge gives. Raises ValueError for parameters that leave a study without
+    tells whose answer a merge gives. With GROUP_DOSE every rule merges the larger groups at that
+    dose, in no other arm. Raises ValueError for parameters that leave a study without
     what its losses are measured by.
     """
     tasks = list(tasks)
@@ -89,7 +91,10 @@ def visits(tasks: Iterable[str], chosen: Groups, given: Mapping[str, Any]) -> Pl
     crossed = _partners(chosen) if given["CROSS"] else {}
     asked += plan.doses(tasks, probed=tasks, partners=crossed)
     asked += plan.merges(chosen.pairs, rules, arms, seed)
-    asked += plan.merges(chosen.larger, grouped, arms, seed)
+    if given["GROUP_DOSE"]:
+        asked += plan.at_dose(chosen.larger, grouped, given["GROUP_DOSE"], seed)
+    else:
+        asked += plan.merges(chosen.larger, grouped, arms, seed)
     swapped = [*chosen.swaps["tasks"], *chosen.swaps["swapped"]]
     return asked + plan.merges(swapped, given["SWAP_RULES"], seed=seed, probe=False)
 

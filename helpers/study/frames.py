@@ -113,9 +113,9 @@ def cells(visits: Visits, collisions: pd.DataFrame) -> pd.DataFrame:
     """One row for each merge and task: what was read of it, its doses, and its rule alone.
 
     merge, task, score, nll, invalid, dose_ingredient, dose_own; control_solo and nll_solo where the
-    rule is no weighted sum and no copy of one: `losses.loss_table` takes it from here. ambiguous:
-    the merge holds a task that collides with this one in more than a few prompts
-    (`tasks.collisions`).
+    rule has a solo (`Row.has_solo`) and is no copy of one that has none: `losses.loss_table` takes
+    them from here. ambiguous: the merge holds a task that collides with this one in more than a few
+    prompts (`tasks.collisions`).
     """
     collisions = collisions[collisions["share"] >= AMBIGUOUS]
     ends = zip(collisions["task_a"], collisions["task_b"], strict=True)
@@ -141,7 +141,7 @@ def cells(visits: Visits, collisions: pd.DataFrame) -> pd.DataFrame:
 def _control(visit: Visit, task: str, alone: Mapping[str, Visit]) -> dict[str, float]:
     """What the rule of a merge leaves of a task by itself."""
     names = ["control_solo", "nll_solo"]
-    if visit.row.weighted or visit.same_as:
+    if not visit.row.has_solo or visit.same_as:
         return dict.fromkeys(names, float("nan"))
     wanted = {row.tasks[0]: row for row in solos(Plan.of([visit.row]))}
     return dict(zip(names, _means(alone[wanted[task].model], task), strict=True))

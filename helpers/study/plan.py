@@ -45,15 +45,22 @@ class Row(NamedTuple):
 
     @property
     def rule_options(self) -> dict[str, Any]:
-        """The options that its rule takes: not those that say whom a solo does without."""
-        return {
-            name: x for name, x in self.options.items() if name not in ("n", "group")
-        }
+        """The options that its rule takes: not whom a solo does without, nor a scale to find."""
+        about = ("n", "group", "own_dose")
+        return {name: x for name, x in self.options.items() if name not in about}
 
     @property
     def weighted(self) -> bool:
         """Whether the merge is a weighted sum of task vectors."""
         return self.rule in WEIGHTED and self.arm not in CALIBRATED
+
+    @property
+    def has_solo(self) -> bool:
+        """Whether its rule is run without partners too: what is alone there no dose curve tells.
+
+        Not at a dose that is asked for: each group would have solos of its own.
+        """
+        return not self.weighted and "own_dose" not in self.options
 
     @property
     def model(self) -> str:
@@ -203,6 +210,23 @@ def merges(
     return Plan.of(rows)
 
 
+def at_dose(
+    groups: Iterable[Sequence[str]], rules: Iterable[str], dose: float, seed: int = 0
+) -> Plan:
+    """Every group by every rule, scaled so that its models keep `dose` of themselves on average.
+
+    That is their mean own-direction dose (`merge.Report.own`). So in these arms, "dose=0.5", …,
+    sizes of groups and rules differ by what partners do and not by dilution.
+    """
+    rows = []
+    for group in map(tuple, groups):
+        row = Row("merge", group, "", f"dose={dose:g}", seed, scored=group)
+        rows += [
+            row._replace(rule=rule, options={"own_dose": float(dose)}) for rule in rules
+        ]
+    return Plan.of(rows)
+
+
 def in_arm(arm: str, n: int) -> dict[str, Any]:
     """The options that an arm of a rule adds for n models; ValueError for an unknown arm.
 
@@ -234,14 +258,14 @@ def scale_line(group: Sequence[str], scales: Iterable[float], seed: int = 0) -> 
 
 
 def solos(plan: Plan) -> Plan:
-    """The controls of the merges in `plan` that are no weighted sums: each rule, no partner.
+    """The controls of the merges in `plan` that have one (`Row.has_solo`): each rule, no partner.
 
     The partners of a task changed nothing, so groups of one size share a run; not at a matched
     scale, which is that of the group.
     """
     rows = []
     for row in plan.kinds("merge"):
-        if row.weighted:
+        if not row.has_solo:
             continue
         about = dict(row.options) | {"n": len(row.tasks)}
         if row.arm in MATCHED:

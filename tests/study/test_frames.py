@@ -32,6 +32,7 @@ GIVEN = {
     "CROSS": True,
     "GROUP_SIZES": [3],
     "GROUPS_PER_SIZE": 1,
+    "GROUP_DOSE": 0.0,
     "SWAPS": 0,
     "SWAP_RULES": ["linear"],
     "GROUP_SEED": 0,
@@ -101,6 +102,22 @@ def test_alone_is_what_the_rule_leaves_without_a_partner(study, table):
     rows = table[table["merge"].isin(ties["merge"]) & (table["task"] == "a")]
     assert len(rows) == 2
     np.testing.assert_allclose(rows["nll_solo"], solo.examples["nll"].mean())
+
+
+def test_a_larger_group_keeps_the_dose_that_is_asked_for(study):
+    bench, _ = study
+    drawn = design.drawn("abc", dict(zip("abc", "abc", strict=True)), GIVEN)
+    asked = design.visits("abc", drawn, GIVEN | {"GROUP_DOSE": 0.5})
+    visits = visit.run(bench, asked)
+    visits += visit.run(bench, plan.solos(visit.distinct(visits)))
+    of_group = [x for x in visits if x.row.tasks == ("a", "b", "c")]
+    assert [x.row.rule for x in of_group] == [*GIVEN["RULES"], "chebyshev"]
+    for found in of_group:
+        np.testing.assert_allclose(np.mean(found.report["own"]), 0.5, rtol=1e-4)
+    # of one scale, an average and a sum are one model; both keep half, trimmed entries or not
+    assert [bool(x.same_as) for x in of_group] == [False, True, False, False]
+    cells = frames.cells(visits, tasks.collisions(bench.tasks)).set_index("merge")
+    assert cells.loc[[x.key for x in of_group], "nll_solo"].isna().all()
 
 
 def test_a_cell_is_ambiguous_where_its_task_collides_with_another_of_the_merge(

@@ -207,6 +207,7 @@ def test_a_study_is_planned_from_the_parameters_of_a_profile():
     given |= {"GROUP_SIZES": [3, 9], "SEED": 1}
     given |= {
         "GROUPS_PER_SIZE": 2,
+        "GROUP_DOSE": 0.0,
         "SWAPS": 1,
         "SWAP_RULES": ["linear"],
         "GROUP_SEED": 0,
@@ -229,6 +230,14 @@ def test_a_study_is_planned_from_the_parameters_of_a_profile():
     assert len(asked.kinds("dose")) == 21 and len(asked.kinds("base")) == 1
     whole = (row for row in asked if row.options == {"dose": 1.0})
     assert {"a", "b"} <= set(next(x for x in whole if x.tasks == ("a",)).scored)
+    dosed = design.visits(LABELS, drawn, given | {"GROUP_DOSE": 0.5})
+    swaps = {*drawn.swaps["tasks"], *drawn.swaps["swapped"]}
+    groups_of_three = [x for x in dosed if x.tasks in {*drawn.larger} - swaps]
+    assert groups_of_three
+    assert {x.rule for x in groups_of_three} == {"linear", "ties", "chebyshev"}
+    assert {x.arm for x in groups_of_three} == {"dose=0.5"}
+    assert all(x.rule_options == {} for x in groups_of_three)
+    assert not plan.solos(plan.Plan.of(groups_of_three)).frame.size
     alone = design.visits(LABELS, drawn, given | {"CROSS": False})
     assert all(len(row.scored) == 1 for row in alone.kinds("dose"))
     cost = design.whole(given).cost(UNITS, SIZES)
