@@ -7,7 +7,7 @@ CLASS := .venv-class/bin
 CLASS_READY := .venv-class/.ready
 COPIES := data/runs/class
 # The notebooks that need no model: the tests execute them again.
-LIGHT := $(wildcard $(addprefix notebooks/,00_*.ipynb 04_*.ipynb 05_*.ipynb 08_*.ipynb))
+LIGHT := $(wildcard $(addprefix notebooks/,00_*.ipynb 04_*.ipynb 05_*.ipynb 05a_*.ipynb 08_*.ipynb))
 # Kernels of this environment come before any that the user has registered under the same name.
 export JUPYTER_PREFER_ENV_PATH := 1
 # Threads that spin while they wait make a shared machine ten times slower; yours is left as it is.

@@ -7,6 +7,7 @@ from helpers.stats.correlations import (
     equivalence,
     of_pairs,
     of_tasks,
+    orders,
     p_value,
     pearson,
 )
