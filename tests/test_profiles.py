@@ -150,6 +150,13 @@ def test_a_profile_leaves_out_what_it_skips(project):
     assert len(run.steps("demo", None, {})) == 2
 
 
+@pytest.mark.parametrize("profile", profiles.all_profiles())
+def test_a_profile_makes_what_its_notebooks_read(profile):
+    plan = run.steps(profile, None, {})
+    made = {step.notebook.name for step in plan}
+    assert {need for step in plan for need in step.needs} <= made
+
+
 def test_a_misspelt_name_in_a_profile_is_refused(project):
     path = project / "data" / "profiles.toml"
     path.write_text(PROFILES + "RATTE = 1.0\n")
