@@ -28,6 +28,11 @@ class Interval(NamedTuple):
     n: int
     p: float = np.nan
 
+    def __format__(self, digits: str) -> str:
+        """f"{found:.2f}": value [low, high], or the value alone where no interval is known."""
+        value, low, high = (format(number, digits) for number in self[:3])
+        return value if np.isnan(self.low) else f"{value} [{low}, {high}]"
+
 
 # --- leaving out ----------------------------------------------------------------------------------
 

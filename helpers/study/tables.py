@@ -154,6 +154,17 @@ class Study:
         """One row per merge and task, with what the merge is, and `losses.outcomes`."""
         return loss.outcomes(self.joined("losses"), self.doses)
 
+    @cached_property
+    def false_alarms(self) -> pd.Series:
+        """How often each task collapses in a merge that is as good as its specialist, at most."""
+        own = self.examples[self.examples["merge"] == loss.SPECIALIST]
+        chance = self.losses.groupby("task")["chance"].first()
+        rates = {
+            task: loss.false_alarm_rate(rows, chance[task])
+            for task, rows in own.groupby("task")["correct"]
+        }
+        return pd.Series(rates)
+
     def by_cell(self) -> loss.Cells:
         """Examples of each (merge, task), copies included."""
         return loss.by_cell(self.merges, self.examples)

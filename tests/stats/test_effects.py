@@ -48,6 +48,11 @@ def test_a_mean_of_cells_rests_on_tasks_not_on_cells(values):
     assert [found.low, found.high] == pytest.approx([textbook.low, textbook.high])
 
 
+def test_an_interval_prints_its_brackets_only_where_it_has_them():
+    assert f"{effects.Interval(0.314, -0.2, 0.8, n=5):.2f}" == "0.31 [-0.20, 0.80]"
+    assert f"{effects.Interval(0.314, np.nan, np.nan, n=1):.0%}" == "31%"
+
+
 def test_two_families_are_too_few_for_an_interval(values):
     found = effects.mean(np.add.outer(values, values), ["a"] * 6 + ["b"] * 6)
     assert found.value == pytest.approx(2 * values.mean())

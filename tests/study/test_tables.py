@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from helpers.study import schema
+from helpers.study.losses import false_alarm_rate
 from helpers.study.tables import Pairs, Study
 
 TASKS = ["a", "b", "c"]
@@ -131,6 +132,18 @@ def test_cells_and_outcomes_are_of_the_distinct_rules_of_an_arm(folder):
     assert study.outcome("partners").of("a", "b") == pytest.approx(
         mean.of("a", "b") + 10
     )
+
+
+def test_false_alarms_are_of_each_tasks_own_answers_and_chance(folder):
+    for_a, for_b = [1.0] * 5 + [0.0] * 3, [1.0] * 8
+    examples = pd.DataFrame({"task": ["a"] * 8 + ["b"] * 8, "correct": for_a + for_b})
+    examples = examples.assign(merge="specialist", example=[*"01234567"] * 2)
+    wrong = examples.assign(merge="ab-linear", correct=0.0)  # no business of theirs
+    schema.write(folder, "examples", filled("examples", pd.concat([examples, wrong])))
+    losses = schema.read(folder, "losses").assign(chance=0.25)
+    schema.write(folder, "losses", losses)
+    rates = Study(folder).false_alarms
+    assert rates["a"] == false_alarm_rate(for_a, 0.25) > rates["b"] == 0
 
 
 def test_an_outcome_is_undefined_where_it_is_under_any_rule(folder):
