@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from by_hand import least_squares
+from scipy.stats import t
 
 from helpers.store import ROOT
 
@@ -120,6 +121,53 @@ def test_the_declared_permutation_test(estimand, folder, series, family):
     )
     said = row["family_p"].item()
     assert abs(p - said) < 4 * np.sqrt(max(p * (1 - p), 1e-3) / ORDERS)
+
+
+def test_the_declared_exchange_of_pairs(folder, lost, distance, family):
+    names = sorted({task for pair in lost for task in pair})
+    place = {task: i for i, task in enumerate(names)}
+    pairs = [pair for pair in lost if pair[0] < pair[1]]
+    first, second = np.array([[place[a], place[b]] for a, b in pairs]).T
+    columns = np.eye(len(names))[first] + np.eye(len(names))[second]
+    project = np.eye(len(pairs)) - columns @ np.linalg.pinv(columns)
+    y = project @ [(lost[a, b] + lost[b, a]) / 2 for a, b in pairs]
+    far = np.array([[distance.get((a, b), np.nan) for b in names] for a in names])
+
+    def statistic(order):
+        return studentised(project @ far[order[first], order[second]], y)
+
+    rng = np.random.default_rng(1)
+    there = [statistic(shuffled(names, family, rng)) for _ in range(ORDERS)]
+    p = (1 + np.sum(there >= statistic(np.arange(len(names))))) / (1 + ORDERS)
+    frame = pd.read_csv(folder / "predictors.csv")
+    row = frame.query(
+        "metric == 'hidden_sim' and rule == 'linear' and estimand == 'pair'"
+    )
+    said = row["family_p"].item()
+    assert abs(p - said) < 4 * np.sqrt(max(p * (1 - p), 1e-3) / ORDERS)
+
+
+@pytest.mark.parametrize("estimand", ["victim", "partner"])
+def test_the_intervals_over_families(estimand, series, family, verdicts):
+    """Delete-a-family jackknife on Fisher's z, groups weighted as Busing et al. (1999) do."""
+    names, values = series
+    x, y = values[estimand]
+    labels = np.array([family[name] for name in names])
+    z = np.arctanh(np.corrcoef(x, y)[0, 1])
+    pseudo, shares = [], []
+    for label in sorted(set(labels)):
+        kept = labels != label
+        without = np.arctanh(np.corrcoef(x[kept], y[kept])[0, 1])
+        share = 1 - kept.mean()  # of the tasks, left out
+        pseudo.append((z - (1 - share) * without) / share)
+        shares.append(share)
+    pseudo, shares = np.array(pseudo), np.array(shares)
+    centre = shares @ pseudo
+    error = np.sqrt(np.mean((pseudo - centre) ** 2 * shares / (1 - shares)))
+    reach = t.ppf(0.975, len(pseudo) - 1) * error
+    row = verdicts[estimand]
+    ends = [row.family_low, row.family_high]
+    assert ends == pytest.approx(np.tanh([z - reach, z + reach]), abs=1e-3)
 
 
 def corrected(values):

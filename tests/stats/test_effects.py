@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 import simulated
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from helpers.stats import dyads, effects
 
@@ -86,6 +89,17 @@ def test_holm_in_a_textbook_case():
     # Holm 1979: .01, .04, .03, .005 of four
     found = effects.holm([0.01, 0.04, 0.03, np.nan, 0.005])
     assert found == pytest.approx([0.03, 0.06, 0.06, np.nan, 0.02], nan_ok=True)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_that_of_statsmodels(p):
+    assert effects.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+
+
+def test_an_interval_is_clipped_at_what_the_quantity_can_be():
+    found = effects.Interval(0.2, -0.1, 1.4, 9, 0.3).clipped(0, 1)
+    assert found[:4] == (0.2, 0, 1, 9)
+    assert np.isnan(found.p)
 
 
 def test_shares_of_rules_in_constructed_stacks():
