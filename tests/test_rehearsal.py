@@ -232,5 +232,9 @@ def test_the_forecast_of_a_profile_says_what_it_rests_on():
         "paper_glue", run.all_profiles()["paper_glue"] | {"MODEL": "org/some"}
     )
     assert "the model is no larger than that of glue" in fewer[1]
+    own = run.all_profiles()["tasks96"]
+    larger = forecast.lines("tasks96", own | {"MODEL": "HuggingFaceTB/SmolLM2-360M"})
+    assert "0.36 billion, 2.67 times" in larger[1]
+    assert forecast.billions("demo", "org/some-8x7B") is None
     assert list(forecast.ancestry("paper_glue_t5"))[1:3] == ["paper_glue", "glue"]
     assert (ROOT / "data" / "results" / "groups8" / "costs.csv").is_file()

@@ -4,6 +4,7 @@ Units are CPU seconds of training on, merging, scoring and reading one example o
 model they grow with its parameters; a GPU is taken to do the work of many CPU cores.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from helpers.store import ROOT
 
 # CPU minutes in a minute of a GPU: a guess, 50 TFLOP/s against the demo's 0.1
 GPU = 500
+# as in SmolLM2-360M or Qwen2.5-0.5B, not 8x7B
+SIZE_IN_NAME = re.compile(r"(?<![\d.x])(\d+(?:\.\d+)?)([MB])(?![a-z\d])", re.I)
 
 
 def lines(profile: str, asked: Mapping[str, Any]) -> list[str]:
@@ -60,7 +63,10 @@ def _assumptions(
     if size is None:
         yield f"the model is no larger than that of {study}"
     elif larger != 1:
-        yield f"work grows with the parameters ({larger:.3g} times), files with their root"
+        yield (
+            f"work grows with the parameters ({size:.3g} billion, {larger:.3g} times), "
+            "files with their root"
+        )
     yield (
         f"a GPU does the work of {GPU} cores, a guess"
         if gpu
@@ -80,7 +86,10 @@ def _memory(measured: Path, asked: Mapping[str, Any], size: float | None) -> str
 
 
 def billions(profile: str, model: str = "") -> float | None:
-    """Parameters (1e9) of a profile's model, or of another that is named; None if not known."""
+    """Parameters (1e9) of a profile's model, or of another as its files or else its name say.
+
+    None if not known.
+    """
     folder = Path(model).expanduser()
     if model and folder.is_dir():
         from helpers.study import memory
@@ -93,8 +102,11 @@ def billions(profile: str, model: str = "") -> float | None:
     for name in ancestry(profile):
         own = tables[name]
         if "MODEL" in own:
-            return own.get("billions") if model in ("", own["MODEL"]) else None
-    return None
+            if model in ("", own["MODEL"]):
+                return own.get("billions")
+            break
+    said = SIZE_IN_NAME.search(model)
+    return float(said[1]) / (1000 if said[2].upper() == "M" else 1) if said else None
 
 
 def _tables(study: str) -> Path:
