@@ -1,7 +1,7 @@
 """Level, power and coverage of every test and interval of notebook 05, by simulation.
 
-Run by hand (`python tests/benchmarks/bench_stats.py`, about an hour on one core for each kind of
-components). Writes data/results/bench_stats.csv, which notebook 05 shows. Studies as in
+Run by hand (`python tests/benchmarks/bench_stats.py`, minutes on one core for each design of 48
+tasks). Writes data/results/bench_stats.csv, which notebook 05 shows. Studies as in
 tests/simulated.py: relatives whose task effects go together and whose pairs spread three times as
 far, sparse designs, variance components as with bare or with instructed prompts, or, for the
 design of the declared study, as that study turned out to have them.
